@@ -1,0 +1,57 @@
+# Two commands are all a new machine needs: `make compare` and `make test`.
+# Each sets up .venv once (a stamp file per extra) and again only when the pins change.
+
+VENV ?= .venv
+# The first of these that is a Python the package supports; `make PYTHON=... test` overrides.
+PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
+    $$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' >/dev/null 2>&1 \
+    && echo $$p && break; done)
+REPORT ?= report
+COMPARE ?=
+PYTEST ?=
+PINS := pyproject.toml constraints.txt
+BIN := $(VENV)/bin
+
+.PHONY: help compare test test-slow lint format dev clean
+
+help:
+	@echo 'make compare     the comparison on real data; report in $(REPORT)/'
+	@echo '                 COMPARE="--task char-lm --methods sgd,caspr" passes options on'
+	@echo 'make test        the test suite; PYTEST="-k kfac" passes options on'
+	@echo 'make test-slow   the tests left out of it'
+	@echo 'make lint        ruff check, ruff format --check, pyright'
+	@echo 'make format      let ruff put right what it can'
+	@echo 'make dev         everything needed to work on the library'
+
+compare: $(VENV)/.stamp-compare
+	$(BIN)/python -m funcprecond compare --out $(REPORT) $(COMPARE)
+
+# One thread a worker: the tests are small, and two workers share two cores.
+test: $(VENV)/.stamp-test
+	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not slow" $(PYTEST)
+
+test-slow: $(VENV)/.stamp-test
+	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m slow $(PYTEST)
+
+lint: $(VENV)/.stamp-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright --pythonpath $(BIN)/python
+
+format: $(VENV)/.stamp-dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+dev: $(VENV)/.stamp-dev
+
+# The stem of the stamp is the extra to install.
+$(VENV)/.stamp-%: $(BIN)/python $(PINS)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[$*]'
+	@touch $@
+
+$(BIN)/python:
+	@test -n "$(PYTHON)" || { echo 'funcprecond needs Python 3.11, 3.12 or 3.13, and none was found: install one, or name it: make PYTHON=/path/to/python3.12 ...'; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+clean:
+	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis build dist
