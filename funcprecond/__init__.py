@@ -1,0 +1,32 @@
+"""Gradient preconditioning as pure functions: ``θ ← θ − η P g``.
+
+A method is a choice of curvature (what to measure), representation (how to store it) and solver (how
+to get ``P g`` from it). This is every public name, by stage.
+"""
+
+from funcprecond import curvature, losses, methods, representation, solver, tree
+from funcprecond.compose import compose
+from funcprecond.curvature.ggn import ggn_mv
+from funcprecond.curvature.hessian import hvp
+from funcprecond.curvature.layers import layer_statistics
+from funcprecond.curvature.per_sample import per_sample_grads
+from funcprecond.evaluation import Evaluation
+from funcprecond.methods.adagrad import adagrad, adagrad_full
+from funcprecond.methods.adam import adam, adamw
+from funcprecond.methods.caspr import caspr
+from funcprecond.methods.sgd import sgd
+from funcprecond.methods.shampoo import shampoo
+from funcprecond.observe import Every, Evidence, MissingEvidence, Need, Noise, draw, observe
+from funcprecond.problem import Problem, problem
+from funcprecond.transform import Transform, apply, chain, make_step
+from funcprecond.transforms.accumulate import accumulate
+from funcprecond.transforms.clip import clip_norm
+from funcprecond.transforms.graft import graft
+from funcprecond.transforms.momentum import momentum
+from funcprecond.transforms.partition import assign, partition
+from funcprecond.transforms.scale import scale
+from funcprecond.transforms.skip_nonfinite import skip_nonfinite
+from funcprecond.transforms.weight_decay import weight_decay
+from funcprecond.tree import load, save
+
+__version__ = "0.1.0"

@@ -1,0 +1,45 @@
+"""The batched empirical Fisher matrix: the outer product of a mini-batch gradient with itself.
+
+It costs nothing beside the gradient. Accumulated over steps it is the second moment that AdaGrad,
+Adam, Shampoo and CASPR take the root of.
+"""
+
+import dataclasses
+
+import torch
+from torch import Tensor
+
+from funcprecond.observe import Need
+from funcprecond.problem import Params
+from funcprecond.tree import state
+
+__all__ = ["BatchGradient", "OuterProduct", "unfold_mode"]
+
+
+@dataclasses.dataclass(frozen=True)
+class BatchGradient(Need):
+    """The gradient that ``update`` was given, as a curvature matrix: nothing is measured."""
+
+
+@state
+class OuterProduct:
+    """``g g^T`` for each parameter, never formed.
+
+    Attributes:
+        grads: the factor ``g``, shaped like the parameters.
+    """
+
+    grads: Params
+
+    def diagonal(self) -> Params:
+        """The squares of the entries."""
+        return {k: g.square() for k, g in self.grads.items()}
+
+    def to_dense(self) -> Params:
+        """(n, n) for a parameter of n entries."""
+        return {k: torch.outer(g.reshape(-1), g.reshape(-1)) for k, g in self.grads.items()}
+
+
+def unfold_mode(tensor: Tensor, axis: int) -> Tensor:
+    """(n_axis, N / n_axis): the slices along ``axis`` as rows."""
+    return tensor.movedim(axis, 0).reshape(tensor.shape[axis], -1)

@@ -1,0 +1,257 @@
+"""Layer statistics: what each layer was given, and what came back to it.
+
+An affine layer ``z = W a + b`` sees inputs ``a`` and, pulled back from cotangents at the model's
+outputs, output gradients ``g``. The gradient of example n in ``[W | b]`` is ``sum_t g_nt [a_nt, 1]^T``
+over its positions t (tokens, pixels), so inputs and output gradients are all that Kronecker-factored,
+unit-wise, diagonal and Gram representations of the Fisher matrix need. Layers are found by which
+parameter is used, not by module class (:mod:`funcprecond.capture`).
+
+Letters: V cotangents, N examples, T positions, J groups, i and o input and output dimensions.
+"""
+
+import dataclasses
+from typing import Any, ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor
+
+from funcprecond.capture import Call
+from funcprecond.evaluation import Evaluation
+from funcprecond.observe import Need, observe
+from funcprecond.problem import Params, Problem
+from funcprecond.tree import state, static
+
+__all__ = ["Labels", "LayerStatistics", "LayerUse", "Layers", "layer_statistics", "split_block"]
+
+Labels = Literal["mc", "empirical", "exact"]
+
+
+@state
+class LayerUse:
+    """One use of a layer.
+
+    Attributes:
+        inputs: the layer's input as it came; token ids for an embedding, the normalised input for a
+            norm layer.
+        grads: (V, *output shape), the cotangents pulled back to the layer's output.
+        call: which layer, and its options.
+        count: N, the number of examples.
+    """
+
+    inputs: Tensor
+    grads: Tensor
+    call: Call = static()
+    count: int = static()
+
+    @property
+    def by_example(self) -> bool:
+        """Whether axis 0 of the layer's output counts the examples."""
+        return self.call.shape[0] == self.count
+
+    def input_rows(self) -> Tensor:
+        """(N, T, i) inputs, (J, N, T, i / J * kernel) patches of a convolution, (N, T) ids."""
+        x, call = self.inputs, self.call
+        if call.kind == "conv":
+            patches = unfold(x, self._kernel, *call.options[1:4])
+            return rearrange(patches, "n (j c) t -> j n t c", j=call.options[4])
+        if call.kind == "embedding":
+            return x.reshape(x.shape[0], -1) if x.ndim > 1 else x.reshape(-1, 1)
+        if call.kind == "norm":
+            return self._norm_rows(x)
+        return x.reshape(x.shape[0], -1, x.shape[-1])
+
+    def grad_rows(self) -> Tensor:
+        """(V, N, T, o) output gradients, (J, V, N, T, o / J) for a convolution."""
+        g, call = self.grads, self.call
+        if call.kind == "conv":
+            return rearrange(g.flatten(3), "v n (j o) t -> j v n t o", j=call.options[4])
+        if call.kind == "norm":
+            return self._norm_rows(g)
+        return g.reshape(g.shape[0], g.shape[1], -1, g.shape[-1])
+
+    @property
+    def _kernel(self) -> tuple[int, ...]:
+        return self.call.options[5]
+
+    def _norm_rows(self, x: Tensor) -> Tensor:
+        lead = x.shape[: x.ndim - len(self.call.shape) + 1]
+        if self.call.options[0] == "trailing":
+            units = x.shape[x.ndim - self.call.options[1] :].numel()
+            return x.reshape(*lead, -1, units)
+        return x.movedim(len(lead), -1).reshape(*lead, -1, self.call.shape[1])
+
+
+@state
+class Layers:
+    """What :class:`LayerStatistics` measures: ``U^T U`` is the curvature matrix, row by row.
+
+    Attributes:
+        uses: for each block ``"weight+bias"`` (or ``"weight"``), the layer's uses.
+        others: parameters that no layer covers, by what was asked for: the diagonal of their
+            curvature, or their rows (V, N, *shape), both without ``scale``.
+        scale: what the sum of outer products is multiplied by, a 0-d tensor.
+    """
+
+    uses: dict[str, tuple[LayerUse, ...]]
+    others: dict[str, Tensor]
+    scale: Tensor
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerStatistics(Need):
+    """Inputs and output gradients of every layer.
+
+    Attributes:
+        labels: whose cotangents are pulled back: those of labels sampled from the model's prediction
+            ("mc", an unbiased Fisher matrix), of the data's own ("empirical", the training gradient
+            itself, at no cost), or all that the exact Fisher matrix takes ("exact").
+        samples: sampled labels for each term, with "mc".
+        others: what to measure of parameters that no layer covers: "diagonal", "rows" or "none".
+        by_example: also leave to ``others`` the layers whose rows do not tell the examples apart.
+    """
+
+    labels: Labels = "mc"
+    samples: int = 1
+    others: Literal["diagonal", "rows", "none"] = "diagonal"
+    by_example: bool = False
+    taps: ClassVar[bool] = True
+
+    def __post_init__(self):
+        if self.labels not in ("mc", "empirical", "exact"):
+            msg = f"labels must be 'mc', 'empirical' or 'exact', not {self.labels!r}"
+            raise ValueError(msg)
+        if self.samples < 1:
+            msg = f"samples must be at least 1, not {self.samples}"
+            raise ValueError(msg)
+
+    def draw(
+        self, problem: Problem, params: Params, batch: Any, generator: torch.Generator | None
+    ) -> Any:
+        if self.labels != "mc":
+            return ()
+        return problem.loss.draw(problem.split(batch)[1], self.samples, generator)
+
+    def measure(self, evaluation: Evaluation, noise: Any) -> Layers:
+        cotangents, scale = self._cotangents(evaluation, noise)
+        if cotangents is None:
+            grads = [g.unsqueeze(0) for g in evaluation.layer_grads]
+        else:
+            pulled = [evaluation.pull_layers(u) for u in cotangents]
+            grads = [torch.stack(g) for g in zip(*pulled, strict=True)]
+        blocks = _blocks(evaluation, self.by_example)
+        uses = {
+            name: tuple(
+                LayerUse(
+                    evaluation.layer_inputs[i],
+                    grads[i],
+                    _with_kernel(evaluation.calls[i], evaluation.params),
+                    evaluation.count,
+                )
+                for i in indices
+            )
+            for name, indices in blocks.items()
+        }
+        covered = {part for name in blocks for part in split_block(name) if part}
+        names = [k for k in evaluation.params if k not in covered]
+        others = {}
+        if names and self.others != "none":
+            if cotangents is None:
+                cotangents = [evaluation.problem.loss.empirical(evaluation.outputs, evaluation.targets)]
+                # The layers' own rows carry the loss's gradient, c included.
+                cotangents = [u * evaluation.constant for u in cotangents]
+            pulled = [evaluation.pull_each(u, names, chunk_size=32) for u in cotangents]
+            rows = {k: torch.stack([p[k] for p in pulled]) for k in names}
+            if self.others == "diagonal":
+                others = {k: r.square().sum((0, 1)) for k, r in rows.items()}
+            else:
+                others = rows
+        return Layers(uses, others, scale)
+
+    def _cotangents(self, evaluation: Evaluation, noise: Any) -> tuple[list[Tensor] | None, Tensor]:
+        loss, constant = evaluation.problem.loss, evaluation.constant
+        outputs, targets = evaluation.outputs, evaluation.targets
+        if self.labels == "empirical":
+            # The rows are c times the terms' gradients, so c^-1 is left of c^-2 c.
+            return None, 1 / constant
+        if self.labels == "mc":
+            return list(loss.sampled(outputs, targets, noise)), constant
+        return list(loss.exact(outputs, targets)), constant
+
+
+def layer_statistics(
+    problem: Problem,
+    params: Params,
+    batch: Any,
+    *,
+    labels: Labels = "mc",
+    samples: int = 1,
+    generator: torch.Generator | None = None,
+) -> Layers:
+    """The layers' inputs and output gradients on one batch; see :class:`LayerStatistics`."""
+    need = LayerStatistics(labels, samples)
+    return observe(problem, params, batch, (need,), generator=generator)[need]
+
+
+def split_block(name: str) -> tuple[str, str | None]:
+    """``"weight+bias"`` or ``"weight"`` to (weight, bias or None)."""
+    weight, _, bias = name.partition("+")
+    return weight, bias or None
+
+
+def unfold(x: Tensor, kernel, stride, padding, dilation) -> Tensor:
+    """(N, C, *space) to (N, C * kernel, T) patches, for any number of spatial axes.
+
+    The patch axis is ordered as the flattened weight's: channel first, then the kernel's axes.
+    """
+    dims = len(kernel)
+    x = F.pad(x, _pads(kernel, padding, dilation))
+    for axis in range(dims):
+        window = dilation[axis] * (kernel[axis] - 1) + 1
+        x = x.unfold(2 + axis, window, stride[axis])[..., :: dilation[axis]]
+    # (N, C, *out, *kernel) -> (N, C, *kernel, *out)
+    order = [0, 1, *range(2 + dims, 2 + 2 * dims), *range(2, 2 + dims)]
+    x = x.permute(order)
+    return x.reshape(x.shape[0], x.shape[1] * x.shape[2 : 2 + dims].numel(), -1)
+
+
+def _pads(kernel, padding, dilation) -> list[int]:
+    pads: list[int] = []
+    for axis in reversed(range(len(kernel))):
+        if padding == "same":
+            total = dilation[axis] * (kernel[axis] - 1)
+            pads += [total // 2, total - total // 2]
+        else:
+            pads += [0, 0] if padding == "valid" else [padding[axis]] * 2
+    return pads
+
+
+def _with_kernel(call: Call, params: Params) -> Call:
+    if call.kind != "conv":
+        return call
+    kernel = tuple(params[call.weight].shape[2:])
+    return dataclasses.replace(call, options=(*call.options, kernel))
+
+
+def _blocks(evaluation: Evaluation, by_example: bool) -> dict[str, list[int]]:
+    """The calls of each block whose every use was recorded, in one kind and with one bias."""
+    blocks: dict[str, list[int]] = {}
+    owners: dict[str, set[str]] = {}
+    for i, call in enumerate(evaluation.calls):
+        name = call.weight if call.bias is None else f"{call.weight}+{call.bias}"
+        blocks.setdefault(name, []).append(i)
+        for part in split_block(name):
+            if part:
+                owners.setdefault(part, set()).add(name)
+
+    def usable(name, indices):
+        calls = [evaluation.calls[i] for i in indices]
+        parts = [part for part in split_block(name) if part]
+        return (
+            not any(part in evaluation.unrecorded or len(owners[part]) > 1 for part in parts)
+            and len({(c.kind, c.options) for c in calls}) == 1
+            and not (by_example and any(c.shape[0] != evaluation.count for c in calls))
+        )
+
+    return {name: indices for name, indices in blocks.items() if usable(name, indices)}

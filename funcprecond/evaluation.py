@@ -1,0 +1,405 @@
+"""One batch at one point: the library's only autodiff.
+
+An :class:`Evaluation` runs the model forward once and shares that run among all that is asked of it:
+the loss and its gradient, pull-backs of any cotangents to the parameters or to the layers' outputs,
+Hessian and Jacobian products. Each is opened at most once, when first asked for.
+
+Two routes lead to the same numbers. Where no transform is active the run is an ordinary autograd
+graph of this call alone: a layer's output gradient is then the gradient at its edge in the graph, and
+a pull-back computes what it is asked for and nothing else. Under ``vmap``, ``grad``, ``jvp`` or
+``torch.compile`` it is built from ``torch.func.vjp``, with a zero added to each layer's output. Never
+from ``torch.func.hessian``, ``jvp`` of ``jacrev`` or ``grad`` of ``jvp``, which torch 2.13 gets
+wrong for normalisation layers, and never from ``linearize``.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import get_gradient_edge
+from torch.func import grad, grad_and_value, vjp, vmap
+from torch.utils._pytree import tree_leaves, tree_map, tree_unflatten
+
+from funcprecond.capture import Call, Capture
+from funcprecond.problem import Buffers, Params, Problem, detach, example_count
+
+__all__ = ["Evaluation"]
+
+
+def _opened_once(method: Callable) -> property:
+    """A property computed at its first use; functools' has a lock, which compilers cannot trace."""
+    name = f"_{method.__name__}_value"
+
+    def get(self):
+        if name not in self.__dict__:
+            setattr(self, name, method(self))
+        return getattr(self, name)
+
+    return property(get, doc=method.__doc__)
+
+
+class Evaluation:
+    """One batch at one point of a problem.
+
+    Args:
+        problem, params, batch: what is evaluated, and where.
+        buffers: the model's buffers; the problem's own by default.
+        masks: dropout masks drawn beforehand; the missing ones are drawn from ``generator``.
+        generator: see ``masks``.
+        taps: record the layers, so that :attr:`calls`, :attr:`inputs` and :meth:`pull_layers` work.
+        twice: products with the Hessian or the Jacobian will be asked for.
+
+    Attributes:
+        inputs_batch, targets: the batch's two halves.
+    """
+
+    def __init__(
+        self,
+        problem: Problem,
+        params: Params,
+        batch: Any,
+        *,
+        buffers: Buffers | None = None,
+        masks: tuple[Tensor, ...] = (),
+        generator: torch.Generator | None = None,
+        taps: bool = False,
+        twice: bool = False,
+    ):
+        self.problem = problem
+        self.params = params
+        self.inputs_batch, self.targets = problem.split(batch)
+        self.masks = tuple(masks)
+        self._buffers = problem.buffers if buffers is None else buffers
+        self._generator = generator
+        self._taps = taps
+        plain = _untransformed((params, self._buffers, batch))
+        self._twice = twice or not plain
+        self._run = (_GraphRun if plain else _FunctionRun)(self)
+
+    # --------------------------------------------------------------------------- the forward run
+    @property
+    def outputs(self) -> Any:
+        """The model's outputs."""
+        return detach(self._run.outputs) if isinstance(self._run, _GraphRun) else self._run.outputs
+
+    @property
+    def buffers(self) -> Buffers:
+        """The model's buffers after the run."""
+        return self._run.buffers
+
+    @_opened_once
+    def count(self) -> int:
+        """N, the number of examples."""
+        return example_count(self._run.outputs)
+
+    @property
+    def calls(self) -> list[Call]:
+        """The layers' calls, in order."""
+        return self._run.calls
+
+    @property
+    def layer_inputs(self) -> Sequence[Tensor]:
+        """The input of each call."""
+        return self._run.layer_inputs
+
+    @property
+    def unrecorded(self) -> dict[str, str]:
+        """Parameters with a use that is not among the calls, and by which function."""
+        return self._run.unrecorded
+
+    # --------------------------------------------------------------------------- first derivatives
+    @property
+    def loss(self) -> Tensor:
+        """The loss, a 0-d tensor."""
+        return self._run.loss.detach() if isinstance(self._run, _GraphRun) else self._run.loss
+
+    @property
+    def grads(self) -> Params:
+        """The gradient of the loss."""
+        return self._run.grads[0]
+
+    @property
+    def layer_grads(self) -> Sequence[Tensor]:
+        """The gradient of the loss with respect to each call's output."""
+        return self._run.grads[1]
+
+    @_opened_once
+    def constant(self) -> Tensor:
+        """The loss's reduction constant ``c``."""
+        return self.problem.loss.constant(self.outputs, self.targets)
+
+    def pull(self, cotangents: Any) -> Params:
+        """``J^T cotangents``: the cotangents are shaped like the outputs. About 0.7 gradients."""
+        return self._run.pull(cotangents)
+
+    def pull_layers(self, cotangents: Any) -> Sequence[Tensor]:
+        """The cotangents pulled back to each call's output. About 0.3 gradients."""
+        return self._run.pull_layers(cotangents)
+
+    def pull_each(
+        self, cotangents: Any, names: Sequence[str], chunk_size: int | None = None
+    ) -> Params:
+        """For each example its own ``J_n^T cotangents_n``, in the named parameters.
+
+        Returns:
+            (N, *shape) for each name.
+
+        Raises:
+            ValueError: the model couples the examples of a batch.
+        """
+        if coupling := self.problem.couples_examples():
+            msg = (
+                f"per-example gradients are not defined: {coupling} couples the examples of a batch; "
+                "put it in eval mode, or use GroupNorm"
+            )
+            raise ValueError(msg)
+        count = self.count
+        chosen = {k: self.params[k] for k in names}
+
+        def one(inputs, masks, cotangent):
+            def f(sub):
+                single = tree_map(lambda x, d: x.unsqueeze(0) if d == 0 else x, inputs, dims)
+                masks_ = tuple(m.unsqueeze(0) for m in masks)
+                capture = Capture({}, masks=masks_, twice=True)
+                with capture:
+                    outputs, _ = self.problem.forward(
+                        {**self.params, **sub}, self._buffers, single
+                    )
+                return tree_map(lambda x: x.squeeze(0), outputs)
+
+            return vjp(f, chosen)[1](cotangent)[0]
+
+        dims = tree_map(
+            lambda x: 0 if isinstance(x, Tensor) and x.ndim and x.shape[0] == count else None,
+            self.inputs_batch,
+        )
+        return vmap(one, (dims, 0, 0), chunk_size=chunk_size)(
+            self.inputs_batch, self.masks, cotangents
+        )
+
+    def objective(self, params: Params) -> tuple[Tensor, Params]:
+        """(loss, gradient) at another point: the same batch, buffers and dropout masks."""
+        self._run.loss  # noqa: B018 - the masks are drawn by the first run
+        if _untransformed((params, self._buffers, self.inputs_batch)):
+            run = _GraphRun(self, params)
+            return run.loss.detach(), run.grads[0]
+        gradient, value = grad_and_value(lambda p: self._loss(p)[0])(params)
+        return value, gradient
+
+    def value(self, params: Params) -> Tensor:
+        """The loss at another point: the same batch, buffers and dropout masks."""
+        self._run.loss  # noqa: B018
+        with torch.no_grad():
+            return self._loss(params)[0]
+
+    # -------------------------------------------------------------------------- second derivatives
+    def hvp(self, vector: Params) -> Params:
+        """The loss's Hessian times a vector. The first call opens the second-order graph."""
+        return self._run.hvp(vector)
+
+    def jvp(self, vector: Params) -> Any:
+        """``J vector``, shaped like the outputs, with the masks and kernels of the forward run."""
+        return self._run.jvp(vector)
+
+    def ggn_mv(self, vector: Params) -> Params:
+        """The Gauss-Newton matrix ``J^T H_L J`` of the loss times a vector."""
+        product = self.problem.loss.hessian_product(self.outputs, self.targets, self.jvp(vector))
+        return self.pull(product)
+
+    # ------------------------------------------------------------------------------------ internals
+    def _forward(self, params: Params, tap: Callable | None) -> tuple[Any, Buffers, Capture]:
+        capture = Capture(params, tap, self.masks, self._generator, self._twice)
+        with capture:
+            outputs, buffers = self.problem.forward(params, self._buffers, self.inputs_batch)
+        self.masks = tuple(capture.masks)
+        return outputs, buffers, capture
+
+    def _loss(self, params: Params) -> tuple[Tensor, Any]:
+        outputs, buffers, _ = self._forward(params, None)
+        return self.problem.loss(outputs, self.targets), (outputs, buffers)
+
+
+class _GraphRun:
+    """The run as an autograd graph on leaves of its own."""
+
+    def __init__(self, evaluation: Evaluation, params: Params | None = None):
+        self.evaluation = evaluation
+        taps = evaluation._taps and params is None
+        source = evaluation.params if params is None else params
+        # New leaves, so that no flag and no .grad of the caller's tensors is touched.
+        self.leaves = {k: p.detach().requires_grad_() for k, p in source.items()}
+        self.edges = []
+
+        def tap(output):
+            self.edges.append(get_gradient_edge(output))
+            return output
+
+        with torch.enable_grad():
+            self.outputs, buffers, capture = evaluation._forward(
+                self.leaves, tap if taps else None
+            )
+            example_count(self.outputs)
+            self.loss = evaluation.problem.loss(self.outputs, evaluation.targets)
+        self.buffers = detach(buffers)
+        self.calls, self.unrecorded = capture.calls, capture.unrecorded
+        self.layer_inputs = [x.detach() for x in capture.inputs]
+
+    @_opened_once
+    def grads(self):
+        twice = self.evaluation._twice
+        everything = self._gradient(self.loss, None, [*self.leaves.values(), *self.edges], twice)
+        n = len(self.leaves)
+        self._graph_of_grads = dict(zip(self.leaves, everything[:n], strict=True))
+        return detach(self._graph_of_grads), [g.detach() for g in everything[n:]]
+
+    def pull(self, cotangents):
+        return dict(zip(self.leaves, self._pull(cotangents, [*self.leaves.values()]), strict=True))
+
+    def pull_layers(self, cotangents):
+        return self._pull(cotangents, self.edges)
+
+    def hvp(self, vector):
+        self.grads  # noqa: B018 - opens the graph of the gradient
+        return self._through(self._graph_of_grads, vector, self.leaves)
+
+    def jvp(self, vector):
+        seed, pulled = self._transposed
+        flat, spec = torch.utils._pytree.tree_flatten(self.outputs)
+        result = self._through(pulled, vector, dict(enumerate(seed)))
+        return tree_unflatten([result[i] for i in range(len(flat))], spec)
+
+    @_opened_once
+    def _transposed(self):
+        """``u -> J^T u`` as a graph in ``u``: linear, so its own pull-back is ``J``."""
+        seed = [torch.zeros_like(x, requires_grad=True) for x in tree_leaves(self.outputs)]
+        return seed, dict(
+            zip(
+                self.leaves,
+                self._pull(seed, [*self.leaves.values()], create_graph=True),
+                strict=True,
+            )
+        )
+
+    def _through(self, graph, vector, inputs):
+        """The vector pulled back through a graph of gradients to its inputs."""
+        alive = [k for k, g in graph.items() if g.requires_grad]
+        if not alive:
+            return {k: torch.zeros_like(x) for k, x in inputs.items()}
+        values = self._gradient(
+            [graph[k] for k in alive], [vector[k] for k in alive], [*inputs.values()]
+        )
+        return dict(zip(inputs, values, strict=True))
+
+    def _pull(self, cotangents, inputs, create_graph=False):
+        pairs = [
+            (x, u)
+            for x, u in zip(tree_leaves(self.outputs), tree_leaves(cotangents), strict=True)
+            if x.requires_grad
+        ]
+        outputs = [x for x, _ in pairs]
+        return self._gradient(outputs, [u for _, u in pairs], inputs, create_graph)
+
+    def _gradient(self, outputs, cotangents, inputs, create_graph=False):
+        flat = [outputs] if isinstance(outputs, Tensor) else outputs
+        found: Sequence[Tensor | None] = [None] * len(inputs)
+        if inputs and any(x.requires_grad for x in flat):
+            found = torch.autograd.grad(
+                outputs,
+                inputs,
+                cotangents,
+                retain_graph=True,
+                create_graph=create_graph,
+                allow_unused=True,
+            )
+        # Edges are the last inputs, one for each call; those that nothing reaches have a zero.
+        shapes = [c.shape for c in self.calls]
+        like = next(iter(self.leaves.values()), None)
+        first_edge = len(inputs) - len(shapes)
+        return [
+            g
+            if g is not None
+            else torch.zeros_like(x)
+            if isinstance(x, Tensor)
+            else like.new_zeros(shapes[i - first_edge])  # pyright: ignore[reportOptionalMemberAccess]
+            for i, (g, x) in enumerate(zip(found, inputs, strict=True))
+        ]
+
+
+class _FunctionRun:
+    """The run built from ``torch.func.vjp``, for use inside other transforms."""
+
+    def __init__(self, evaluation: Evaluation):
+        self.evaluation = evaluation
+        self.calls: list[Call] = []
+        self.unrecorded: dict[str, str] = {}
+        if evaluation._taps:
+            # Only the shapes of the layers' outputs are used; a compiler removes this run.
+            with torch.no_grad():
+                _, _, capture = evaluation._forward(_renamed(evaluation.params), lambda z: z)
+            self.calls, self.unrecorded = capture.calls, capture.unrecorded
+        like = next(iter(tree_leaves(evaluation.params)), torch.zeros(()))
+        self._zeros = [like.new_zeros(()).expand(c.shape) for c in self.calls]
+        calls = len(self.calls)
+
+        def f(params, zeros):
+            rest = iter(zeros)
+            tap = (lambda z: z + next(rest)) if evaluation._taps else None
+            outputs, buffers, capture = evaluation._forward(_renamed(params), tap)
+            if len(capture.calls) != calls:
+                # Without this check a call missed here would have a gradient of zero, silently.
+                msg = f"{calls} layer calls were seen in one run and {len(capture.calls)} in another"
+                raise RuntimeError(msg)
+            return outputs, (buffers, capture.inputs)
+
+        self.outputs, self._vjp, (self.buffers, self.layer_inputs) = vjp(
+            f, evaluation.params, self._zeros, has_aux=True
+        )
+        example_count(self.outputs)
+        self.loss, self._loss_vjp = vjp(
+            lambda x: evaluation.problem.loss(x, evaluation.targets), self.outputs
+        )
+
+    @_opened_once
+    def grads(self):
+        return self._vjp(self._loss_vjp(torch.ones_like(self.loss))[0])
+
+    def pull(self, cotangents):
+        return self._vjp(cotangents)[0]
+
+    def pull_layers(self, cotangents):
+        return self._vjp(cotangents)[1]
+
+    @_opened_once
+    def _hessian(self):
+        return vjp(grad(lambda p: self.evaluation._loss(p)[0]), self.evaluation.params)[1]
+
+    def hvp(self, vector):
+        return self._hessian(vector)[0]
+
+    @_opened_once
+    def _jacobian(self):
+        # A pull-back of its own: the one with zeros would be transposed together with them.
+        _, pull = vjp(lambda p: self.evaluation._forward(p, None)[0], self.evaluation.params)
+        return vjp(lambda u: pull(u)[0], tree_map(torch.zeros_like, self.outputs))[1]
+
+    def jvp(self, vector):
+        return self._jacobian(vector)[0]
+
+
+def _renamed(params: Params) -> Params:
+    """The same values as tensors made here, whose identities a compiler does not guard on."""
+    return {k: p.view_as(p) for k, p in params.items()}
+
+
+def _untransformed(tree: Any) -> bool:
+    """Whether nothing watches: no compiler, no transform, no outer graph."""
+    if torch.compiler.is_compiling():
+        return False
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        return False
+    if torch.autograd.forward_ad._current_level >= 0:
+        return False
+    if not torch.is_grad_enabled():
+        return True
+    return not any(isinstance(x, Tensor) and x.requires_grad for x in tree_leaves(tree))

@@ -1,0 +1,71 @@
+"""CASPR: axis preconditioners combined by a Kronecker sum instead of a Kronecker product.
+
+Row: (F̂_emp^batch)^½, layer, KF-dim, eigendecomposition. Duvvuri, Devvrit, Anil, Hsieh & Dhillon, ICLR
+2024. With Shampoo's factors S_i and k axes::
+
+    X = ( (1/k) Σ_i S_i^(-1/2p) )^p,    d = X G,    p = k
+
+for a matrix ``U = (L^(-1/4) G + G R^(-1/4)) / 2``, then the same of ``U``: the square of
+``(L^(-1/4) ⊗ I + I ⊗ R^(-1/4)) / 2``. X lies between Shampoo's preconditioner (p → ∞) and the one of
+full-matrix AdaGrad. Vectors and scalars get diagonal AdaGrad. Needs the gradient only; Shampoo's memory
+and refresh; p k products a step where Shampoo takes k.
+"""
+
+import torch
+from torch import Tensor
+
+from funcprecond.compose import compose
+from funcprecond.curvature.gradient import BatchGradient
+from funcprecond.representation.average import Decay
+from funcprecond.representation.kronecker_dim import KroneckerDim
+from funcprecond.solver.kronecker_sum import KroneckerSum
+from funcprecond.taxonomy import Card
+from funcprecond.transform import Transform
+
+__all__ = ["caspr"]
+
+
+def caspr(
+    *,
+    epsilon: float | Tensor = 1e-6,
+    decay: Decay = "sum",
+    p: int | None = None,
+    every: int = 1,
+    refresh_every: int = 1,
+    start: int = 0,
+    dtype: torch.dtype | None = None,
+) -> Transform:
+    """CASPR's direction.
+
+    Args:
+        epsilon: the ridge, relative to each factor's largest eigenvalue; CASPR is more sensitive to it
+            than Shampoo, see :class:`funcprecond.solver.kronecker_sum.KroneckerSum`.
+        decay: "sum", or the weight of the old value of a bias-corrected moving average.
+        p: the number of passes, the number of axes by default; 1 averages the one-sided
+            preconditioners.
+        every, refresh_every, start: the intervals, as for :func:`funcprecond.shampoo`.
+        dtype: what the decompositions run in, see :mod:`funcprecond.solver.inverse_root`.
+    """
+    return compose(
+        BatchGradient(),
+        KroneckerDim,
+        KroneckerSum(epsilon, p, dtype),
+        decay=decay,
+        every=every,
+        refresh_every=refresh_every,
+        start=start,
+    )
+
+
+CARDS = (
+    Card(
+        "caspr",
+        "CASPR (Duvvuri 2024)",
+        "(F̂_emp^batch)^½",
+        "layer, KF-dim, Kronecker sum",
+        "G direct, eigendecomposition",
+        caspr,
+        learning_rate=0.1,
+        intervals=True,
+    ),
+)

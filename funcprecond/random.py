@@ -1,0 +1,48 @@
+"""Randomness: drawn eagerly from an explicit generator, into tensors.
+
+A ``torch.Generator`` cannot enter a compiled function and has no meaning under ``vmap``; the tensors
+it yields can and do. Every draw of the library goes through this file, lands on the generator's
+device first, and so gives the same numbers whatever device the parameters are on.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+__all__ = ["normal", "rademacher", "uniform"]
+
+
+def uniform(
+    shape: Sequence[int], generator: torch.Generator | None, *, dtype: torch.dtype, device
+) -> Tensor:
+    """Numbers in [0, 1), of the given shape."""
+    g = _require(generator)
+    return torch.rand(tuple(shape), generator=g, dtype=dtype, device=g.device).to(device)
+
+
+def normal(
+    shape: Sequence[int], generator: torch.Generator | None, *, dtype: torch.dtype, device
+) -> Tensor:
+    """Independent standard normal numbers, of the given shape."""
+    g = _require(generator)
+    return torch.randn(tuple(shape), generator=g, dtype=dtype, device=g.device).to(device)
+
+
+def rademacher(
+    shape: Sequence[int], generator: torch.Generator | None, *, dtype: torch.dtype, device
+) -> Tensor:
+    """Independent signs, -1 or +1 with equal probability, of the given shape."""
+    g = _require(generator)
+    bits = torch.randint(0, 2, tuple(shape), generator=g, device=g.device)
+    return (2 * bits - 1).to(device=device, dtype=dtype)
+
+
+def _require(generator: torch.Generator | None) -> torch.Generator:
+    if generator is None:
+        msg = (
+            "random numbers are needed (probes, sampled labels or dropout masks) but no generator "
+            "was given: pass generator=torch.Generator().manual_seed(0)"
+        )
+        raise ValueError(msg)
+    return generator

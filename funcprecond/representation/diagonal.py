@@ -1,0 +1,65 @@
+"""Element-wise: the diagonal of the curvature matrix."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from funcprecond import tree
+from funcprecond.problem import Params
+from funcprecond.representation import average
+from funcprecond.tree import state
+
+__all__ = ["Diagonal"]
+
+
+@state
+class Diagonal:
+    """One number for each parameter entry, in float32 or wider.
+
+    Attributes:
+        total: shaped like the parameters; divided by ``weight`` it is the diagonal.
+        weight: 0-d, see :mod:`funcprecond.representation.average`.
+    """
+
+    total: Params
+    weight: Tensor
+
+    @classmethod
+    def init(cls, params: Params) -> "Diagonal":
+        """Zero."""
+        total = {k: torch.zeros_like(p, dtype=factor_dtype(p)) for k, p in params.items()}
+        return cls(total, zero_weight(params))
+
+    def accumulate(self, value: Any, decay: average.Decay) -> "Diagonal":
+        """Take in a measurement, anything with a ``diagonal()``."""
+        new = value.diagonal()
+        total = {k: average.accumulate(t, new[k], decay) for k, t in self.total.items()}
+        return Diagonal(total, average.weight(self.weight, decay))
+
+    def diagonal(self) -> Params:
+        """The averaged diagonal."""
+        return {k: t / self.weight for k, t in self.total.items()}
+
+    def matvec(self, vector: Params) -> Params:
+        """The matrix times a vector shaped like the parameters."""
+        return {k: d * vector[k] for k, d in self.diagonal().items()}
+
+    def trace(self) -> Tensor:
+        """The sum of the diagonal, a 0-d tensor."""
+        return torch.stack([d.sum() for d in self.diagonal().values()]).sum()
+
+    def to_dense(self) -> Tensor:
+        """(P, P), all parameters in order."""
+        return torch.diag(tree.ravel(self.diagonal()))
+
+
+def factor_dtype(p: Tensor) -> torch.dtype:
+    """The dtype of statistics of ``p``: float32, or float64 if ``p`` has it."""
+    return torch.promote_types(p.dtype, torch.float32)
+
+
+def zero_weight(params: Params) -> Tensor:
+    """A 0-d zero on the parameters' device."""
+    first = next(iter(params.values()), torch.zeros(()))
+    return first.new_zeros((), dtype=factor_dtype(first))

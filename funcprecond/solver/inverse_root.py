@@ -1,0 +1,169 @@
+r"""Inverse roots :math:`(A + \epsilon \lambda_{max} I)^{-1/p}` of positive semi-definite matrices.
+
+By eigendecomposition, of stacks of equal-sized matrices at once. In float64 on a CPU, where it costs
+about twice float32 and is exact to 3e-8 on every spectrum; in float32 the smallest eigenvalues carry
+an error of about 6e-8 / (p epsilon). A matrix that is zero or not finite keeps its previous root.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from funcprecond.problem import Params
+from funcprecond.representation.dense import Dense
+from funcprecond.representation.kronecker_dim import KroneckerDim, axes_of
+from funcprecond.tree import state
+
+__all__ = ["InverseRoot", "Roots", "by_shape", "inverse_root", "mode_product"]
+
+
+def inverse_root(
+    matrices: Tensor, p: float | Tensor, *, epsilon: float | Tensor, dtype: torch.dtype | None = None
+) -> tuple[Tensor, Tensor]:
+    """``(A + epsilon lambda_max I)^(-1/p)`` of each matrix of a stack.
+
+    Args:
+        matrices: (..., n, n), symmetric positive semi-definite up to rounding.
+        p: any positive number.
+        epsilon: the ridge, relative to each matrix's largest eigenvalue.
+        dtype: what to decompose in; float64 on a CPU and float32 elsewhere by default.
+
+    Returns:
+        The roots, in the dtype of ``matrices``, and (...,) booleans: False where the matrix was zero or
+        not finite, and the root is meaningless.
+    """
+    if dtype is None:
+        dtype = torch.float64 if matrices.device.type == "cpu" else torch.float32
+    dtype = torch.promote_types(matrices.dtype, dtype)
+    a = (matrices + matrices.mT).to(dtype) / 2
+    # One scale for all magnitudes, so that neither the decomposition nor a root over- or underflows.
+    scale = a.diagonal(dim1=-2, dim2=-1).mean(-1)
+    ok = torch.isfinite(a).all(-1).all(-1) & (scale > 0)
+    scale = torch.where(ok, scale, 1.0)
+    eye = torch.eye(a.shape[-1], dtype=dtype, device=a.device)
+    a = torch.where(ok[..., None, None], a / scale[..., None, None], eye)
+    eigenvalues, vectors = torch.linalg.eigh(a)
+    ridge = epsilon * eigenvalues[..., -1:]
+    half = (eigenvalues.clamp_min(0.0) + ridge) ** (-0.5 / p)
+    half = vectors * half.unsqueeze(-2)
+    root = (half @ half.mT) * (scale ** (-1.0 / p))[..., None, None]
+    return root.to(matrices.dtype), ok
+
+
+@state
+class Roots:
+    """Inverse roots, ready to be applied.
+
+    Attributes:
+        roots: for each parameter a tuple of (n_i, n_i) matrices, one an axis with a factor.
+        diagonals: for the other parameters the inverse root, entry by entry.
+    """
+
+    roots: dict[str, tuple[Tensor, ...]]
+    diagonals: dict[str, Tensor]
+
+
+@dataclasses.dataclass(frozen=True)
+class InverseRoot:
+    """Apply ``S_i^(-exponent)`` along every axis; for a dense matrix, ``C^(-exponent)``.
+
+    Attributes:
+        epsilon: the ridge, relative to each factor's largest eigenvalue.
+        exponent: of each factor; by default 1/2 shared by the k axes, ``1 / (2 k)``.
+        dtype: see :func:`inverse_root`.
+    """
+
+    epsilon: float | Tensor = 1e-6
+    exponent: float | None = None
+    dtype: torch.dtype | None = None
+    accepts: ClassVar[tuple[type, ...]] = (KroneckerDim, Dense)
+
+    def init(self, representation: KroneckerDim | Dense) -> Roots:
+        """Identity: what stays where no root can be taken yet."""
+        factors, diagonals = _factors(representation)
+        eye = {
+            k: tuple(torch.eye(s.shape[-1], dtype=s.dtype, device=s.device) for s in f)
+            for k, f in factors.items()
+        }
+        return Roots(eye, {k: torch.ones_like(d) for k, d in diagonals.items()})
+
+    def prepare(self, representation: KroneckerDim | Dense, previous: Roots) -> Roots:
+        """Take the roots: one batched eigendecomposition for each size of matrix."""
+        factors, diagonals = _factors(representation)
+        flat = [s for f in factors.values() for s in f]
+        old = [r for f in previous.roots.values() for r in f]
+        powers = [
+            1 / (self.exponent or 0.5 / len(f)) for f in factors.values() for _ in f
+        ]
+
+        def take(stack: Tensor, before: Tensor, p: float) -> Tensor:
+            root, ok = inverse_root(
+                stack / representation.weight, p, epsilon=self.epsilon, dtype=self.dtype
+            )
+            return torch.where(ok[..., None, None], root, before)
+
+        new = iter(by_shape(take, flat, old, static=powers))
+        roots = {k: tuple(next(new) for _ in f) for k, f in factors.items()}
+        return Roots(roots, self._diagonals(representation, diagonals, previous))
+
+    def apply(self, factor: Roots, grads: Params) -> Params:
+        """Two products a matrix, one along each axis."""
+        direction = {}
+        for name, g in grads.items():
+            if name in factor.diagonals:
+                direction[name] = (g * factor.diagonals[name]).to(g.dtype)
+                continue
+            roots = factor.roots[name]
+            if len(roots) == 1:
+                x = roots[0] @ g.reshape(-1).to(roots[0].dtype)
+                direction[name] = x.reshape(g.shape).to(g.dtype)
+                continue
+            x = g.to(roots[0].dtype)
+            for axis, root in zip(axes_of(g.shape), roots, strict=True):
+                x = mode_product(root, x, axis)
+            direction[name] = x.to(g.dtype)
+        return direction
+
+    def _diagonals(self, representation, diagonals, previous: Roots) -> dict[str, Tensor]:
+        new = {}
+        for name, d in diagonals.items():
+            d = d / representation.weight
+            largest = d.max() if d.numel() else d.new_zeros(())
+            ok = torch.isfinite(largest) & (largest > 0)
+            ridge = self.epsilon * torch.where(ok, largest, 1.0)
+            new[name] = torch.where(ok, (d + ridge).rsqrt(), previous.diagonals[name])
+        return new
+
+
+def mode_product(matrix: Tensor, x: Tensor, axis: int) -> Tensor:
+    """Contract axis ``axis`` of ``x`` with axis 1 of ``matrix``; the result's axis stays in place."""
+    if x.ndim == 2:
+        return matrix @ x if axis == 0 else x @ matrix.mT
+    return torch.tensordot(matrix, x, ([1], [axis])).movedim(0, axis)
+
+
+def by_shape(
+    function: Callable[..., Tensor], *lists: Sequence[Tensor], static: Sequence[Any]
+) -> list[Tensor]:
+    """Map ``function(*stacks, static)`` over lists of tensors, equal shapes as one stack.
+
+    Entries are grouped by the first list's shape, dtype and device and by ``static``.
+    """
+    groups: dict[Any, list[int]] = {}
+    for i, (x, s) in enumerate(zip(lists[0], static, strict=True)):
+        groups.setdefault((tuple(x.shape), x.dtype, x.device, s), []).append(i)
+    results: list[Tensor] = [lists[0][0]] * len(lists[0]) if lists[0] else []
+    for (*_, s), indices in groups.items():
+        stacks = [torch.stack([tensors[i] for i in indices]) for tensors in lists]
+        for i, row in zip(indices, function(*stacks, s).unbind(), strict=True):
+            results[i] = row
+    return results
+
+
+def _factors(representation: KroneckerDim | Dense):
+    if isinstance(representation, Dense):
+        return {k: (t,) for k, t in representation.total.items()}, {}
+    return representation.totals, representation.diagonals

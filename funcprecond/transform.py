@@ -1,0 +1,129 @@
+"""The one type of every method and of everything chained around it, and the step that drives it."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from funcprecond import tree
+from funcprecond.observe import Evidence, Need, Noise, observe
+from funcprecond.problem import Buffers, Params, Problem
+
+__all__ = ["Transform", "apply", "chain", "gradient_only", "make_step", "stateless"]
+
+
+class Transform(NamedTuple):
+    """Turns gradients into directions, by three pure functions.
+
+    Attributes:
+        init: ``params -> state``. A state is a tree of tensors.
+        update: ``(state, grads, evidence=None) -> (new state, direction)``. A direction has the sign
+            and the dtypes of the gradient. Methods that need the gradient only work without evidence,
+            and then measure and refresh at every call.
+        needs: ``t -> needs``: what to observe at step ``t``, a host integer counted from 0.
+    """
+
+    init: Callable[[Params], Any]
+    update: Callable[..., tuple[Any, Params]]
+    needs: Callable[[int], tuple[Need, ...]] = lambda t: ()
+
+
+def gradient_only(init: Callable, update: Callable) -> Transform:
+    """A transform whose ``update(state, grads)`` asks for nothing beside the gradient."""
+    return Transform(init, lambda state, grads, evidence=None: update(state, grads))
+
+
+def stateless(function: Callable[[Params], Params]) -> Transform:
+    """A transform that maps each gradient on its own."""
+    return gradient_only(lambda params: (), lambda state, grads: (state, function(grads)))
+
+
+def chain(*transforms: Transform) -> Transform:
+    """Apply transforms one after another: the direction of one is the gradient of the next.
+
+    The order carries meaning. ``chain(adam(), weight_decay(0.1), scale(1e-3))`` decays the weights
+    themselves (decoupled, AdamW); ``chain(weight_decay(0.1), adam(), scale(1e-3))`` adds the decay to
+    the gradient that Adam sees (an L2 penalty). The learning rate comes last.
+    """
+
+    def init(params):
+        return tuple(t.init(params) for t in transforms)
+
+    def update(state, grads, evidence=None):
+        new = []
+        for transform, old in zip(transforms, state, strict=True):
+            inner, grads = transform.update(old, grads, evidence)
+            new.append(inner)
+        return tuple(new), grads
+
+    def needs(t):
+        return tuple(dict.fromkeys(n for transform in transforms for n in transform.needs(t)))
+
+    return Transform(init, update, needs)
+
+
+def apply(params: Params, direction: Params) -> Params:
+    """``params - direction``, as new tensors of the parameters' dtypes.
+
+    Raises:
+        KeyError: the direction lacks a parameter.
+    """
+    missing = params.keys() - direction.keys()
+    if missing:
+        msg = f"the direction has no entry for {sorted(missing)}"
+        raise KeyError(msg)
+    return tree.sub(params, {k: direction[k].to(p.dtype) for k, p in params.items()})
+
+
+def make_step(problem: Problem, opt: Transform, *, compile: bool = False) -> Callable:
+    """One whole training step as a pure function: observe, update, apply.
+
+    Args:
+        problem: what is minimised.
+        opt: the method, with its learning rate.
+        compile: compile it, full graph, once for each distinct set of needs.
+
+    Returns:
+        ``step(params, state, batch, t, noise=None, buffers=None) -> (params, state, evidence)``. It
+        can be vmapped over ensembles and differentiated through. ``noise`` comes from
+        :func:`funcprecond.draw`; the evidence returned holds no measured values, since some are
+        functions of the batch.
+    """
+
+    def body(params: Params, state: Any, batch: Any, needs: tuple, noise: Noise, buffers: Buffers):
+        evidence = observe(problem, params, batch, needs, noise=noise, buffers=buffers)
+        state, direction = opt.update(state, evidence.grads, evidence)
+        seen = Evidence(
+            params, evidence.loss, evidence.outputs, evidence.grads, evidence.buffers, {}
+        )
+        return apply(params, direction), state, seen
+
+    compiled: dict[tuple, Callable] = {}
+
+    def step(
+        params: Params,
+        state: Any,
+        batch: Any,
+        t: int,
+        noise: Noise | None = None,
+        buffers: Buffers | None = None,
+    ) -> tuple[Params, Any, Evidence]:
+        needs = opt.needs(t)
+        noise = Noise((), {}) if noise is None else noise
+        buffers = problem.buffers if buffers is None else buffers
+        if not compile:
+            return body(params, state, batch, needs, noise, buffers)
+        if needs not in compiled:
+            compiled[needs] = torch.compile(
+                lambda p, s, b, n, u: body(p, s, b, needs, n, u), fullgraph=True, dynamic=False
+            )
+        return compiled[needs](params, state, batch, noise, buffers)
+
+    return step
+
+
+def counter(like: Params) -> Tensor:
+    """A step counter at zero: a 0-d integer tensor on the parameters' device."""
+    first = next(iter(like.values()), torch.zeros(()))
+    return first.new_zeros((), dtype=torch.int64)

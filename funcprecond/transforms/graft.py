@@ -1,0 +1,47 @@
+"""Grafting: the direction of one method with the length of another's."""
+
+from typing import Any
+
+from funcprecond.observe import Evidence
+from funcprecond.problem import Params
+from funcprecond.transform import Transform
+from funcprecond.tree import state
+
+__all__ = ["Grafted", "graft"]
+
+TINY = 1e-30
+
+
+@state
+class Grafted:
+    """The states of the two methods."""
+
+    direction: Any
+    magnitude: Any
+
+
+def graft(direction: Transform, magnitude: Transform) -> Transform:
+    """Take each parameter's direction from one method and its length from another.
+
+    ``d <- d * |m| / |d|`` per parameter, so that a learning rate tuned for ``magnitude`` carries over
+    and every global scale of ``direction`` is irrelevant (Anil et al., arXiv 2002.09018). Where the
+    direction is zero the result is zero.
+    """
+
+    def init(params: Params) -> Grafted:
+        return Grafted(direction.init(params), magnitude.init(params))
+
+    def update(
+        state: Grafted, grads: Params, evidence: Evidence | None = None
+    ) -> tuple[Grafted, Params]:
+        first, d = direction.update(state.direction, grads, evidence)
+        second, m = magnitude.update(state.magnitude, grads, evidence)
+        grafted = {
+            k: x * (m[k].norm() / x.norm().clamp_min(TINY)).to(x.dtype) for k, x in d.items()
+        }
+        return Grafted(first, second), grafted
+
+    def needs(t: int) -> tuple:
+        return tuple(dict.fromkeys((*direction.needs(t), *magnitude.needs(t))))
+
+    return Transform(init, update, needs)

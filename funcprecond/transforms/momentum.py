@@ -1,0 +1,34 @@
+"""Momentum of what comes before it in the chain."""
+
+from torch import Tensor
+
+from funcprecond import tree
+from funcprecond.problem import Params
+from funcprecond.transform import Transform, gradient_only
+
+__all__ = ["momentum"]
+
+
+def momentum(decay: float | Tensor = 0.9, *, nesterov: bool = False, average: bool = False) -> Transform:
+    """Heavy-ball momentum ``m <- decay m + d``, and the direction ``m``.
+
+    Args:
+        decay: the weight of the old direction.
+        nesterov: the direction ``d + decay m`` instead, with the new ``m``.
+        average: weight ``d`` by ``1 - decay``, so that the step keeps its length.
+
+    After a preconditioner it averages directions, before one gradients. State: one copy of the
+    parameters.
+    """
+
+    def init(params: Params) -> Params:
+        return {k: p.new_zeros(p.shape) for k, p in params.items()}
+
+    def update(state: Params, grads: Params) -> tuple[Params, Params]:
+        share = 1 - decay if average else 1
+        new = tree.add(tree.mul(state, decay), grads, share)
+        if not nesterov:
+            return new, new
+        return new, tree.add(tree.mul(new, decay), grads, share)
+
+    return gradient_only(init, update)

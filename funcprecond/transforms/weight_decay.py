@@ -1,0 +1,43 @@
+"""Weight decay, decoupled or as an L2 penalty, by where it stands in the chain."""
+
+from collections.abc import Callable
+
+from torch import Tensor
+
+from funcprecond.observe import Evidence, MissingEvidence
+from funcprecond.problem import Params
+from funcprecond.transform import Transform
+
+__all__ = ["weight_decay"]
+
+
+def weight_decay(
+    rate: float | Tensor, *, mask: Callable[[str, Tensor], bool] | None = None
+) -> Transform:
+    """Add ``rate * params`` to the direction.
+
+    After the preconditioner it is decoupled: ``chain(adam(), weight_decay(0.1), scale(lr))`` is AdamW.
+    Before it, it is an L2 penalty in the gradient.
+
+    Args:
+        rate: the decay.
+        mask: ``(name, parameter) -> bool``, which parameters decay; all by default. Matrices only:
+            ``lambda name, p: p.ndim > 1``.
+
+    Raises:
+        MissingEvidence: ``update`` was called without evidence, which holds the parameters.
+    """
+
+    def update(
+        state: tuple, grads: Params, evidence: Evidence | None = None
+    ) -> tuple[tuple, Params]:
+        if evidence is None:
+            msg = "weight decay needs the parameters: pass the evidence of fp.observe to update"
+            raise MissingEvidence(msg)
+        params = evidence.params
+        return state, {
+            k: g + rate * params[k] if mask is None or mask(k, params[k]) else g
+            for k, g in grads.items()
+        }
+
+    return Transform(lambda params: (), update)

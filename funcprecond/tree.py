@@ -1,0 +1,235 @@
+"""Trees of tensors: immutable states, maps over them, and their one format on disk.
+
+A *tree* is a nest of dicts, tuples, lists and classes made by :func:`state`, with tensors as
+leaves. Everything funcprecond passes around is one, so ``torch.func.vmap``, ``torch.compile`` and
+``torch.utils.data`` collate functions treat a K-FAC state like any other argument. This is the
+only file that touches torch's pytree registry.
+"""
+
+import dataclasses
+import os
+from collections.abc import Mapping
+from typing import Any, TypeVar, dataclass_transform
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+T = TypeVar("T")
+
+__all__ = [
+    "Stack",
+    "add",
+    "dot",
+    "from_dict",
+    "leaves",
+    "load",
+    "map",
+    "mul",
+    "norm",
+    "ravel",
+    "save",
+    "state",
+    "static",
+    "sub",
+    "to_dict",
+    "unravel",
+]
+
+
+def static(**kwargs: Any) -> Any:
+    """A field of a :func:`state` class that belongs to the structure and is not a leaf.
+
+    Its value must be hashable: names, flags, shapes, frozen configurations.
+    """
+    return dataclasses.field(metadata={"static": True}, **kwargs)
+
+
+@dataclass_transform(frozen_default=True, field_specifiers=(dataclasses.field, static))
+def state(cls: type[T]) -> type[T]:
+    """Make ``cls`` an immutable dataclass that is a tree: fields are children, static ones are not.
+
+    Do not validate in ``__post_init__``: transforms rebuild the class with placeholders as leaves.
+    """
+    cls = dataclasses.dataclass(frozen=True, eq=False)(cls)
+    fields = dataclasses.fields(cls)  # pyright: ignore[reportArgumentType]
+    children = tuple(f.name for f in fields if not f.metadata.get("static"))
+    statics = tuple(f.name for f in fields if f.metadata.get("static"))
+
+    def flatten(node):
+        return [getattr(node, n) for n in children], tuple(getattr(node, n) for n in statics)
+
+    def flatten_with_keys(node):
+        values, context = flatten(node)
+        keys = [(pytree.GetAttrKey(n), v) for n, v in zip(children, values, strict=True)]
+        return keys, context
+
+    def unflatten(values, context):
+        return cls(**dict(zip(children, values)), **dict(zip(statics, context)))  # noqa: B905
+
+    pytree.register_pytree_node(
+        cls,
+        flatten,
+        unflatten,
+        flatten_with_keys_fn=flatten_with_keys,
+        serialized_type_name=f"{cls.__module__}.{cls.__qualname__}",
+    )
+    return cls
+
+
+@state
+class Stack:
+    """Equal-shaped tensors kept as one, row ``i`` belonging to ``keys[i]``.
+
+    Work on ``rows`` is one batched product; :func:`to_dict` still writes one entry a key, so that a
+    checkpoint does not depend on how blocks were grouped.
+
+    Attributes:
+        rows: (len(keys), ...), the stacked tensors.
+        keys: one name for each row.
+    """
+
+    rows: Tensor
+    keys: tuple[str, ...] = static()
+
+
+map = pytree.tree_map
+leaves = pytree.tree_leaves
+
+
+# --------------------------------------------------------------------- vectors shaped like params
+def add(x: dict[str, Tensor], y: dict[str, Tensor], alpha: Any = 1.0) -> dict[str, Tensor]:
+    """``x + alpha * y`` over two dicts with the same keys."""
+    return {k: v + alpha * y[k] for k, v in x.items()}
+
+
+def sub(x: dict[str, Tensor], y: dict[str, Tensor]) -> dict[str, Tensor]:
+    """``x - y`` over two dicts with the same keys, as one multi-tensor operation."""
+    if not x:
+        return {}
+    return dict(zip(x, torch._foreach_sub(list(x.values()), [y[k] for k in x]), strict=True))
+
+
+def mul(x: dict[str, Tensor], factor: float | Tensor) -> dict[str, Tensor]:
+    """``factor * x``; the factor is a float or a 0-d tensor."""
+    return {k: v * factor for k, v in x.items()}
+
+
+def dot(x: dict[str, Tensor], y: dict[str, Tensor]) -> Tensor:
+    """The inner product over all entries, a 0-d tensor, accumulated in float32 or wider."""
+    parts = [_lift(x[k]).reshape(-1).dot(_lift(y[k]).reshape(-1)) for k in x]
+    return torch.stack(parts).sum() if parts else torch.zeros(())
+
+
+def norm(x: dict[str, Tensor]) -> Tensor:
+    """The Euclidean norm over all entries, a 0-d tensor."""
+    return dot(x, x).sqrt()
+
+
+def ravel(x: Mapping[str, Tensor]) -> Tensor:
+    """All entries as one vector, in the order of the keys."""
+    return torch.cat([v.reshape(-1) for v in x.values()]) if x else torch.zeros(0)
+
+
+def unravel(vector: Tensor, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The inverse of :func:`ravel`: a dict of tensors shaped as in ``like``."""
+    parts = vector.split([v.numel() for v in like.values()])
+    return {k: p.reshape(v.shape) for (k, v), p in zip(like.items(), parts, strict=True)}
+
+
+def _lift(x: Tensor) -> Tensor:
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+
+
+# ------------------------------------------------------------------------------------- flat format
+def to_dict(tree: Any) -> dict[str, Tensor]:
+    """A flat dict of the tree's tensors by readable path, such as ``"factor.left.fc.weight"``.
+
+    It is what ``torch.save(weights_only=True)``, safetensors and ``torch.distributed.checkpoint``
+    take. Rows of a :class:`Stack` appear under their own keys.
+
+    Raises:
+        TypeError: a leaf is not a tensor.
+        ValueError: two leaves have one path.
+    """
+    flat: dict[str, Tensor] = {}
+    for path, leaf in _named(tree):
+        if not isinstance(leaf, Tensor):
+            msg = f"{path!r} is a {type(leaf).__name__}; only tensors are saved: wrap it in one"
+            raise TypeError(msg)
+        if path in flat:
+            msg = f"two leaves have the path {path!r}: rename one of the keys"
+            raise ValueError(msg)
+        flat[path] = leaf
+    return flat
+
+
+def from_dict(like: T, flat: Mapping[str, Tensor]) -> T:
+    """The tree with the structure of ``like`` and the tensors of ``flat``, on ``like``'s devices.
+
+    Raises:
+        KeyError: names are missing from ``flat`` or unknown to ``like``; both are listed.
+        ValueError: a tensor has another shape or dtype than in ``like``.
+    """
+    expected = to_dict(like)
+    missing, unknown = sorted(expected.keys() - flat.keys()), sorted(flat.keys() - expected.keys())
+    if missing or unknown:
+        msg = f"the saved tree does not fit: missing {missing or 'none'}, unknown {unknown or 'none'}"
+        raise KeyError(msg)
+    for path, tensor in expected.items():
+        saved = flat[path]
+        if saved.shape != tensor.shape or saved.dtype != tensor.dtype:
+            msg = (
+                f"{path!r} was saved as {tuple(saved.shape)} {saved.dtype}, "
+                f"but {tuple(tensor.shape)} {tensor.dtype} is expected here"
+            )
+            raise ValueError(msg)
+    values = iter([flat[path].to(tensor.device) for path, tensor in expected.items()])
+
+    def fill(leaf):
+        if isinstance(leaf, Stack):
+            rows = [next(values) for _ in leaf.keys]
+            return Stack(torch.stack(rows) if rows else leaf.rows, leaf.keys)
+        return next(values)
+
+    return pytree.tree_map(fill, like, is_leaf=lambda x: isinstance(x, Stack))
+
+
+def save(path: str | os.PathLike, tree: Any) -> None:
+    """Write a tree of tensors to ``path``, atomically; read it back with :func:`load`.
+
+    Save all that a run needs to go on bit for bit, for example
+    ``{"params": params, "state": state, "generator": generator.get_state()}``.
+    """
+    partial = f"{os.fspath(path)}.partial"
+    # Views would drag their whole storage into the file.
+    torch.save({k: v.detach().clone() for k, v in to_dict(tree).items()}, partial)
+    os.replace(partial, path)
+
+
+def load(path: str | os.PathLike, like: T) -> T:
+    """Read a tree that :func:`save` wrote; ``like`` gives the structure, shapes and devices.
+
+    Raises:
+        KeyError, ValueError: the file holds another tree, see :func:`from_dict`.
+    """
+    return from_dict(like, torch.load(path, weights_only=True, map_location="cpu"))
+
+
+def _named(tree: Any) -> list[tuple[str, Any]]:
+    named = []
+    flat, _ = pytree.tree_flatten_with_path(tree, is_leaf=lambda x: isinstance(x, Stack))
+    for keys, leaf in flat:
+        path = ".".join(_key_name(k) for k in keys)
+        if isinstance(leaf, Stack):
+            named += [(f"{path}.{k}", row) for k, row in zip(leaf.keys, leaf.rows, strict=True)]
+        else:
+            named.append((path, leaf))
+    return named
+
+
+def _key_name(key: Any) -> str:
+    if isinstance(key, pytree.GetAttrKey):
+        return key.name
+    return str(key.key if isinstance(key, pytree.MappingKey) else key.idx)
+
