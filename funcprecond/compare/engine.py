@@ -1,0 +1,178 @@
+"""Runs the cells of a comparison that are not in the store yet, and keeps each as it finishes."""
+
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+from funcprecond.compare.data import Data
+from funcprecond.compare.measure import cost
+from funcprecond.compare.plan import Setting
+from funcprecond.compare.store import Store
+from funcprecond.compare.sweep import best, next_exponent, rate
+from funcprecond.compare.train import train
+from funcprecond.taxonomy import CARDS
+
+Result = dict[str, Any]
+
+
+class Watcher(Protocol):
+    """Hears what the engine does; the progress display is one."""
+
+    def plan(self, left: int, seconds: float) -> None:
+        """So many cells are left, expected to take so many seconds (0 when nothing is known)."""
+
+    def begin(self, label: str, expected: float) -> None:
+        """A cell starts."""
+
+    def advance(self, fraction: float) -> None:
+        """So much of the current cell is done."""
+
+    def end(self, label: str, result: Result, reused: bool) -> None:
+        """A cell is finished, or was found finished in the store."""
+
+
+class Engine:
+    """One comparison: costs first, since they tell how long the rest will take, then row by row.
+
+    Args:
+        rows: what to compare, all of one task.
+        seeds: the first one sweeps the learning rate; all of them run the best rate.
+        points: learning rates in the sweep.
+        data: the task's data on the device.
+        store: finished cells.
+        watcher: is told about progress.
+    """
+
+    def __init__(
+        self,
+        rows: Sequence[Setting],
+        seeds: Sequence[int],
+        points: int,
+        data: Data,
+        store: Store,
+        watcher: Watcher,
+    ) -> None:
+        self.rows, self.seeds, self.points = list(rows), list(seeds), points
+        self.data, self.store, self.watcher = data, store, watcher
+
+    def run(self) -> None:
+        """Finish every cell. May be stopped at any moment and called again by another process."""
+        for index, row in enumerate(self.rows):
+            self.watcher.plan(len(self.rows) - index + self.runs_left(), self.seconds_left())
+            self.cell(
+                row.config("cost"), f"{row.label()}: cost", lambda row=row: cost(row, self.data), 0
+            )
+        for row in self.rows:
+            self.finish(row)
+
+    def finish(self, row: Setting) -> None:
+        """Sweep the row's learning rate, then run the other seeds at the best one."""
+        if self.cost(row)["status"] == "failed":
+            return  # it would fail again, once for each learning rate
+        while (exponent := next_exponent(self.sweep(row), self.points)) is not None:
+            self.train(row, exponent, self.seeds[0])
+        winner = best(self.sweep(row))
+        if winner is not None:
+            for seed in self.seeds[1:]:
+                self.train(row, winner, seed)
+
+    def train(self, row: Setting, exponent: int, seed: int) -> None:
+        """Run one training cell, unless it is finished."""
+        learning_rate = rate(CARDS[row.method].learning_rate, exponent)
+        self.watcher.plan(self.runs_left(), self.seconds_left())
+        self.cell(
+            self.train_config(row, exponent, seed),
+            f"{row.label()}: learning rate {learning_rate:g}, seed {seed}",
+            lambda: train(
+                row,
+                self.data,
+                learning_rate,
+                seed,
+                lambda step: self.watcher.advance(step / row.steps),
+            ),
+            self.run_seconds(row),
+        )
+
+    def cell(
+        self,
+        config: dict[str, Any],
+        label: str,
+        work: Callable[[], Result],
+        expected: float,
+    ) -> None:
+        """Do the work of one cell and keep its result; a failure is a result too."""
+        found = self.store.get(config)
+        if found is not None:
+            self.watcher.end(label, found, reused=True)
+            return
+        self.watcher.begin(label, expected)
+        with warnings.catch_warnings(record=True) as heard:
+            warnings.simplefilter("always")
+            try:
+                result = work()
+            except Exception as error:
+                result = {"status": "failed", "why": sentence(error)}
+        said = sorted({str(warning.message).strip() for warning in heard})
+        if said:
+            result["warnings"] = said
+        self.store.put(config, result)
+        self.watcher.end(label, result, reused=False)
+
+    # What is known so far, for the plan and for the report.
+
+    def train_config(self, row: Setting, exponent: int, seed: int) -> dict[str, Any]:
+        """Full configuration of a training cell."""
+        learning_rate = rate(CARDS[row.method].learning_rate, exponent)
+        return row.config("train", learning_rate=learning_rate, seed=seed)
+
+    def cost(self, row: Setting) -> Result:
+        """The row's cost cell; `{"status": "missing"}` before it has run."""
+        return self.store.get(row.config("cost")) or {"status": "missing"}
+
+    def sweep(self, row: Setting) -> dict[int, Result]:
+        """Finished runs of the first seed by exponent of the learning rate."""
+        span = range(-9, 10)
+        found = {e: self.store.get(self.train_config(row, e, self.seeds[0])) for e in span}
+        return {exponent: result for exponent, result in found.items() if result is not None}
+
+    def repeats(self, row: Setting) -> dict[int, Result]:
+        """Finished runs at the best learning rate by seed; empty while there is no best."""
+        winner = best(self.sweep(row))
+        if winner is None:
+            return {}
+        found = {s: self.store.get(self.train_config(row, winner, s)) for s in self.seeds}
+        return {seed: result for seed, result in found.items() if result is not None}
+
+    def left(self, row: Setting) -> int:
+        """Training runs the row still needs, further rates of its sweep not counted."""
+        if self.cost(row)["status"] == "failed":
+            return 0
+        sweep = self.sweep(row)
+        over = next_exponent(sweep, self.points) is None
+        first = 0 if over else max(1, self.points - len(sweep))
+        if over and best(sweep) is None:
+            return 0
+        done = [seed for seed in self.repeats(row) if seed != self.seeds[0]] if over else []
+        return first + len(self.seeds) - 1 - len(done)
+
+    def runs_left(self) -> int:
+        """Training runs still to do."""
+        return sum(self.left(row) for row in self.rows)
+
+    def run_seconds(self, row: Setting) -> float:
+        """Expected time of one training run, from the row's cost; 0 when it is not known."""
+        return row.steps * self.cost(row).get("step_ms", 0.0) / 1e3
+
+    def seconds_left(self) -> float:
+        """Expected time of all runs still to do; 0 while some row's cost is not known."""
+        if any(self.cost(row)["status"] == "missing" for row in self.rows):
+            return 0.0
+        return sum(self.left(row) * self.run_seconds(row) for row in self.rows)
+
+
+def sentence(error: Exception) -> str:
+    """First line of an exception's message, or its name where it has none."""
+    text = str(error).strip().splitlines()
+    message = text[0].strip() if text else ""
+    known = isinstance(error, (ValueError, LookupError, NotImplementedError)) and message
+    return message if known else f"{type(error).__name__}: {message}".rstrip(": ")

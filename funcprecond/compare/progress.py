@@ -1,0 +1,110 @@
+"""Live progress: what runs, how far it is, how long it will take."""
+
+import time
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
+
+
+class Display:
+    """A bar on a terminal; elsewhere one plain line for each finished cell.
+
+    Use as a context manager. It is the engine's `Watcher`.
+
+    Args:
+        console: where to write.
+    """
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self.live = console.is_terminal
+        self.bar = Progress(
+            SpinnerColumn(),
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            TextColumn("{task.fields[note]}"),
+            console=console,
+            transient=True,
+            disable=not self.live,
+        )
+        self.bar_task = self.bar.add_task("starting", total=1.0, note="")
+        self.began = time.perf_counter()
+        self.cell_began = self.began
+        self.left = self.finished = self.reused = 0
+        self.seconds = self.expected = 0.0
+
+    def __enter__(self) -> "Display":
+        """Start the bar."""
+        self.bar.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        """Take the bar away and say what was reused."""
+        self.bar.stop()
+        self.say_reused()
+
+    def plan(self, left: int, seconds: float) -> None:
+        """Cells and seconds left, the coming cell included."""
+        self.left, self.seconds = left, seconds
+
+    def begin(self, label: str, expected: float) -> None:
+        """Show the cell that starts."""
+        self.say_reused()
+        self.expected, self.cell_began = expected, time.perf_counter()
+        self.bar.update(self.bar_task, description=label, completed=0.0, note=self.note(0.0))
+
+    def advance(self, fraction: float) -> None:
+        """Move the bar of the current cell."""
+        self.bar.update(self.bar_task, completed=fraction, note=self.note(fraction))
+
+    def end(self, label: str, result: dict[str, Any], reused: bool) -> None:
+        """Log a finished cell; cells found in the store are only counted."""
+        if reused:
+            self.reused += 1
+            return
+        self.finished += 1
+        took = time.perf_counter() - self.cell_began
+        left = "" if self.live else f"  [{self.note(1.0)}]"
+        self.console.print(
+            f"{label}: {outcome(result)} ({took:.1f} s){left}",
+            style="red" if result["status"] == "failed" else "",
+            markup=False,
+            highlight=False,
+            soft_wrap=True,
+        )
+
+    def note(self, fraction: float) -> str:
+        """How many cells are left and about how long they will take."""
+        cells = f"{self.left - (fraction == 1.0)} cells left"
+        if not self.seconds:
+            return cells
+        return f"{cells}, about {duration(self.seconds - fraction * self.expected)}"
+
+    def say_reused(self) -> None:
+        """Say once how many finished cells were found."""
+        if self.reused:
+            self.console.print(f"{self.reused} finished cells were found and are kept.")
+            self.reused = 0
+
+
+def outcome(result: dict[str, Any]) -> str:
+    """A finished cell in a few words."""
+    if result["status"] != "ok":
+        return f"{result['status']}: {result['why']}"
+    if "step_ms" in result:
+        memory = result["memory_ratio"]
+        return f"step {result['step_ms']:.2f} ms, {result['time_ratio']:.1f}× SGD's" + (
+            f", memory {memory:.1f}×" if memory else ""
+        )
+    test = result["test"]
+    return f"test accuracy {100 * test['accuracy']:.1f} %, loss {test['loss']:.3f}"
+
+
+def duration(seconds: float) -> str:
+    """Seconds below two minutes, else minutes, else hours and minutes."""
+    seconds = max(0.0, seconds)
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60} min"

@@ -1,0 +1,99 @@
+"""One self-contained page: nothing in it is fetched, so it can be mailed or kept."""
+
+import base64
+from collections.abc import Sequence
+from html import escape
+from importlib.resources import files
+from pathlib import Path
+from string import Template
+
+from funcprecond.compare.report.style import styles
+from funcprecond.compare.report.table import HEADINGS, cells, plus_minus, reasons
+from funcprecond.compare.summary import Row
+from funcprecond.taxonomy import CARDS
+
+
+def page(rows: Sequence[Row], images: Sequence[tuple[Path, str]], about: dict[str, str]) -> str:
+    """The report as HTML.
+
+    Args:
+        rows: the comparison, best first.
+        images: (PNG file, caption) pairs, put into the page itself.
+        about: what was run on what, in words.
+    """
+    template = Template(files(__package__).joinpath("page.html").read_text(encoding="utf-8"))
+    task = rows[0].task
+    return template.substitute(
+        title=escape(task.title),
+        lead=lead(rows),
+        table=html_table(rows),
+        reasons="".join(f"<li>{escape(line)}</li>" for line in [*reasons(rows), *said(rows)]),
+        figures="".join(figure(path, caption) for path, caption in images),
+        about="".join(
+            f"<dt>{escape(name)}</dt><dd>{escape(value)}</dd>" for name, value in about.items()
+        ),
+    )
+
+
+def lead(rows: Sequence[Row]) -> str:
+    """The first sentences: what came out."""
+    good = [row for row in rows if row.metric is not None]
+    if not good:
+        return "No method finished this task."
+    task, first = rows[0].task, good[0]
+    parts = [
+        f"Best test {task.metric}: <strong>{escape(first.setting.method)}</strong> with "
+        f"{in_words(first)}"
+    ]
+    sgd = next((row for row in good if row.setting.method == "sgd"), None)
+    if sgd is not None and sgd is not first:
+        parts.append(f", against {in_words(sgd)} for SGD with momentum")
+    if first.cost.get("time_ratio"):
+        parts.append(f"; one of its steps takes {first.cost['time_ratio']:.1f} times as long")
+    missing = len(rows) - len(good)
+    tail = (
+        f" {missing} of {len(rows)} rows have no result; the reasons are below." if missing else ""
+    )
+    return "".join(parts) + "." + tail
+
+
+def in_words(row: Row) -> str:
+    """The row's metric with spread and seeds."""
+    assert row.metric is not None
+    factor, digits, sign = (100, 1, " %") if row.task.metric == "accuracy" else (1, 3, " nats")
+    seeds = f" ({len(row.runs)} seeds)" if len(row.runs) > 1 else ""
+    return f"{plus_minus(row.metric, factor, digits)}{sign}{seeds}"
+
+
+def html_table(rows: Sequence[Row]) -> str:
+    """The table, with each method's three choices on hover."""
+    style = styles([row.setting.method for row in rows])
+    head = "".join(f'<th scope="col">{escape(heading)}</th>' for heading in HEADINGS)
+    body = []
+    for row in rows:
+        method = row.setting.method
+        card = CARDS[method]
+        choices = f"{card.title}: {card.curvature} · {card.representation} · {card.solver}"
+        mark = f'<i style="background:{style[method]["color"]}"></i>'
+        first, *rest = cells(row)
+        entries = "".join(f"<td>{escape(entry)}</td>" for entry in rest)
+        kind = "sgd" if method == "sgd" else row.status
+        body.append(
+            f'<tr class="{kind}"><th scope="row" title="{escape(choices)}">'
+            f"{mark}{escape(first)}</th>{entries}</tr>"
+        )
+    return f"<thead><tr>{head}</tr></thead><tbody>{''.join(body)}</tbody>"
+
+
+def said(rows: Sequence[Row]) -> list[str]:
+    """What the library warned of during the runs."""
+    return [f"{row.setting.label()} warned: {text}" for row in rows for text in row.warnings()]
+
+
+def figure(path: Path, caption: str) -> str:
+    """An image inside the page, with its caption."""
+    data = base64.b64encode(path.read_bytes()).decode()
+    return (
+        f'<figure><img alt="{escape(caption)}" src="data:image/png;base64,{data}">'
+        f"<figcaption>{escape(caption)}</figcaption></figure>"
+    )

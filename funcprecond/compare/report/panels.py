@@ -1,0 +1,161 @@
+"""Plots with one figure a method: quality, cost, learning rates, batch sizes and intervals."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure as Canvas
+from matplotlib.ticker import NullLocator
+
+from funcprecond.compare.report.curves import first_of_plan, where
+from funcprecond.compare.report.style import styles
+from funcprecond.compare.summary import Row
+from funcprecond.compare.sweep import score
+from funcprecond.compare.tasks import Task
+
+# Percentage points or nats below the best rate of all, beyond which the sweep's plot is cut.
+WORST_SHOWN = {"accuracy": 20.0, "loss": 1.5}
+
+
+def unit(task: Task) -> tuple[str, float]:
+    """Name of the task's metric with its unit, and the factor that gives that unit."""
+    return ("accuracy (%)", 100.0) if task.metric == "accuracy" else ("loss (nats)", 1.0)
+
+
+def quality(canvas: Canvas, rows: Sequence[Row]) -> str:
+    """Test metric of each method, a dot a seed."""
+    shown = [row for row in first_of_plan(rows) if row.metric is not None][::-1]
+    if not shown:
+        return ""
+    name, factor = unit(shown[0].task)
+    style = styles([row.setting.method for row in rows])
+    canvas.set_size_inches(7.5, 0.9 + 0.29 * len(shown))
+    axes = canvas.subplots()
+    for height, row in enumerate(shown):
+        color = style[row.setting.method]["color"]
+        values = [factor * run["test"][row.task.metric] for run in row.runs]
+        assert row.metric is not None
+        mean, spread = factor * row.metric.mean, factor * row.metric.spread
+        axes.plot([mean - spread, mean + spread], [height] * 2, color=color, lw=5, alpha=0.22)
+        axes.plot(values, [height] * len(values), "o", color=color, ms=4, alpha=0.6, mew=0)
+        axes.plot(mean, height, "|", color=color, ms=13, mew=2.2)
+        if row.setting.method == "sgd":
+            axes.axvline(mean, color=color, lw=0.8, ls=":")
+    axes.set_yticks(range(len(shown)), [row.setting.method for row in shown])
+    axes.set(xlabel=f"test {name}", ylim=(-0.7, len(shown) - 0.3))
+    axes.grid(axis="y", visible=False)
+    return (
+        f"Test {shown[0].task.metric}, {where(rows)}: a dot for each seed, a bar at the mean, "
+        "shading one standard deviation to each side; the dotted line is SGD's mean."
+    )
+
+
+def ratio_axis(axes: Axes, which: str, values: Sequence[float]) -> None:
+    """Make the axis, "x" or "y", logarithmic with ticks at 1, 2, 5, 10, ..."""
+    low, high = min([*values, 1.0]), max([*values, 2.0])
+    ticks = [m * 10.0**e for e in range(-2, 5) for m in (1, 2, 5)]
+    shown = [tick for tick in ticks if low / 1.2 <= tick <= high * 1.4]
+    axis = axes.xaxis if which == "x" else axes.yaxis
+    axes.set(**{f"{which}scale": "log", f"{which}lim": (low / 1.25, high * 1.45)})
+    axis.set_ticks(shown, [f"{tick:g}×" for tick in shown])
+    axis.set_minor_locator(NullLocator())
+
+
+def cost(canvas: Canvas, rows: Sequence[Row]) -> str:
+    """Step time and peak memory as ratios to SGD's."""
+    shown = [row for row in first_of_plan(rows) if row.cost.get("time_ratio")]
+    if not shown:
+        return ""
+    shown.sort(key=lambda row: -row.cost["time_ratio"])
+    style = styles([row.setting.method for row in rows])
+    canvas.set_size_inches(10.5, 0.9 + 0.29 * len(shown))
+    panels = canvas.subplots(1, 2, sharey=True)
+    for axes, entry, label in (
+        (panels[0], "time_ratio", "step time / SGD's"),
+        (panels[1], "memory_ratio", "peak memory / SGD's"),
+    ):
+        values = [row.cost.get(entry) or math.nan for row in shown]
+        ratio_axis(axes, "x", [value for value in values if value == value])
+        for height, (row, value) in enumerate(zip(shown, values, strict=True)):
+            color = style[row.setting.method]["color"]
+            axes.plot([1, value], [height] * 2, color=color, lw=3, alpha=0.35)
+            axes.plot(value, height, "o", color=color, ms=6)
+            text = f"{value:.1f}×" if value == value else "not told by this device"
+            at = value if value == value else 1.0
+            axes.annotate(
+                text, (at, height), (7, 0), textcoords="offset points", va="center", fontsize=8
+            )
+        axes.axvline(1, color="#1f2328", lw=0.8)
+        axes.set(xlabel=label, ylim=(-0.7, len(shown) - 0.3))
+        axes.grid(axis="y", visible=False)
+    panels[0].set_yticks(range(len(shown)), [row.setting.method for row in shown])
+    return (
+        f"Cost of one step, {where(rows)}, as a ratio to SGD's on the same batches: time is the "
+        "median over rounds in which the method and SGD take turns; memory is what stays between "
+        "steps and the most that a step allocates on top of it."
+    )
+
+
+def ended_well(row: Row) -> dict[float, dict[str, Any]]:
+    """Results of the sweep by learning rate, without those that diverged or failed."""
+    return {rate: result for _, rate, result in row.sweep if score(result) is not None}
+
+
+def rates(canvas: Canvas, rows: Sequence[Row]) -> str:
+    """Validation metric against the learning rate, as far as the sweep went."""
+    shown = [row for row in first_of_plan(rows) if len(row.sweep) > 1]
+    if not shown:
+        return ""
+    task = shown[0].task
+    name, factor = unit(task)
+    style = styles([row.setting.method for row in rows])
+    columns = min(5, len(shown))
+    lines = -(-len(shown) // columns)
+    canvas.set_size_inches(10.5, 0.5 + 1.75 * lines)
+    grid = canvas.subplots(lines, columns, sharey=True, squeeze=False).ravel()
+    # What is far worse than the best is drawn at the edge: the good rates can be told apart.
+    reach = WORST_SHOWN[task.metric]
+    values = [
+        factor * r["validation"][task.metric] for row in shown for r in ended_well(row).values()
+    ]
+    edge = (
+        (max(values) - reach if task.higher_is_better else min(values) + reach) if values else 0.0
+    )
+    clamp = max if task.higher_is_better else min
+    for axes, row in zip(grid, shown, strict=False):
+        color = style[row.setting.method]["color"]
+        points = {
+            rate: clamp(edge, factor * result["validation"][task.metric])
+            for rate, result in ended_well(row).items()
+        }
+        axes.plot(list(points), list(points.values()), "o-", color=color, ms=4, lw=1.4)
+        if row.learning_rate is not None:
+            ring = {"ms": 9, "mfc": "white", "mew": 1.8}
+            axes.plot(row.learning_rate, points[row.learning_rate], "o", color=color, **ring)
+        for _, rate, result in row.sweep:
+            if rate not in points:
+                axes.axvline(rate, color="#dc2626", lw=1, ls=":")
+                axes.annotate(
+                    result["status"],
+                    (rate, 0.04),
+                    (-2, 0),
+                    xycoords=("data", "axes fraction"),
+                    textcoords="offset points",
+                    rotation=90,
+                    fontsize=7,
+                    color="#dc2626",
+                    ha="right",
+                )
+        tried = [rate for _, rate, _ in row.sweep]
+        axes.set(xscale="log", title=row.setting.method, xlim=(tried[0] / 1.8, tried[-1] * 1.8))
+        axes.set_xticks(tried, [f"{rate:.2g}" for rate in tried], fontsize=7)
+        axes.xaxis.set_minor_locator(NullLocator())
+    for axes in grid[len(shown) :]:
+        axes.set_visible(False)
+    canvas.supylabel(f"validation {name}", fontsize=9, color="#374151")
+    canvas.supxlabel("learning rate", fontsize=9, color="#374151")
+    return (
+        f"The learning-rate sweep, {where(rows)}, first seed: the ring is the rate chosen by the "
+        "validation split and used for the other seeds. What is far worse lies at the edge."
+    )

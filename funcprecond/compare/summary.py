@@ -1,0 +1,159 @@
+"""From finished cells to rows of a table: one row a setting, at its best learning rate."""
+
+import statistics
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+from funcprecond.compare.engine import Engine
+from funcprecond.compare.plan import Setting
+from funcprecond.compare.sweep import best, rate
+from funcprecond.compare.tasks import TASKS, Task
+from funcprecond.taxonomy import CARDS
+
+
+@dataclass(frozen=True)
+class Figure:
+    """Mean and spread of one number over seeds.
+
+    Attributes:
+        mean: arithmetic mean.
+        spread: sample standard deviation; 0 for one seed.
+    """
+
+    mean: float
+    spread: float
+
+    @staticmethod
+    def of(values: Iterable[float]) -> "Figure":
+        """Of at least one value."""
+        values = list(values)
+        return Figure(
+            statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else 0.0
+        )
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table.
+
+    Attributes:
+        setting: task, method, batch size, interval.
+        status: "ok", "diverged", "failed" or "unfinished".
+        why: a sentence where the status is not "ok", or where some seeds did not end well.
+        learning_rate: the best of the sweep.
+        sweep: (exponent, learning rate, result) of each rate tried, in order.
+        runs: results at the best rate, one a seed that ended well.
+        accuracy: on the test split, 0 to 1.
+        loss: on the test split, nats.
+        train_loss: over the last tenth of the steps, nats.
+        cost: the cost cell.
+    """
+
+    setting: Setting
+    status: str
+    why: str = ""
+    learning_rate: float | None = None
+    sweep: list[tuple[int, float, dict[str, Any]]] = field(default_factory=list)
+    runs: list[dict[str, Any]] = field(default_factory=list)
+    accuracy: Figure | None = None
+    loss: Figure | None = None
+    train_loss: Figure | None = None
+    cost: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def task(self) -> Task:
+        """The row's task."""
+        return TASKS[self.setting.task]
+
+    @property
+    def metric(self) -> Figure | None:
+        """What the task is judged by."""
+        return self.accuracy if self.task.metric == "accuracy" else self.loss
+
+    def order(self) -> float:
+        """Sorts rows best first, rows without a figure last."""
+        if self.metric is None:
+            return float("inf")
+        return -self.metric.mean if self.task.higher_is_better else self.metric.mean
+
+    def warnings(self) -> list[str]:
+        """What the library warned of, each once."""
+        results = [self.cost, *self.runs, *(result for _, _, result in self.sweep)]
+        return sorted({said for result in results for said in result.get("warnings", [])})
+
+    def record(self) -> dict[str, Any]:
+        """The row flat, for a CSV file: ratios to SGD, times in ms, memory in bytes."""
+        setting, card = self.setting, CARDS[self.setting.method]
+        figures = {
+            f"{name}_{part}": getattr(figure, part) if figure else None
+            for name, figure in (
+                ("test_accuracy", self.accuracy),
+                ("test_loss", self.loss),
+                ("train_loss", self.train_loss),
+            )
+            for part in ("mean", "spread")
+        }
+        costs = ("step_ms", "time_ratio", "memory_ratio", "peak_bytes", "state_bytes")
+        return {
+            "task": setting.task,
+            "method": setting.method,
+            "curvature": card.curvature,
+            "representation": card.representation,
+            "solver": card.solver,
+            "batch_size": setting.batch_size,
+            "interval": setting.interval,
+            "steps": setting.steps,
+            "status": self.status,
+            "learning_rate": self.learning_rate,
+            "seeds": len(self.runs),
+            **figures,
+            **{name: self.cost.get(name) for name in costs},
+            "why": self.why,
+        }
+
+
+def rows(engine: Engine) -> list[Row]:
+    """Every row of a comparison, best first, those without a figure last."""
+    found = [row(engine, setting) for setting in engine.rows]
+    return sorted(found, key=lambda row: row.order())
+
+
+def row(engine: Engine, setting: Setting) -> Row:
+    """One row from what the store has for it."""
+    cost = engine.cost(setting)
+    if cost["status"] == "failed":
+        return Row(setting, "failed", cost["why"])
+    results = engine.sweep(setting)
+    centre = CARDS[setting.method].learning_rate
+    sweep = [(e, rate(centre, e), result) for e, result in sorted(results.items())]
+    winner = best(results)
+    if winner is None:
+        whys = [f"at learning rate {lr:g}, {result['why']}" for _, lr, result in sweep]
+        status = sweep[0][2]["status"] if sweep else "unfinished"
+        why = "; ".join(whys) if len(set(whys)) < 3 else f"at all {len(whys)} rates: {whys[0]}"
+        return Row(setting, status, why or "not run yet", sweep=sweep, cost=cost)
+    repeats = engine.repeats(setting)
+    good = [result for result in repeats.values() if result["status"] == "ok"]
+    bad = [f"seed {seed}: {r['why']}" for seed, r in repeats.items() if r["status"] != "ok"]
+    return Row(
+        setting,
+        "ok",
+        "; ".join(bad),
+        rate(centre, winner),
+        sweep,
+        good,
+        Figure.of(result["test"]["accuracy"] for result in good),
+        Figure.of(result["test"]["loss"] for result in good),
+        Figure.of(last_loss(result, setting.steps) for result in good),
+        cost,
+    )
+
+
+def last_loss(result: dict[str, Any], steps: int) -> float:
+    """Mean training loss over the last tenth of the steps."""
+    curve = result["curve"]
+    tail = [
+        loss for step, loss in zip(curve["step"], curve["loss"], strict=True) if step > 0.9 * steps
+    ]
+    return statistics.fmean(tail or curve["loss"][-1:])

@@ -1,0 +1,114 @@
+"""One training run: a method, a learning rate, a seed; curves and the three splits' figures."""
+
+import math
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import funcprecond as fp
+from funcprecond.compare.data import Data, Split, batches
+from funcprecond.compare.plan import Setting
+from funcprecond.compare.recipe import recipe
+from funcprecond.compare.tasks import TASKS
+from funcprecond.problem import Problem
+
+POINTS = 30  # of a training curve, each the mean loss since the one before
+CHUNK = 512  # examples evaluated at a time
+
+
+def train(
+    setting: Setting,
+    data: Data,
+    learning_rate: float,
+    seed: int,
+    on_step: Callable[[int], None] = lambda step: None,
+) -> dict[str, Any]:
+    """Train once and evaluate.
+
+    Args:
+        setting: task, method, batch size, interval, steps, device.
+        data: the task's data on that device.
+        learning_rate: multiplies the method's direction.
+        seed: decides weights, order of the batches, and the method's own draws.
+        on_step: told the number of finished steps now and then.
+
+    Returns:
+        `status` "ok" or "diverged" (the loss was not finite, or ended at twice that of guessing;
+        `why` says which), `curve` with lists
+        `step`, `seconds` (spent in steps alone) and `loss`, `validation` and `test` with
+        `accuracy` and `loss`, `seconds` of all steps, and `judge`, the task's metric.
+    """
+    task = TASKS[setting.task]
+    device = torch.device(setting.device)
+    problem = fp.problem(task.model(data, seed, device), fp.losses.cross_entropy)
+    transform = recipe(setting.method, learning_rate, setting.interval)
+    step = fp.make_step(problem, transform, compile=False)
+    params = problem.params
+    state = transform.init(params)
+    # Batches are shuffled on the CPU, so that every device sees the same ones.
+    stream = batches(data.train, setting.batch_size, torch.Generator().manual_seed(seed))
+    generator = torch.Generator(device).manual_seed(seed)
+
+    curve: dict[str, list[float]] = {"step": [], "seconds": [], "loss": []}
+    result: dict[str, Any] = {"status": "ok", "judge": task.metric, "curve": curve}
+    every = max(1, setting.steps // POINTS)
+    losses: list[Tensor] = []
+    seconds = 0.0
+    started = clock(device)
+    for t in range(setting.steps):
+        batch = next(stream)
+        noise = fp.draw(problem, params, batch, transform.needs(t), generator=generator)
+        params, state, evidence = step(params, state, batch, t, noise)
+        losses.append(evidence.loss)
+        if (t + 1) % every == 0 or t + 1 == setting.steps:
+            seconds += clock(device) - started
+            loss = torch.stack(losses).mean().item()
+            losses.clear()
+            for name, value in (("step", t + 1), ("seconds", seconds), ("loss", loss)):
+                curve[name].append(value)
+            on_step(t + 1)
+            if not math.isfinite(loss):
+                why = f"the training loss was no longer finite at step {t + 1}"
+                return result | {"status": "diverged", "why": why, "seconds": seconds}
+            started = clock(device)
+    figures = {
+        "validation": evaluate(problem, params, data.validation),
+        "test": evaluate(problem, params, data.test),
+    }
+    reached, guessing = figures["validation"]["loss"], math.log(data.classes)
+    if not reached < 2 * guessing:
+        why = f"the validation loss ended at {reached:.3g} nats, where guessing has {guessing:.2g}"
+        return result | {"status": "diverged", "why": why, "seconds": seconds}
+    return result | figures | {"seconds": seconds}
+
+
+@torch.no_grad()
+def evaluate(problem: Problem, params: dict[str, Tensor], split: Split) -> dict[str, float]:
+    """Accuracy and mean loss (nats) over a split.
+
+    Args:
+        problem: forward pass and loss.
+        params: the point to evaluate at.
+        split: every term of every example counts once.
+    """
+    correct = loss = terms = 0.0
+    for start in range(0, len(split), CHUNK):
+        inputs = split.inputs[start : start + CHUNK]
+        targets = split.targets[start : start + CHUNK]
+        outputs = problem(params, inputs)
+        correct += (outputs.argmax(-1) == targets).sum().item()
+        loss += fp.losses.cross_entropy(outputs, targets).item() * targets.numel()
+        terms += targets.numel()
+    return {"accuracy": correct / terms, "loss": loss / terms}
+
+
+def clock(device: torch.device) -> float:
+    """Seconds, once the device has finished what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
+    return time.perf_counter()
