@@ -14,6 +14,8 @@ from funcprecond.evaluation import Evaluation
 from funcprecond.methods.adagrad import adagrad, adagrad_full
 from funcprecond.methods.adam import adam, adamw
 from funcprecond.methods.caspr import caspr
+from funcprecond.methods.ekfac import ekfac
+from funcprecond.methods.kfac import kfac, kflr
 from funcprecond.methods.sgd import sgd
 from funcprecond.methods.shampoo import shampoo
 from funcprecond.observe import Every, Evidence, MissingEvidence, Need, Noise, draw, observe

@@ -163,9 +163,7 @@ class Evaluation:
                 masks_ = tuple(m.unsqueeze(0) for m in masks)
                 capture = Capture({}, masks=masks_, twice=True)
                 with capture:
-                    outputs, _ = self.problem.forward(
-                        {**self.params, **sub}, self._buffers, single
-                    )
+                    outputs, _ = self.problem.forward({**self.params, **sub}, self._buffers, single)
                 return tree_map(lambda x: x.squeeze(0), outputs)
 
             return vjp(f, chosen)[1](cotangent)[0]
@@ -236,9 +234,7 @@ class _GraphRun:
             return output
 
         with torch.enable_grad():
-            self.outputs, buffers, capture = evaluation._forward(
-                self.leaves, tap if taps else None
-            )
+            self.outputs, buffers, capture = evaluation._forward(self.leaves, tap if taps else None)
             example_count(self.outputs)
             self.loss = evaluation.problem.loss(self.outputs, evaluation.targets)
         self.buffers = detach(buffers)
@@ -348,7 +344,9 @@ class _FunctionRun:
             outputs, buffers, capture = evaluation._forward(_renamed(params), tap)
             if len(capture.calls) != calls:
                 # Without this check a call missed here would have a gradient of zero, silently.
-                msg = f"{calls} layer calls were seen in one run and {len(capture.calls)} in another"
+                msg = (
+                    f"{calls} layer calls were seen in one run and {len(capture.calls)} in another"
+                )
                 raise RuntimeError(msg)
             return outputs, (buffers, capture.inputs)
 

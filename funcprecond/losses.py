@@ -359,5 +359,7 @@ def _one_term(shape: torch.Size, like: Tensor) -> Iterator[Tensor]:
 
 def _same_shape(name: str, outputs: Tensor, targets: Tensor) -> None:
     if outputs.shape != targets.shape:
-        msg = f"{name}: outputs {tuple(outputs.shape)} and targets {tuple(targets.shape)} must agree"
+        msg = (
+            f"{name}: outputs {tuple(outputs.shape)} and targets {tuple(targets.shape)} must agree"
+        )
         raise ValueError(msg)

@@ -56,7 +56,6 @@ class Problem:
         return self.module is None or self.module.training
 
 
-
 def as_pair(batch: Any) -> tuple[Any, Any]:
     """``batch -> (inputs, targets)`` for batches that are pairs.
 

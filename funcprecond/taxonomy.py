@@ -107,8 +107,13 @@ CARDS: Mapping[str, Card] = _Cards()
 
 def table() -> str:
     """The whole table in Markdown: what works today has its name in code type and a check mark."""
-    planned = [Card(*(c.strip() for c in line.split(" | "))) for line in _PLANNED.strip().split("\n")]
-    rows = ["| | name | method | curvature C | representation | solver |", "|---|---|---|---|---|---|"]
+    planned = [
+        Card(*(c.strip() for c in line.split(" | "))) for line in _PLANNED.strip().split("\n")
+    ]
+    rows = [
+        "| | name | method | curvature C | representation | solver |",
+        "|---|---|---|---|---|---|",
+    ]
     for card in (*CARDS.values(), *(c for c in planned if c.name not in CARDS)):
         mark, name = ("✓", f"`{card.name}`") if card.build else ("", card.name)
         star = "★ " if card.starred else ""

@@ -1,5 +1,6 @@
 """The one type of every method and of everything chained around it, and the step that drives it."""
 
+import types
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -115,12 +116,19 @@ def make_step(problem: Problem, opt: Transform, *, compile: bool = False) -> Cal
         if not compile:
             return body(params, state, batch, needs, noise, buffers)
         if needs not in compiled:
-            compiled[needs] = torch.compile(
-                lambda p, s, b, n, u: body(p, s, b, needs, n, u), fullgraph=True, dynamic=False
-            )
+            compiled[needs] = _compiled(lambda p, s, b, n, u: body(p, s, b, needs, n, u))
         return compiled[needs](params, state, batch, noise, buffers)
 
     return step
+
+
+def _compiled(function: Callable) -> Callable:
+    # The compiler counts recompilations by code object, over all closures that share one; this copy
+    # has a count of its own.
+    own = types.FunctionType(
+        function.__code__.replace(), function.__globals__, closure=function.__closure__
+    )
+    return torch.compile(own, fullgraph=True, dynamic=False)
 
 
 def counter(like: Params) -> Tensor:

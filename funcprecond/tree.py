@@ -18,7 +18,6 @@ from torch.utils import _pytree as pytree
 T = TypeVar("T")
 
 __all__ = [
-    "Stack",
     "add",
     "dot",
     "from_dict",
@@ -77,22 +76,6 @@ def state(cls: type[T]) -> type[T]:
     return cls
 
 
-@state
-class Stack:
-    """Equal-shaped tensors kept as one, row ``i`` belonging to ``keys[i]``.
-
-    Work on ``rows`` is one batched product; :func:`to_dict` still writes one entry a key, so that a
-    checkpoint does not depend on how blocks were grouped.
-
-    Attributes:
-        rows: (len(keys), ...), the stacked tensors.
-        keys: one name for each row.
-    """
-
-    rows: Tensor
-    keys: tuple[str, ...] = static()
-
-
 map = pytree.tree_map
 leaves = pytree.tree_leaves
 
@@ -146,7 +129,7 @@ def to_dict(tree: Any) -> dict[str, Tensor]:
     """A flat dict of the tree's tensors by readable path, such as ``"factor.left.fc.weight"``.
 
     It is what ``torch.save(weights_only=True)``, safetensors and ``torch.distributed.checkpoint``
-    take. Rows of a :class:`Stack` appear under their own keys.
+    take.
 
     Raises:
         TypeError: a leaf is not a tensor.
@@ -154,6 +137,8 @@ def to_dict(tree: Any) -> dict[str, Tensor]:
     """
     flat: dict[str, Tensor] = {}
     for path, leaf in _named(tree):
+        if _is_empty(leaf):
+            continue
         if not isinstance(leaf, Tensor):
             msg = f"{path!r} is a {type(leaf).__name__}; only tensors are saved: wrap it in one"
             raise TypeError(msg)
@@ -167,14 +152,30 @@ def to_dict(tree: Any) -> dict[str, Tensor]:
 def from_dict(like: T, flat: Mapping[str, Tensor]) -> T:
     """The tree with the structure of ``like`` and the tensors of ``flat``, on ``like``'s devices.
 
+    An empty dict in ``like`` takes whatever ``flat`` has under its path: the state of a method that
+    learns its layers from the first batch is restored into its initial, empty one.
+
     Raises:
         KeyError: names are missing from ``flat`` or unknown to ``like``; both are listed.
         ValueError: a tensor has another shape or dtype than in ``like``.
     """
     expected = to_dict(like)
-    missing, unknown = sorted(expected.keys() - flat.keys()), sorted(flat.keys() - expected.keys())
+    device = next((t.device for t in expected.values()), torch.device("cpu"))
+    found: dict[str, dict[str, Tensor]] = {
+        path: {} for path, leaf in _named(like) if _is_empty(leaf)
+    }
+    unknown = []
+    for name in (k for k in flat if k not in expected):
+        path = next((p for p in found if name.startswith(f"{p}.")), None)
+        if path is None:
+            unknown.append(name)
+        else:
+            found[path][name.removeprefix(f"{path}.")] = flat[name].to(device)
+    missing = sorted(expected.keys() - flat.keys())
     if missing or unknown:
-        msg = f"the saved tree does not fit: missing {missing or 'none'}, unknown {unknown or 'none'}"
+        msg = (
+            f"the saved tree does not fit: missing {missing or 'none'}, unknown {unknown or 'none'}"
+        )
         raise KeyError(msg)
     for path, tensor in expected.items():
         saved = flat[path]
@@ -184,15 +185,13 @@ def from_dict(like: T, flat: Mapping[str, Tensor]) -> T:
                 f"but {tuple(tensor.shape)} {tensor.dtype} is expected here"
             )
             raise ValueError(msg)
-    values = iter([flat[path].to(tensor.device) for path, tensor in expected.items()])
-
-    def fill(leaf):
-        if isinstance(leaf, Stack):
-            rows = [next(values) for _ in leaf.keys]
-            return Stack(torch.stack(rows) if rows else leaf.rows, leaf.keys)
-        return next(values)
-
-    return pytree.tree_map(fill, like, is_leaf=lambda x: isinstance(x, Stack))
+    return pytree.tree_map_with_path(
+        lambda keys, leaf: (
+            found[_path(keys)] if _is_empty(leaf) else flat[_path(keys)].to(leaf.device)
+        ),
+        like,
+        is_leaf=_is_empty,
+    )
 
 
 def save(path: str | os.PathLike, tree: Any) -> None:
@@ -217,19 +216,20 @@ def load(path: str | os.PathLike, like: T) -> T:
 
 
 def _named(tree: Any) -> list[tuple[str, Any]]:
-    named = []
-    flat, _ = pytree.tree_flatten_with_path(tree, is_leaf=lambda x: isinstance(x, Stack))
-    for keys, leaf in flat:
-        path = ".".join(_key_name(k) for k in keys)
-        if isinstance(leaf, Stack):
-            named += [(f"{path}.{k}", row) for k, row in zip(leaf.keys, leaf.rows, strict=True)]
-        else:
-            named.append((path, leaf))
-    return named
+    """The leaves by path; an empty dict counts as one."""
+    leaves_, _ = pytree.tree_flatten_with_path(tree, is_leaf=_is_empty)
+    return [(_path(keys), leaf) for keys, leaf in leaves_]
+
+
+def _is_empty(x: Any) -> bool:
+    return isinstance(x, dict) and not x
+
+
+def _path(keys: Any) -> str:
+    return ".".join(_key_name(k) for k in keys)
 
 
 def _key_name(key: Any) -> str:
     if isinstance(key, pytree.GetAttrKey):
         return key.name
     return str(key.key if isinstance(key, pytree.MappingKey) else key.idx)
-

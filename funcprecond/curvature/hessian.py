@@ -81,9 +81,7 @@ class HessianProbes(Need):
         }
 
     def measure(self, evaluation: Evaluation, noise: Params) -> Probes:
-        products = [
-            evaluation.hvp({k: v[i] for k, v in noise.items()}) for i in range(self.n)
-        ]
+        products = [evaluation.hvp({k: v[i] for k, v in noise.items()}) for i in range(self.n)]
         return Probes(noise, {k: torch.stack([p[k] for p in products]) for k in noise})
 
 

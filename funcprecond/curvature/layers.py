@@ -10,6 +10,7 @@ Letters: V cotangents, N examples, T positions, J groups, i and o input and outp
 """
 
 import dataclasses
+from collections.abc import Iterable
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -23,9 +24,18 @@ from funcprecond.observe import Need, observe
 from funcprecond.problem import Params, Problem
 from funcprecond.tree import state, static
 
-__all__ = ["Labels", "LayerStatistics", "LayerUse", "Layers", "layer_statistics", "split_block"]
+__all__ = [
+    "Labels",
+    "LayerStatistics",
+    "LayerUse",
+    "Layers",
+    "Sharing",
+    "layer_statistics",
+    "split_block",
+]
 
 Labels = Literal["mc", "empirical", "exact"]
+Sharing = Literal["expand", "reduce"]
 
 
 @state
@@ -88,15 +98,34 @@ class Layers:
     """What :class:`LayerStatistics` measures: ``U^T U`` is the curvature matrix, row by row.
 
     Attributes:
-        uses: for each block ``"weight+bias"`` (or ``"weight"``), the layer's uses.
+        uses: for each block ``"weight+bias"`` (or ``"weight"``), the layer's uses; several if the
+            weight is shared.
         others: parameters that no layer covers, by what was asked for: the diagonal of their
             curvature, or their rows (V, N, *shape), both without ``scale``.
         scale: what the sum of outer products is multiplied by, a 0-d tensor.
+        sharing: as asked for.
     """
 
     uses: dict[str, tuple[LayerUse, ...]]
     others: dict[str, Tensor]
     scale: Tensor
+    sharing: Sharing = static(default="expand")
+
+    def restrict(self, names: Iterable[str]) -> "Layers":
+        """Only what concerns the named parameters; a block without its bias is its weight's."""
+        chosen = set(names)
+        uses = {}
+        for block, of_block in self.uses.items():
+            weight, bias = split_block(block)
+            if weight in chosen:
+                uses[block if bias in chosen else weight] = of_block
+            elif bias in chosen:
+                msg = (
+                    f"{bias!r} is preconditioned together with {weight!r}: give both to one method"
+                )
+                raise ValueError(msg)
+        others = {k: v for k, v in self.others.items() if k in chosen}
+        return Layers(uses, others, self.scale, self.sharing)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,12 +138,15 @@ class LayerStatistics(Need):
             itself, at no cost), or all that the exact Fisher matrix takes ("exact").
         samples: sampled labels for each term, with "mc".
         others: what to measure of parameters that no layer covers: "diagonal", "rows" or "none".
+        sharing: how the positions of one example are to be combined, "expand" or "reduce", see
+            :func:`funcprecond.representation.kronecker_io.layer_rows`.
         by_example: also leave to ``others`` the layers whose rows do not tell the examples apart.
     """
 
     labels: Labels = "mc"
     samples: int = 1
     others: Literal["diagonal", "rows", "none"] = "diagonal"
+    sharing: Sharing = "expand"
     by_example: bool = False
     taps: ClassVar[bool] = True
 
@@ -146,7 +178,7 @@ class LayerStatistics(Need):
                 LayerUse(
                     evaluation.layer_inputs[i],
                     grads[i],
-                    _with_kernel(evaluation.calls[i], evaluation.params),
+                    _with_shape(evaluation.calls[i], evaluation.params),
                     evaluation.count,
                 )
                 for i in indices
@@ -158,7 +190,9 @@ class LayerStatistics(Need):
         others = {}
         if names and self.others != "none":
             if cotangents is None:
-                cotangents = [evaluation.problem.loss.empirical(evaluation.outputs, evaluation.targets)]
+                cotangents = [
+                    evaluation.problem.loss.empirical(evaluation.outputs, evaluation.targets)
+                ]
                 # The layers' own rows carry the loss's gradient, c included.
                 cotangents = [u * evaluation.constant for u in cotangents]
             pulled = [evaluation.pull_each(u, names, chunk_size=32) for u in cotangents]
@@ -167,7 +201,7 @@ class LayerStatistics(Need):
                 others = {k: r.square().sum((0, 1)) for k, r in rows.items()}
             else:
                 others = rows
-        return Layers(uses, others, scale)
+        return Layers(uses, others, scale, self.sharing)
 
     def _cotangents(self, evaluation: Evaluation, noise: Any) -> tuple[list[Tensor] | None, Tensor]:
         loss, constant = evaluation.problem.loss, evaluation.constant
@@ -227,11 +261,14 @@ def _pads(kernel, padding, dilation) -> list[int]:
     return pads
 
 
-def _with_kernel(call: Call, params: Params) -> Call:
-    if call.kind != "conv":
-        return call
-    kernel = tuple(params[call.weight].shape[2:])
-    return dataclasses.replace(call, options=(*call.options, kernel))
+def _with_shape(call: Call, params: Params) -> Call:
+    """The call with what its formulas need of the weight's shape: the kernel, or the vocabulary."""
+    shape = tuple(params[call.weight].shape)
+    if call.kind == "conv":
+        return dataclasses.replace(call, options=(*call.options, shape[2:]))
+    if call.kind == "embedding":
+        return dataclasses.replace(call, options=(*call.options, shape[0]))
+    return call
 
 
 def _blocks(evaluation: Evaluation, by_example: bool) -> dict[str, list[int]]:

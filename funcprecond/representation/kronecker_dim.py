@@ -79,4 +79,3 @@ def mode_gram(tensor: Tensor, axis: int) -> Tensor:
     """(n_axis, n_axis): the Gram matrix of the slices along ``axis``."""
     rows = unfold_mode(tensor, axis)
     return rows @ rows.T
-

@@ -21,7 +21,11 @@ __all__ = ["InverseRoot", "Roots", "by_shape", "inverse_root", "mode_product"]
 
 
 def inverse_root(
-    matrices: Tensor, p: float | Tensor, *, epsilon: float | Tensor, dtype: torch.dtype | None = None
+    matrices: Tensor,
+    p: float | Tensor,
+    *,
+    epsilon: float | Tensor,
+    dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
     """``(A + epsilon lambda_max I)^(-1/p)`` of each matrix of a stack.
 
@@ -95,9 +99,7 @@ class InverseRoot:
         factors, diagonals = _factors(representation)
         flat = [s for f in factors.values() for s in f]
         old = [r for f in previous.roots.values() for r in f]
-        powers = [
-            1 / (self.exponent or 0.5 / len(f)) for f in factors.values() for _ in f
-        ]
+        powers = [1 / (self.exponent or 0.5 / len(f)) for f in factors.values() for _ in f]
 
         def take(stack: Tensor, before: Tensor, p: float) -> Tensor:
             root, ok = inverse_root(

@@ -1,0 +1,194 @@
+"""EKFAC: K-FAC's eigenbasis with the exact second moments along its axes.
+
+Row: F̂_nmc, F̂_emp; layer, KF-io; eigendecomposition. George et al., arXiv 1806.03884. With Ub, Ua the
+eigenvectors of K-FAC's factors B and A, and G_n the gradient of example n in ``[W | b]``::
+
+    s = c Σ_n (Ubᵀ G_n Ua)²          entry by entry, summed over positions before squaring
+    d = Ub ( (Ubᵀ [∇W | ∇b] Ua) / (s + λ) ) Uaᵀ
+
+s is the best diagonal in that basis, so the approximation is never worse than K-FAC's. Needs layer
+statistics that tell the examples apart. K-FAC's memory and one more copy of the parameters; the bases
+are refreshed now and then, s at every measurement.
+"""
+
+import torch
+from einops import rearrange
+from torch import Tensor
+
+from funcprecond.curvature.layers import Labels, Layers, LayerStatistics, LayerUse, split_block
+from funcprecond.observe import Every, Evidence, MissingEvidence
+from funcprecond.problem import Params
+from funcprecond.representation import average
+from funcprecond.representation.average import Decay, check_decay
+from funcprecond.representation.diagonal import factor_dtype
+from funcprecond.representation.kronecker_io import KroneckerIO
+from funcprecond.solver.eigen import eigenbases, rotate, rotate_back
+from funcprecond.solver.layerwise import apply_blocks, unit_inverses
+from funcprecond.taxonomy import Card
+from funcprecond.transform import Transform
+from funcprecond.tree import state
+
+__all__ = ["EKFACState", "ekfac"]
+
+# Entries of per-example gradients in memory at a time, where positions must be summed first.
+CHUNK = 2**24
+
+
+@state
+class EKFACState:
+    """What EKFAC keeps; all but ``factors`` by block, empty until the first measurement.
+
+    Attributes:
+        factors: K-FAC's.
+        left, right: the eigenvectors; an embedding has no left ones.
+        moments: (o, i + 1), totals of s; divided by ``weight`` the second moments.
+        weight: 0-d, restarts when the bases are refreshed.
+    """
+
+    factors: KroneckerIO
+    left: dict[str, Tensor]
+    right: dict[str, Tensor]
+    moments: dict[str, Tensor]
+    weight: Tensor
+
+
+def ekfac(
+    *,
+    damping: float | Tensor = 1e-3,
+    labels: Labels = "mc",
+    samples: int = 1,
+    decay: Decay = 0.95,
+    every: int = 1,
+    refresh_every: int = 50,
+    start: int = 10,
+) -> Transform:
+    """EKFAC's direction.
+
+    Args:
+        damping: λ, added to the second moments, in the loss's units.
+        labels, samples: as for :func:`funcprecond.kfac`.
+        decay: of the factors and the second moments: None for the newest batch alone, or the weight of
+            the old value. After a refresh the moments start anew: they are numbers in the basis.
+        every, refresh_every, start: the intervals of the measurement and of the bases, see
+            :func:`funcprecond.compose`. A refresh needs a measurement: ``refresh_every`` must be a
+            multiple of ``every``.
+    """
+    check_decay(decay)
+    if refresh_every % every:
+        msg = f"refresh_every={refresh_every} must be a multiple of every={every}"
+        raise ValueError(msg)
+    curvature = LayerStatistics(labels, samples, by_example=True)
+    measure, refresh = Every("measure", every, start), Every("refresh", refresh_every, start)
+
+    def init(params: Params) -> EKFACState:
+        factors = KroneckerIO.init(params)
+        return EKFACState(factors, {}, {}, {}, factors.weight.clone())
+
+    def update(
+        state: EKFACState, grads: Params, evidence: Evidence | None = None
+    ) -> tuple[EKFACState, Params]:
+        if evidence is None:
+            msg = f"ekfac needs {curvature} beside the gradient: pass the evidence of fp.observe"
+            raise MissingEvidence(msg)
+        if measure in evidence:
+            layers = evidence[curvature].restrict(state.factors.names)
+            state = _measured(state, layers, decay, refresh in evidence)
+        w = state.factors.weight
+
+        def solve(block: str, matrix: Tensor) -> Tensor:
+            left, right = state.left.get(block), state.right[block]
+            rotated = rotate(matrix.to(right.dtype), left, right)
+            rotated = rotated / (state.moments[block] / state.weight + damping)
+            return rotate_back(rotated, left, right)
+
+        direction = apply_blocks(
+            grads,
+            state.right,
+            solve,
+            lambda block: state.right[block].shape[0] if state.right[block].ndim == 3 else 1,
+            unit_inverses({k: x / w for k, x in state.factors.units.items()}, damping),
+            {k: x / w for k, x in state.factors.others.items()},
+            damping,
+        )
+        return state, direction
+
+    def needs(t: int) -> tuple:
+        due = measure.due(t)
+        return (*((curvature,) if due else ()), *due, *refresh.due(t))
+
+    return Transform(init, update, needs)
+
+
+def _measured(state: EKFACState, layers: Layers, decay: Decay, refresh: bool) -> EKFACState:
+    factors = state.factors.accumulate(layers, decay)
+    left, right, moments, old_weight = state.left, state.right, state.moments, state.weight
+    if refresh:
+        _, left = eigenbases({k: x for k, x in factors.left.items()})
+        _, right = eigenbases({k: x for k, x in factors.right.items()})
+        moments, old_weight = {}, torch.zeros_like(old_weight)
+    new = {
+        k: sum(_moments(use, split_block(k)[1] is not None, left.get(k), right[k]) for use in uses)
+        * layers.scale
+        for k, uses in layers.uses.items()
+        if k in right
+    }
+    moments = {
+        k: average.accumulate(moments.get(k, torch.zeros_like(x)), x, decay) for k, x in new.items()
+    }
+    return EKFACState(factors, left, right, moments, average.weight(old_weight, decay))
+
+
+def _moments(use: LayerUse, bias: bool, left: Tensor | None, right: Tensor) -> Tensor:
+    """``Σ (left^T G_n right)²`` over cotangents and examples, without ``scale``."""
+    a, g = use.input_rows(), use.grad_rows()
+    g = g.to(factor_dtype(g))
+    if use.call.kind == "embedding":
+        return _embedding_moments(use, g, right)
+    a = a.to(g.dtype)
+    if bias:
+        a = torch.cat([a, torch.ones_like(a[..., :1])], -1)
+    swap = use.call.kind == "linear" and use.call.options == ("in_out",)
+    first, second = (right, left) if swap else (left, right)
+    if use.call.kind == "conv" and first is not None and first.ndim == 2:
+        a, g = a.squeeze(0), g.squeeze(0)
+    # A convolution's groups lead; (…, n, t, i) and (…, v, n, t, o).
+    grouped = first is not None and first.ndim == 3
+    a = a @ (second.unsqueeze(1) if grouped else second)  # pyright: ignore
+    g = g @ (first[:, None, None] if grouped else first)  # pyright: ignore
+    if a.shape[-2] == 1:
+        a, g = a.squeeze(-2), rearrange(g.squeeze(-2), "... v n o -> ... v n o")
+        moments = torch.einsum("...vno,...ni->...oi", g.square(), a.square())
+    else:
+        step = max(1, CHUNK // (a.shape[-1] * g.shape[-1]))
+        moments = sum(
+            torch.einsum("...vnto,...nti->...vnoi", g_, a_).square().sum((-4, -3))
+            for g_, a_ in zip(g.split(step, -3), a.split(step, -3), strict=True)
+        )
+    return moments.mT if swap else moments  # pyright: ignore
+
+
+def _embedding_moments(use: LayerUse, g: Tensor, right: Tensor) -> Tensor:
+    """Rows of one token add up within an example before they are squared."""
+    padding, vocabulary = use.call.options
+    ids = use.input_rows()
+    g = g @ right
+    if padding is not None:
+        g = g * (ids != padding).unsqueeze(-1)
+    same = (ids.unsqueeze(-1) == ids.unsqueeze(-2)).to(g.dtype)
+    squares = ((same @ g) * g).sum(0)
+    return g.new_zeros(vocabulary, g.shape[-1]).index_add(0, ids.reshape(-1), squares.flatten(0, 1))
+
+
+CARDS = (
+    Card(
+        "ekfac",
+        "EKFAC (George 2018)",
+        "F̂_nmc, F̂_emp",
+        "layer, KF-io",
+        "L/G direct, eigendecomposition",
+        ekfac,
+        learning_rate=0.01,
+        intervals=True,
+        options={"damping": 1e-2},
+    ),
+)

@@ -1,0 +1,161 @@
+r"""Layer-wise Kronecker factors: output gradients ⊗ inputs.
+
+A layer's block of the Fisher matrix is approximated by ``left ⊗ right``, one factor for each axis of
+its weight: for a linear layer ``[W | b]`` of shape (o, i + 1) these are the second moments of the output
+gradients, ``left = scale Σ g g^T``, and of the inputs, ``right = mean [a, 1] [a, 1]^T``. Only the
+product has meaning; it has the scale of the loss.
+"""
+
+import torch
+from einops import rearrange
+from torch import Tensor
+
+from funcprecond.curvature.layers import Layers, LayerUse, Sharing, split_block
+from funcprecond.problem import Params
+from funcprecond.representation import average
+from funcprecond.representation.diagonal import factor_dtype, zero_weight
+from funcprecond.tree import state, static
+
+__all__ = ["KroneckerIO", "layer_rows"]
+
+
+@state
+class KroneckerIO:
+    """Kronecker factors of every layer, and what stands in where there is no such layer.
+
+    Empty until the first measurement, since layers are found by running the model. All but ``weight``
+    are totals: divided by it they are the averages.
+
+    Attributes:
+        left: for each block ``"weight+bias"`` (or ``"weight"``) the factor of the weight's axis 0:
+            (o, o); (J, o / J, o / J) for a convolution of J groups; (V,), a diagonal, for an embedding.
+        right: the factor of the remaining axes, with the bias as last row and column: (i + 1, i + 1)
+            likewise.
+        units: for a norm layer of U units the exact (U, 2, 2) blocks of scale and bias, (U, 1, 1)
+            without bias.
+        others: the diagonal for parameters that no layer covers.
+        weight: 0-d, see :mod:`funcprecond.representation.average`.
+        names: the parameters this state belongs to.
+    """
+
+    left: dict[str, Tensor]
+    right: dict[str, Tensor]
+    units: dict[str, Tensor]
+    others: dict[str, Tensor]
+    weight: Tensor
+    names: tuple[str, ...] = static()
+
+    @classmethod
+    def init(cls, params: Params) -> "KroneckerIO":
+        """Empty."""
+        return cls({}, {}, {}, {}, zero_weight(params), tuple(params))
+
+    def accumulate(self, value: Layers, decay: average.Decay) -> "KroneckerIO":
+        """Take in a measurement of the layers."""
+        value = value.restrict(self.names)
+        left, right, units = {}, {}, {}
+        for block, uses in value.uses.items():
+            bias = split_block(block)[1] is not None
+            if uses[0].call.kind == "norm":
+                units[block] = _unit_blocks(uses, bias, value.scale)
+            else:
+                left[block], right[block] = _factors(uses, bias, value.sharing, value.scale)
+        others = {k: d * value.scale for k, d in value.others.items()}
+
+        def merge(old: dict[str, Tensor], new: dict[str, Tensor]) -> dict[str, Tensor]:
+            return {
+                k: average.accumulate(old.get(k, torch.zeros_like(x)), x, decay)
+                for k, x in new.items()
+            }
+
+        return KroneckerIO(
+            merge(self.left, left),
+            merge(self.right, right),
+            merge(self.units, units),
+            merge(self.others, others),
+            average.weight(self.weight, decay),
+            self.names,
+        )
+
+    def block(self, name: str) -> Tensor:
+        """A layer's block as a dense matrix, in the order of the flattened ``[W | b]``."""
+        left, right = self.left[name] / self.weight, self.right[name] / self.weight
+        if left.ndim == 1:
+            return torch.kron(left.diag(), right.contiguous())
+        if left.ndim == 2:
+            return torch.kron(left.contiguous(), right.contiguous())
+        return torch.block_diag(
+            *(torch.kron(x.contiguous(), y.contiguous()) for x, y in zip(left, right, strict=True))
+        )
+
+
+def layer_rows(use: LayerUse, bias: bool, sharing: Sharing) -> tuple[Tensor, Tensor]:
+    """The rows whose second moments are a layer's factors, in float32 or wider.
+
+    With "expand" every position of an example is a row of its own: exact for losses with a term a
+    position. With "reduce" inputs are averaged and output gradients summed over the positions: exact
+    where the outputs are pooled over them (Eschenhagen et al., arXiv 2311.00636).
+
+    Returns:
+        (..., M, i) inputs, with ones appended if there is a bias, and (..., V M, o) output gradients;
+        the leading axis is a convolution's groups.
+    """
+    a, g = use.input_rows(), use.grad_rows()
+    if sharing == "reduce":
+        a, g = a.mean(-2, keepdim=True), g.sum(-2, keepdim=True)
+    dtype = factor_dtype(g)
+    a = rearrange(a.to(dtype), "... n t i -> ... (n t) i")
+    g = rearrange(g.to(dtype), "... v n t o -> ... (v n t) o")
+    if bias:
+        a = torch.cat([a, torch.ones_like(a[..., :1])], -1)
+    return a, g
+
+
+def _factors(
+    uses: tuple[LayerUse, ...], bias: bool, sharing: Sharing, scale: Tensor
+) -> tuple[Tensor, Tensor]:
+    call = uses[0].call
+    if call.kind == "embedding":
+        return _embedding_factors(uses, scale)
+    pairs = [layer_rows(use, bias, sharing) for use in uses]
+    positions = sum(a.shape[-2] for a, _ in pairs)
+    inputs = sum(_gram(a) for a, _ in pairs) / positions
+    outputs = sum(_gram(g) for _, g in pairs) * scale.to(pairs[0][1].dtype)
+    if inputs.ndim == 3 and inputs.shape[0] == 1:
+        inputs, outputs = inputs[0], outputs[0]
+    if call.kind == "linear" and call.options == ("in_out",):
+        return inputs, outputs
+    return outputs, inputs
+
+
+def _embedding_factors(uses: tuple[LayerUse, ...], scale: Tensor) -> tuple[Tensor, Tensor]:
+    """The input is one-hot: its second moment is the diagonal of the tokens' frequencies."""
+    padding, vocabulary = uses[0].call.options
+    frequency, outputs, positions = 0.0, 0.0, 0.0
+    for use in uses:
+        ids, g = use.input_rows().reshape(-1), use.grad_rows()
+        g = rearrange(g.to(factor_dtype(g)), "v n t d -> v (n t) d")
+        kept = torch.ones_like(ids, dtype=g.dtype)
+        if padding is not None:
+            kept = (ids != padding).to(g.dtype)
+        g = g * kept.unsqueeze(-1)
+        frequency = frequency + g.new_zeros(vocabulary).index_add(0, ids, kept)
+        outputs = outputs + _gram(g.flatten(0, 1))
+        positions = positions + kept.sum()
+    return frequency / positions, outputs * scale  # pyright: ignore[reportReturnType]
+
+
+def _unit_blocks(uses: tuple[LayerUse, ...], bias: bool, scale: Tensor) -> Tensor:
+    """(U, 2, 2): the exact Fisher block of each unit's scale and bias, from per-example sums."""
+    blocks = 0.0
+    for use in uses:
+        x, g = use.input_rows(), use.grad_rows()
+        g = g.to(factor_dtype(g))
+        gradients = [(g * x).sum(-2)] + ([g.sum(-2)] if bias else [])
+        p = torch.stack(gradients, -1)
+        blocks = blocks + torch.einsum("vnup,vnuq->upq", p, p) * scale.to(p.dtype)
+    return blocks  # pyright: ignore[reportReturnType]
+
+
+def _gram(rows: Tensor) -> Tensor:
+    return rows.mT @ rows

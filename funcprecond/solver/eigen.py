@@ -1,0 +1,122 @@
+"""Kronecker-factored curvature with exact damping, by eigendecomposition of the factors."""
+
+import dataclasses
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from funcprecond.problem import Params
+from funcprecond.representation.kronecker_io import KroneckerIO
+from funcprecond.solver.inverse_root import by_shape
+from funcprecond.solver.layerwise import apply_blocks, unit_inverses
+from funcprecond.tree import state
+
+__all__ = ["Eigen", "EigenFactor", "eigenbases", "rotate", "rotate_back"]
+
+
+@state
+class EigenFactor:
+    """Eigenvectors and eigenvalues of both factors of each block, and the rest's curvature.
+
+    An embedding's left factor is diagonal and has no vectors.
+    """
+
+    left_vectors: dict[str, Tensor]
+    right_vectors: dict[str, Tensor]
+    left_values: dict[str, Tensor]
+    right_values: dict[str, Tensor]
+    units: dict[str, Tensor]
+    others: dict[str, Tensor]
+
+
+@dataclasses.dataclass(frozen=True)
+class Eigen:
+    """``(left ⊗ right + damping I)^-1``, exactly: in the product of the eigenbases it is diagonal.
+
+    Attributes:
+        damping: added to the curvature, in the loss's units. Read at every step, so a schedule needs
+            no refresh.
+    """
+
+    damping: float | Tensor = 1e-3
+    accepts: ClassVar[tuple[type, ...]] = (KroneckerIO,)
+
+    def init(self, representation: KroneckerIO) -> EigenFactor:
+        """Empty, as the representation is."""
+        return EigenFactor({}, {}, {}, {}, {}, {})
+
+    def prepare(self, representation: KroneckerIO, previous: EigenFactor) -> EigenFactor:
+        """Decompose: one batched eigendecomposition for each size of factor."""
+        w = representation.weight
+        left = {k: x / w for k, x in representation.left.items()}
+        right = {k: x / w for k, x in representation.right.items()}
+        left_values, left_vectors = eigenbases(left)
+        right_values, right_vectors = eigenbases(right)
+        return EigenFactor(
+            left_vectors,
+            right_vectors,
+            left_values,
+            right_values,
+            {k: x / w for k, x in representation.units.items()},
+            {k: x / w for k, x in representation.others.items()},
+        )
+
+    def apply(self, factor: EigenFactor, grads: Params) -> Params:
+        """Rotate, divide, rotate back: four products a layer."""
+
+        def solve(block: str, matrix: Tensor) -> Tensor:
+            left, right = factor.left_vectors.get(block), factor.right_vectors[block]
+            values = factor.left_values[block].unsqueeze(-1) * factor.right_values[block].unsqueeze(
+                -2
+            )
+            rotated = rotate(matrix.to(right.dtype), left, right) / (values + self.damping)
+            return rotate_back(rotated, left, right)
+
+        return apply_blocks(
+            grads,
+            factor.right_vectors,
+            solve,
+            lambda block: _groups(factor.right_vectors[block]),
+            unit_inverses(factor.units, self.damping),
+            factor.others,
+            self.damping,
+        )
+
+
+def eigenbases(factors: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """(eigenvalues, clamped at zero; eigenvectors) of each factor; no vectors for diagonal ones.
+
+    A factor that is not finite has the identity's decomposition times NaN values, so that the fault
+    shows in the direction instead of raising inside a compiled step.
+    """
+    values = {k: x.clamp_min(0.0) for k, x in factors.items() if x.ndim == 1}
+    names = [k for k, x in factors.items() if x.ndim > 1]
+
+    def decompose(stack: Tensor, _) -> Tensor:
+        symmetric = (stack + stack.mT) / 2
+        finite = torch.isfinite(symmetric).all(-1, keepdim=True).all(-2, keepdim=True)
+        eye = torch.eye(stack.shape[-1], dtype=stack.dtype, device=stack.device)
+        spectrum, vectors = torch.linalg.eigh(torch.where(finite, symmetric, eye))
+        spectrum = torch.where(finite.squeeze(-1), spectrum.clamp_min(0.0), torch.nan)
+        return torch.cat([spectrum.unsqueeze(-2), vectors], -2)
+
+    packed = by_shape(decompose, [factors[k] for k in names], static=[None] * len(names))
+    vectors = {}
+    for name, x in zip(names, packed, strict=True):
+        values[name], vectors[name] = x[..., 0, :], x[..., 1:, :]
+    return values, vectors
+
+
+def rotate(matrix: Tensor, left: Tensor | None, right: Tensor) -> Tensor:
+    """``left^T matrix right``."""
+    return (matrix if left is None else left.mT @ matrix) @ right
+
+
+def rotate_back(matrix: Tensor, left: Tensor | None, right: Tensor) -> Tensor:
+    """``left matrix right^T``."""
+    return (matrix if left is None else left @ matrix) @ right.mT
+
+
+def _groups(vectors: Tensor) -> int:
+    return vectors.shape[0] if vectors.ndim == 3 else 1
