@@ -1,0 +1,168 @@
+"""Running cells: failures are rows, interruptions lose nothing, the same plan is not run twice."""
+
+import dataclasses
+import types
+
+import pytest
+import torch
+
+import funcprecond as fp
+from funcprecond import taxonomy
+from funcprecond.compare import engine as engine_module
+from funcprecond.compare import plan, recipe, summary
+from funcprecond.compare.engine import sentence
+from funcprecond.compare.train import train
+from funcprecond.transform import stateless
+
+
+@pytest.fixture
+def cards(monkeypatch):
+    """Adds methods that misbehave to the table."""
+    sgd = taxonomy.CARDS["sgd"]
+
+    def refuse():
+        message = "This method refuses '0.weight': it has too many entries.\nDetails follow."
+        raise ValueError(message)
+
+    def poison():
+        return stateless(lambda grads: {name: g * float("nan") for name, g in grads.items()})
+
+    def explode():
+        return stateless(lambda grads: {name: -1e3 * g for name, g in grads.items()})
+
+    extra = {
+        name: dataclasses.replace(sgd, name=name, build=build, intervals=False, options={})
+        for name, build in (("refuse", refuse), ("poison", poison), ("explode", explode))
+    }
+    everything = types.MappingProxyType({**taxonomy.CARDS, **extra})
+    for module in (engine_module, plan, recipe, summary):
+        monkeypatch.setattr(module, "CARDS", everything)
+    monkeypatch.setattr("funcprecond.compare.measure.CARDS", everything)
+
+
+def test_a_failing_method_is_a_row_that_says_why_and_the_rest_goes_on(engine, cards):
+    comparison = engine(["refuse", "poison", "sgd"], points=3)
+    comparison.run()
+    rows = {row.setting.method: row for row in summary.rows(comparison)}
+    assert rows["refuse"].status == "failed"
+    assert rows["refuse"].why == "This method refuses '0.weight': it has too many entries."
+    assert rows["poison"].status == "diverged"
+    assert "no longer finite" in rows["poison"].why
+    assert rows["sgd"].status == "ok"
+    assert next(iter(rows)) == "sgd"
+    assert rows["refuse"].record()["why"]
+
+
+def test_a_loss_far_above_guessing_is_divergence(engine, cards, digits):
+    (setting,) = engine(["explode"]).rows
+    result = train(setting, digits, 1.0, 0)
+    assert result["status"] == "diverged"
+
+
+def test_a_second_run_finds_everything(engine):
+    first = engine()
+    first.run()
+    assert len(first.watcher.ended) == 6  # two costs, two methods with two seeds each
+    second = engine()
+    assert second.runs_left() == 0
+    second.run()
+    assert not second.watcher.ended
+    assert len(second.watcher.reused) == 6
+    assert [r.record() for r in summary.rows(first)] == [r.record() for r in summary.rows(second)]
+
+
+def test_interrupted_it_goes_on_where_it_was(engine, monkeypatch):
+    calls = []
+
+    def interrupted(*arguments):
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        calls.append(arguments)
+        return train(*arguments)
+
+    monkeypatch.setattr(engine_module, "train", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        engine().run()
+    monkeypatch.setattr(engine_module, "train", train)
+    again = engine()
+    assert again.runs_left() == 2
+    again.run()
+    assert len(again.watcher.ended) == 2
+    assert len(again.watcher.reused) == 4
+
+
+def test_a_cell_is_its_whole_configuration(engine):
+    (base,) = engine(["shampoo"]).rows
+    others = [
+        dataclasses.replace(base, **change)
+        for change in (
+            {"batch_size": 32}, {"interval": 3}, {"steps": 7}, {"threads": 2}, {"method": "sgd"},
+            {"task": "digits-convnet"},
+        )
+    ]  # fmt: skip
+    configs = [setting.config("cost") for setting in (base, *others)]
+    configs += [base.config("train", seed=0, learning_rate=lr) for lr in (0.1, 0.2)]
+    assert len({repr(config) for config in configs}) == len(configs)
+    assert {"code", "torch", "device_name"} <= set(base.config("cost")["environment"])
+
+
+def test_batch_sizes_and_intervals_are_axes_and_methods_without_intervals_have_one(engine):
+    rows = engine(["sgd", "shampoo"], batch_sizes=(32, 64), intervals=(1, 5)).rows
+    assert [(r.method, r.batch_size, r.interval) for r in rows] == [
+        ("sgd", 32, None), ("sgd", 64, None),
+        ("shampoo", 32, 1), ("shampoo", 32, 5), ("shampoo", 64, 1), ("shampoo", 64, 5),
+    ]  # fmt: skip
+
+
+def test_time_left_is_known_once_costs_are(engine):
+    comparison = engine()
+    assert comparison.seconds_left() == 0
+    comparison.run()
+    lefts = [left for left, _ in comparison.watcher.plans]
+    assert lefts == sorted(lefts, reverse=True)
+    assert comparison.watcher.plans[-1] == (1, pytest.approx(comparison.watcher.plans[-1][1]))
+    assert comparison.watcher.plans[-1][1] > 0
+
+
+def test_same_seed_same_curve(engine, digits):
+    (setting,) = engine(["sgd"]).rows
+    first, second = (train(setting, digits, 0.1, 3) for _ in range(2))
+    assert first["curve"]["loss"] == second["curve"]["loss"]
+    assert first["test"] == second["test"]
+    assert train(setting, digits, 0.1, 4)["curve"]["loss"] != first["curve"]["loss"]
+
+
+def test_training_learns(engine, digits):
+    (setting,) = engine(["sgd"], steps=60).rows
+    result = train(setting, digits, 0.1, 0)
+    assert result["test"]["accuracy"] > 0.85
+    assert result["curve"]["step"][-1] == 60
+    assert result["curve"]["seconds"] == sorted(result["curve"]["seconds"])
+    assert result["curve"]["loss"][-1] < 0.5
+
+
+def test_momentum_follows_every_method_that_has_none(digits):
+    assert recipe.momentum("sgd") == recipe.momentum("shampoo") == recipe.momentum("caspr") == 0.9
+    assert recipe.momentum("adam") == 0
+    state = recipe.recipe("sgd", 0.1, None).init({"w": torch.zeros(3)})
+    plain = fp.chain(fp.sgd(), fp.scale(0.1)).init({"w": torch.zeros(3)})
+    assert len(state) == len(plain) + 1
+
+
+def test_a_planned_method_cannot_be_built(monkeypatch):
+    planned = dataclasses.replace(taxonomy.CARDS["sgd"], name="psgd", build=None)
+    monkeypatch.setattr(recipe, "CARDS", {"psgd": planned})
+    with pytest.raises(ValueError, match="cannot be built yet"):
+        recipe.recipe("psgd", 0.1, None)
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (ValueError("A sentence.\nAnd more."), "A sentence."),
+        (RuntimeError("shapes differ"), "RuntimeError: shapes differ"),
+        (ValueError(), "ValueError"),
+    ],
+)
+def test_reason_is_one_sentence(error, expected):
+    assert sentence(error) == expected

@@ -1,0 +1,139 @@
+"""The results file: nothing finished is lost, nothing damaged is overwritten."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from funcprecond.compare.store import Store, StoreError, exclusive, key, parse, replace_file
+
+CONFIG = {"kind": "train", "method": "sgd", "seed": 0}
+RESULT = {"status": "ok", "seconds": 1.5}
+
+
+def test_what_was_put_is_there_for_the_next_process(tmp_path):
+    Store(tmp_path, pytest.fail).put(CONFIG, RESULT)
+    assert Store(tmp_path, pytest.fail).get(CONFIG) == RESULT
+    assert Store(tmp_path, pytest.fail).get({**CONFIG, "seed": 1}) is None
+
+
+def test_key_depends_on_every_entry_and_not_on_their_order():
+    assert key(CONFIG) == key(dict(reversed(CONFIG.items())))
+    assert len({key({**CONFIG, name: "other"}) for name in (*CONFIG, "new")} | {key(CONFIG)}) == 5
+
+
+def test_numbers_that_json_lacks_become_null(tmp_path):
+    store = Store(tmp_path, pytest.fail)
+    store.put(CONFIG, {"status": "diverged", "curve": {"loss": [2.3, float("inf"), float("nan")]}})
+    text = store.path.read_text()
+    cells = json.loads(text, parse_constant=pytest.fail)["cells"]
+    assert cells[key(CONFIG)]["result"]["curve"]["loss"] == [2.3, None, None]
+
+
+@pytest.mark.parametrize(
+    ("content", "word"),
+    [
+        (b"", "not JSON"),
+        (b'{"schema": 1, "cells": {"a": {"conf', "not JSON"),
+        (b"\xff\xfe\x00garbage", "not JSON"),
+        (b"[]", "cells"),
+        (b'{"schema": 99, "cells": {}}', "schema 99"),
+        (b'{"schema": 1, "cells": {"a": {"config": {}, "result": 3}}}', "1 cells"),
+    ],
+)
+def test_damaged_file_is_named_and_set_aside(tmp_path, content, word):
+    (tmp_path / "results.json").write_bytes(content)
+    (tmp_path / "results.damaged-1.json").write_text("an earlier one")
+    said = []
+    store = Store(tmp_path, said.append)
+    (sentence,) = said
+    assert "results.json" in sentence
+    assert "results.damaged-2.json" in sentence
+    assert word in sentence
+    assert (tmp_path / "results.damaged-2.json").read_bytes() == content
+    assert (tmp_path / "results.damaged-1.json").read_text() == "an earlier one"
+    store.put(CONFIG, RESULT)
+    assert Store(tmp_path, pytest.fail).get(CONFIG) == RESULT
+
+
+def test_good_cells_of_a_damaged_file_are_kept(tmp_path):
+    store = Store(tmp_path, pytest.fail)
+    store.put(CONFIG, RESULT)
+    document = json.loads(store.path.read_text())
+    document["cells"]["0" * 20] = {"config": {"kind": "cost"}, "result": {"status": "ok"}}
+    store.path.write_text(json.dumps(document))
+    said = []
+    store = Store(tmp_path, said.append)
+    assert store.get(CONFIG) == RESULT
+    assert "1 of its cells can be read and are kept" in said[0]
+
+
+def test_parse_accepts_its_own_file(tmp_path):
+    store = Store(tmp_path, pytest.fail)
+    store.put(CONFIG, RESULT)
+    cells, fault = parse(store.path.read_bytes())
+    assert not fault
+    assert list(cells) == [key(CONFIG)]
+
+
+def test_failed_write_leaves_the_old_file_and_no_litter(tmp_path, monkeypatch):
+    path = tmp_path / "results.json"
+    replace_file(path, "old")
+
+    def full(*arguments):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space"):
+        replace_file(path, "new")
+    assert path.read_text() == "old"
+    assert os.listdir(tmp_path) == ["results.json"]
+
+
+def test_folder_that_cannot_be_made_is_a_sentence(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StoreError, match="choose another --out"):
+        Store(tmp_path / "file" / "report", pytest.fail)
+    with pytest.raises(StoreError, match="choose another --out"), exclusive(tmp_path / "file"):
+        pass
+
+
+def test_second_comparison_on_one_folder_is_refused(tmp_path):
+    (tmp_path / ".results.json-orphan").write_text("half a fi")
+    with exclusive(tmp_path):
+        assert not (tmp_path / ".results.json-orphan").exists()
+        with pytest.raises(StoreError, match="Another comparison"), exclusive(tmp_path):
+            pass
+    with exclusive(tmp_path):
+        pass
+
+
+WRITER = """
+import sys
+from pathlib import Path
+from funcprecond.compare.store import Store
+store = Store(Path(sys.argv[1]), sys.exit)
+for number in range(100_000):
+    store.put({"number": number}, {"status": "ok", "filler": "x" * 20_000})
+    print(number, flush=True)
+"""
+
+
+def test_killed_while_writing_loses_no_finished_cell(tmp_path):
+    process = subprocess.Popen(
+        [sys.executable, "-c", WRITER, str(tmp_path)], stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    for _ in range(12):
+        process.stdout.readline()
+    time.sleep(0.013)
+    process.send_signal(signal.SIGKILL)
+    confirmed = 11 + len(process.stdout.read().split())
+    process.wait()
+    process.stdout.close()
+    store = Store(tmp_path, pytest.fail)
+    assert all(store.get({"number": number}) for number in range(confirmed + 1))

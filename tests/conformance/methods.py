@@ -1,0 +1,78 @@
+"""The one table of the conformance suite: a line a method, and every law holds it to account.
+
+A line gives the hyperparameters for small problems and the dense reference of the method's first
+direction (:mod:`tests.conformance.references`).
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import pytest
+
+import funcprecond as fp
+from funcprecond.taxonomy import CARDS
+from tests.conformance import references
+
+
+@dataclasses.dataclass(frozen=True)
+class Line:
+    """One method under test.
+
+    Attributes:
+        reference: ``(problem, params, batch) -> P x P matrix`` that the first direction is, times the
+            gradient; None where a test of the method itself holds more.
+        options: the builder's arguments.
+        dense: further arguments where the reference is compared, to take the chance out of it.
+        learns_layers: the state is empty until the first evidence, so the first step has a graph of
+            its own, and there is nothing to keep if it is not finite.
+    """
+
+    reference: Callable | None
+    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    dense: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    learns_layers: bool = False
+
+
+EXACT = {"labels": "exact"}
+METHODS: dict[str, Line] = {
+    "sgd": Line(references.identity),
+    "adam": Line(references.inverse_magnitude),
+    "adamw": Line(references.inverse_magnitude, {"decay_rate": 0.0}),
+    "adagrad": Line(references.inverse_magnitude),
+    "adagrad_full": Line(references.adagrad_full),
+    "shampoo": Line(references.shampoo),
+    "caspr": Line(references.caspr),
+    "kfac": Line(references.kfac, {"damping": 1e-2}, EXACT, learns_layers=True),
+    "kflr": Line(references.kfac, {"damping": 1e-2}, learns_layers=True),
+    "ekfac": Line(references.ekfac, {"damping": 1e-2}, EXACT, learns_layers=True),
+}
+
+
+def line(name: str) -> Line:
+    """The method's line, or a failure that says what to do."""
+    if name not in METHODS:
+        pytest.fail(
+            f"the method {name!r} has a card but no line in tests/conformance/methods.py: add "
+            f'"{name}": Line(...), and it is held to every law'
+        )
+    return METHODS[name]
+
+
+def build(name: str, **options) -> fp.Transform:
+    """The method with the table's hyperparameters."""
+    return CARDS[name].build(**{**line(name).options, **options})
+
+
+def trained(name: str, **options) -> fp.Transform:
+    """The method as a user trains with it: with a learning rate."""
+    return fp.chain(build(name, **options), fp.scale(0.05))
+
+
+def intervals(name: str) -> fp.Transform:
+    """The same, with both intervals at work where the method has them."""
+    slow = {"every": 2, "refresh_every": 2} if CARDS[name].intervals else {}
+    return trained(name, **slow)
+
+
+every_method = pytest.mark.parametrize("name", list(CARDS))

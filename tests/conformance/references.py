@@ -1,0 +1,104 @@
+"""Dense references of first directions: ``(problem, params, batch) -> (P, P)``.
+
+What a method's first direction is, as a matrix times the gradient, from :mod:`tests.reference` alone.
+The hyperparameters are the builders' defaults, written out.
+"""
+
+import torch
+import torch.nn.functional as F
+
+from tests import reference
+
+
+def _gradients(problem, params, batch):
+    return reference.gradient(lambda p: problem.loss(problem(p, batch[0]), batch[1]), params)
+
+
+def _blocks(problem, params, batch, matrix, vector):
+    """Block diagonal: ``matrix(G)`` for tensors of several long axes, ``vector(g)`` for others."""
+    blocks = []
+    for g in _gradients(problem, params, batch).values():
+        g = g.squeeze()
+        blocks.append(matrix(g) if g.ndim > 1 else vector(g.reshape(-1)))
+    return torch.block_diag(*blocks)
+
+
+def _rooted(g):
+    """Diagonal AdaGrad with the ridge inside the root: ``(g^2 + eps max g^2)^(-1/2)``."""
+    return torch.diag((g.square() + 1e-6 * g.square().max()) ** -0.5)
+
+
+def identity(problem, params, batch):
+    return torch.eye(reference.ravel(params).numel(), dtype=torch.float64)
+
+
+def inverse_magnitude(problem, params, batch):
+    """Adam and AdaGrad: ``g / |g|``."""
+    return torch.diag(1 / reference.ravel(_gradients(problem, params, batch)).abs())
+
+
+def adagrad_full(problem, params, batch):
+    gradients = _gradients(problem, params, batch).values()
+    return torch.block_diag(*(reference.adagrad_full([g], 1e-6) for g in gradients))
+
+
+def shampoo(problem, params, batch):
+    return _blocks(problem, params, batch, lambda g: reference.shampoo([g], 1e-6), _rooted)
+
+
+def caspr(problem, params, batch):
+    return _blocks(problem, params, batch, lambda g: reference.caspr([g], 1e-6), _rooted)
+
+
+DAMPING = 1e-2
+
+
+def _layers(problem, params, batch):
+    """(A, B, exact Fisher block in [W | b]) of both layers of :func:`tests.problems.mlp`.
+
+    The gradient of an example in the bias is its gradient at the layer's output, so B is the bias's
+    block of the exact Fisher matrix.
+    """
+    x = batch[0]
+    hidden = torch.tanh(F.linear(x, params["0.weight"], params["0.bias"]))
+    fisher, start = reference.fisher(problem, params, batch), 0
+    for inputs, name in ((x, "0"), (hidden, "2")):
+        rows = torch.cat([inputs, torch.ones_like(inputs[:, :1])], 1)
+        o, i = params[f"{name}.weight"].shape
+        # weight first, then bias -> rows of [W | b]
+        order = [
+            start + (o * i + r if c == i else r * i + c) for r in range(o) for c in range(i + 1)
+        ]
+        bias = [start + o * i + r for r in range(o)]
+        start += o * i + o
+        yield rows.T @ rows / len(x), fisher[bias][:, bias], fisher[order][:, order], order
+
+
+def _damped(problem, params, batch, solve):
+    size = reference.ravel(params).numel()
+    matrix = torch.zeros(size, size, dtype=torch.float64)
+    for a, b, fisher, order in _layers(problem, params, batch):
+        index = torch.tensor(order)
+        matrix[index.unsqueeze(1), index] = solve(a, b, fisher)
+    return matrix
+
+
+def kfac(problem, params, batch):
+    """``(B ⊗ A + damping I)^-1`` with the factors of the exact Fisher matrix."""
+
+    def solve(a, b, fisher):
+        block = reference.kron(b, a)
+        return torch.linalg.inv(block + DAMPING * reference.eye(len(block)))
+
+    return _damped(problem, params, batch, solve)
+
+
+def ekfac(problem, params, batch):
+    """K-FAC's eigenbasis with the exact Fisher block's diagonal in it."""
+
+    def solve(a, b, fisher):
+        basis = reference.kron(torch.linalg.eigh(b)[1], torch.linalg.eigh(a)[1])
+        moments = (basis.T @ fisher @ basis).diagonal()
+        return basis @ torch.diag(1 / (moments + DAMPING)) @ basis.T
+
+    return _damped(problem, params, batch, solve)
