@@ -18,6 +18,9 @@ Result = dict[str, Any]
 class Watcher(Protocol):
     """Hears what the engine does; the progress display is one."""
 
+    def found(self, cells: int) -> None:
+        """So many cells of the plan were finished before this run."""
+
     def plan(self, left: int, seconds: float) -> None:
         """So many cells are left, expected to take so many seconds (0 when nothing is known)."""
 
@@ -27,8 +30,8 @@ class Watcher(Protocol):
     def advance(self, fraction: float) -> None:
         """So much of the current cell is done."""
 
-    def end(self, label: str, result: Result, reused: bool) -> None:
-        """A cell is finished, or was found finished in the store."""
+    def end(self, label: str, result: Result) -> None:
+        """A cell is finished."""
 
 
 class Engine:
@@ -57,6 +60,7 @@ class Engine:
 
     def run(self) -> None:
         """Finish every cell. May be stopped at any moment and called again by another process."""
+        self.watcher.found(sum(map(self.finished, self.rows)))
         for index, row in enumerate(self.rows):
             self.watcher.plan(len(self.rows) - index + self.runs_left(), self.seconds_left())
             self.cell(
@@ -101,13 +105,12 @@ class Engine:
         expected: float,
     ) -> None:
         """Do the work of one cell and keep its result; a failure is a result too."""
-        found = self.store.get(config)
-        if found is not None:
-            self.watcher.end(label, found, reused=True)
+        if self.store.get(config) is not None:
             return
         self.watcher.begin(label, expected)
         with warnings.catch_warnings(record=True) as heard:
             warnings.simplefilter("always")
+            result: Result
             try:
                 result = work()
             except Exception as error:
@@ -116,7 +119,7 @@ class Engine:
         if said:
             result["warnings"] = said
         self.store.put(config, result)
-        self.watcher.end(label, result, reused=False)
+        self.watcher.end(label, result)
 
     # What is known so far, for the plan and for the report.
 
@@ -154,6 +157,11 @@ class Engine:
             return 0
         done = [seed for seed in self.repeats(row) if seed != self.seeds[0]] if over else []
         return first + len(self.seeds) - 1 - len(done)
+
+    def finished(self, row: Setting) -> int:
+        """Finished cells of the row: its cost, its sweep, the other seeds at the best rate."""
+        others = [seed for seed in self.repeats(row) if seed != self.seeds[0]]
+        return (self.cost(row)["status"] != "missing") + len(self.sweep(row)) + len(others)
 
     def runs_left(self) -> int:
         """Training runs still to do."""

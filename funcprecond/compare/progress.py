@@ -31,7 +31,7 @@ class Display:
         self.bar_task = self.bar.add_task("starting", total=1.0, note="")
         self.began = time.perf_counter()
         self.cell_began = self.began
-        self.left = self.finished = self.reused = 0
+        self.left = 0
         self.seconds = self.expected = 0.0
 
     def __enter__(self) -> "Display":
@@ -40,9 +40,13 @@ class Display:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        """Take the bar away and say what was reused."""
+        """Take the bar away."""
         self.bar.stop()
-        self.say_reused()
+
+    def found(self, cells: int) -> None:
+        """Say that an earlier run is continued."""
+        if cells:
+            self.console.print(f"{cells} finished cells were found and are kept.", highlight=False)
 
     def plan(self, left: int, seconds: float) -> None:
         """Cells and seconds left, the coming cell included."""
@@ -50,7 +54,6 @@ class Display:
 
     def begin(self, label: str, expected: float) -> None:
         """Show the cell that starts."""
-        self.say_reused()
         self.expected, self.cell_began = expected, time.perf_counter()
         self.bar.update(self.bar_task, description=label, completed=0.0, note=self.note(0.0))
 
@@ -58,12 +61,8 @@ class Display:
         """Move the bar of the current cell."""
         self.bar.update(self.bar_task, completed=fraction, note=self.note(fraction))
 
-    def end(self, label: str, result: dict[str, Any], reused: bool) -> None:
-        """Log a finished cell; cells found in the store are only counted."""
-        if reused:
-            self.reused += 1
-            return
-        self.finished += 1
+    def end(self, label: str, result: dict[str, Any]) -> None:
+        """Log a finished cell."""
         took = time.perf_counter() - self.cell_began
         left = "" if self.live else f"  [{self.note(1.0)}]"
         self.console.print(
@@ -80,12 +79,6 @@ class Display:
         if not self.seconds:
             return cells
         return f"{cells}, about {duration(self.seconds - fraction * self.expected)}"
-
-    def say_reused(self) -> None:
-        """Say once how many finished cells were found."""
-        if self.reused:
-            self.console.print(f"{self.reused} finished cells were found and are kept.")
-            self.reused = 0
 
 
 def outcome(result: dict[str, Any]) -> str:

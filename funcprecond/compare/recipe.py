@@ -1,6 +1,7 @@
 """How the comparison puts a method into a training step: the one place where its rules stand."""
 
 import inspect
+from collections.abc import Callable
 from typing import Any
 
 import funcprecond as fp
@@ -21,6 +22,19 @@ WITHOUT_MOMENTUM = {
 }
 
 
+def builder(method: str) -> Callable[..., Transform]:
+    """The function that makes the method.
+
+    Raises:
+        ValueError: the method is planned only.
+    """
+    build = CARDS[method].build
+    if build is None:
+        message = f"{method} is in the table but cannot be built yet."
+        raise ValueError(message)
+    return build
+
+
 def momentum(method: str) -> float:
     """Momentum that the comparison puts after a method; 0 for none."""
     return 0.0 if CARDS[method].momentum or method in WITHOUT_MOMENTUM else MOMENTUM
@@ -37,7 +51,7 @@ def options(method: str, interval: int | None) -> dict[str, Any]:
     chosen = dict(CARDS[method].options)
     if interval is not None:
         chosen |= {"every": interval, "refresh_every": interval}
-        if "start" in inspect.signature(CARDS[method].build).parameters:
+        if "start" in inspect.signature(builder(method)).parameters:
             chosen.setdefault("start", WARM_UP)
     return chosen
 
@@ -50,7 +64,7 @@ def recipe(method: str, learning_rate: float, interval: int | None) -> Transform
         learning_rate: multiplies the direction.
         interval: see `options`.
     """
-    parts = [CARDS[method].build(**options(method, interval))]
+    parts = [builder(method)(**options(method, interval))]
     if momentum(method):
         parts.append(fp.momentum(momentum(method)))
     return fp.chain(*parts, fp.scale(learning_rate))

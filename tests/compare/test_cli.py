@@ -80,19 +80,40 @@ def test_missing_extra_is_a_sentence(capsys):
     assert "pip install 'funcprecond[compare]'" in capsys.readouterr().err
 
 
-def test_whole_comparison_twice(tmp_path):
-    code, out, error = finish(start("compare", *QUICK, "--out", tmp_path))
-    assert code == 0, error
-    assert "test accuracy %" in out
-    assert "adam" in out
+def test_whole_comparison_twice(tmp_path, capsys):
+    command = ["compare", *QUICK, "--out", str(tmp_path)]
+    assert cli.main(command) == 0
+    first = capsys.readouterr()
+    assert "test accuracy %" in first.out
+    assert "adam" in first.out
+    assert "cells left, about" in first.err
     for name in ("results.json", "results.csv", "index.html", "curves.png"):
         assert (tmp_path / name).stat().st_size > 0
     before = json.loads((tmp_path / "results.json").read_text())
-    code, again, error = finish(start("compare", *QUICK, "--out", tmp_path))
-    assert code == 0, error
-    assert "6 finished cells were found" in error
-    assert again == out
+    assert cli.main(command) == 0
+    second = capsys.readouterr()
+    assert second.err.startswith("6 finished cells were found")
+    assert second.out == first.out
     assert json.loads((tmp_path / "results.json").read_text()) == before
+
+
+def test_damaged_results_are_set_aside(tmp_path, capsys):
+    (tmp_path / "results.json").write_text('{"schema": 1, "cells": {"a')
+    assert cli.main(["compare", *QUICK, "--methods", "sgd", "--out", str(tmp_path)]) == 0
+    assert "results.json is damaged" in capsys.readouterr().err
+    assert (tmp_path / "results.damaged-1.json").read_text() == '{"schema": 1, "cells": {"a'
+
+
+def test_folder_that_cannot_be_used_is_a_sentence(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    assert cli.main(["compare", *QUICK, "--out", str(tmp_path / "file")]) == 1
+    assert "choose another --out" in capsys.readouterr().err
+
+
+def test_batch_larger_than_the_data_is_a_sentence(tmp_path, capsys):
+    arguments = ["compare", *QUICK, "--batch-sizes", "32,5000", "--out", str(tmp_path)]
+    assert cli.main(arguments) == 2
+    assert "1,257 training examples" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
@@ -115,15 +136,7 @@ def test_stopped_and_started_again(tmp_path, how):
     assert 3 <= len(kept) < 6
     code, _, error = finish(start(*arguments))
     assert code == 0, error
-    assert f"{len(kept)} finished cells were found" in error.replace("\n", " ") or "found" in error
+    assert error.startswith(f"{len(kept)} finished cells were found")
     cells = json.loads(results.read_text())["cells"]
     assert len(cells) == 6
     assert all(cells[name] == cell for name, cell in kept.items())
-
-
-def test_damaged_results_are_set_aside(tmp_path):
-    (tmp_path / "results.json").write_text('{"schema": 1, "cells": {"a')
-    code, _, error = finish(start("compare", *QUICK, "--methods", "sgd", "--out", tmp_path))
-    assert code == 0, error
-    assert "results.json is damaged" in error
-    assert (tmp_path / "results.damaged-1.json").read_text() == '{"schema": 1, "cells": {"a'

@@ -67,7 +67,7 @@ def test_a_second_run_finds_everything(engine):
     assert second.runs_left() == 0
     second.run()
     assert not second.watcher.ended
-    assert len(second.watcher.reused) == 6
+    assert second.watcher.kept == 6
     assert [r.record() for r in summary.rows(first)] == [r.record() for r in summary.rows(second)]
 
 
@@ -88,7 +88,7 @@ def test_interrupted_it_goes_on_where_it_was(engine, monkeypatch):
     assert again.runs_left() == 2
     again.run()
     assert len(again.watcher.ended) == 2
-    assert len(again.watcher.reused) == 4
+    assert again.watcher.kept == 4
 
 
 def test_a_cell_is_its_whole_configuration(engine):

@@ -7,6 +7,7 @@ from importlib.resources import files
 from pathlib import Path
 from string import Template
 
+from funcprecond.compare import report
 from funcprecond.compare.report.style import styles
 from funcprecond.compare.report.table import HEADINGS, cells, plus_minus, reasons
 from funcprecond.compare.summary import Row
@@ -21,7 +22,7 @@ def page(rows: Sequence[Row], images: Sequence[tuple[Path, str]], about: dict[st
         images: (PNG file, caption) pairs, put into the page itself.
         about: what was run on what, in words.
     """
-    template = Template(files(__package__).joinpath("page.html").read_text(encoding="utf-8"))
+    template = Template(files(report).joinpath("page.html").read_text(encoding="utf-8"))
     task = rows[0].task
     return template.substitute(
         title=escape(task.title),

@@ -92,7 +92,7 @@ def cost(canvas: Canvas, rows: Sequence[Row]) -> str:
     panels[0].set_yticks(range(len(shown)), [row.setting.method for row in shown])
     return (
         f"Cost of one step, {where(rows)}, as a ratio to SGD's on the same batches: time is the "
-        "median over rounds in which the method and SGD take turns; memory is what stays between "
+        "least over rounds in which the method and SGD take turns; memory is what stays between "
         "steps and the most that a step allocates on top of it."
     )
 
@@ -131,7 +131,7 @@ def rates(canvas: Canvas, rows: Sequence[Row]) -> str:
         }
         axes.plot(list(points), list(points.values()), "o-", color=color, ms=4, lw=1.4)
         if row.learning_rate is not None:
-            ring = {"ms": 9, "mfc": "white", "mew": 1.8}
+            ring = {"ms": 9, "mfc": "white", "mew": 1.8, "clip_on": False, "zorder": 3}
             axes.plot(row.learning_rate, points[row.learning_rate], "o", color=color, **ring)
         for _, rate, result in row.sweep:
             if rate not in points:

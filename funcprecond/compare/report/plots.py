@@ -26,7 +26,7 @@ def figures(rows: Sequence[Row], folder: Path) -> list[tuple[Path, str]]:
     """
     drawn = []
     for name, draw in PLOTS.items():
-        with mpl.rc_context(RULES):
+        with mpl.rc_context(RULES):  # pyright: ignore[reportArgumentType]
             canvas = Canvas(layout="constrained")
             FigureCanvasAgg(canvas)
             caption = draw(canvas, rows)
