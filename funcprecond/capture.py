@@ -2,15 +2,15 @@
 
 One ``TorchFunctionMode`` sees every torch function that the model calls, whether the model is an
 ``nn.Module`` or a plain function, and recognises parameters by identity, not by module class. So a
-weight used twice, through ``F.linear`` or inside ``nn.MultiheadAttention`` is seen each time. Nothing
-is registered on the model, and nothing is left behind.
+weight used twice, through ``F.linear`` or inside ``nn.MultiheadAttention`` is seen each time.
+Nothing is registered on the model, and nothing is left behind.
 
 Three jobs, done in one pass because they all need the same interception:
 
-* *layers*: each call that applies a weight is recorded with its input, and its output is handed to a
-  ``tap`` so that gradients with respect to it can be taken;
-* *dropout*: masks come from tensors drawn beforehand, or from the caller's generator, never from the
-  global one;
+* *layers*: each call that applies a weight is recorded with its input, and its output is handed to
+  a ``tap`` so that gradients with respect to it can be taken;
+* *dropout*: masks come from tensors drawn beforehand, or from the caller's generator, never from
+  the global one;
 * *attention*: the fused kernels have no second derivative, so a run that is differentiated twice
   takes the math kernel.
 """
@@ -69,7 +69,7 @@ _METADATA = {
     torch.Tensor.is_floating_point,
     *(
         getattr(torch.Tensor, name).__get__
-        for name in "dtype device shape ndim requires_grad is_nested layout is_cuda".split()
+        for name in ["dtype", "device", "shape", "ndim", "requires_grad", "is_nested", "layout", "is_cuda"]
     ),
 }
 # Which axes of the input share one mask entry: none, or all beyond the channels.
@@ -160,7 +160,7 @@ class Capture(TorchFunctionMode):
         # Kept alive, and compared with `is`: identities of dead tensors are used again.
         self._transposed: list[tuple[Tensor, str]] = []
 
-    def __torch_function__(self, func, types, args=(), kwargs=None):  # noqa: D105
+    def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if func in _DROPOUTS:
             return self._dropout(func, *args, **kwargs)

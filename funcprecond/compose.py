@@ -6,6 +6,7 @@ from funcprecond.curvature.gradient import BatchGradient, OuterProduct
 from funcprecond.observe import Every, Evidence, MissingEvidence, Need
 from funcprecond.problem import Params
 from funcprecond.representation.average import Decay, check_decay
+from funcprecond.solver.layerwise import gradient_rows
 from funcprecond.transform import Transform
 from funcprecond.tree import state
 
@@ -49,8 +50,8 @@ def compose(
         curvature: what to measure, a :class:`funcprecond.Need`.
         representation: a class of :mod:`funcprecond.representation`.
         solver: an instance of a class of :mod:`funcprecond.solver`.
-        decay: how measurements are carried: None (local), a float (EMA, the weight of the old value)
-            or "sum".
+        decay: how measurements are carried: None (local), a float (EMA, the weight of the old
+            value) or "sum".
         every, refresh_every: the two intervals, in steps.
         start: both are due at every step before this one.
 
@@ -66,6 +67,8 @@ def compose(
     check_decay(decay)
     measure, refresh = Every("measure", every, start), Every("refresh", refresh_every, start)
     from_gradient = isinstance(curvature, BatchGradient)
+    # A solver that can use the gradient's own rows says so by the need that measures them.
+    rows: Need | None = getattr(solver, "rows", None)
 
     def init(params: Params) -> Composed:
         rep = representation.init(params)
@@ -76,18 +79,20 @@ def compose(
     ) -> tuple[Composed, Params]:
         rep, factor = state.representation, state.factor
         if evidence is None and not from_gradient:
-            msg = f"this method needs {curvature} beside the gradient: pass the evidence of fp.observe"
+            msg = f"this method needs {curvature} too: pass the evidence of fp.observe to update"
             raise MissingEvidence(msg)
         if evidence is None or measure in evidence:
             value = OuterProduct(grads) if from_gradient else evidence[curvature]  # pyright: ignore
             rep = rep.accumulate(value, decay)
         if evidence is None or refresh in evidence:
             factor = solver.prepare(rep, factor)
-        return Composed(rep, factor), solver.apply(factor, grads)
+        if rows is None:
+            return Composed(rep, factor), solver.apply(factor, grads)
+        return Composed(rep, factor), solver.apply(factor, grads, gradient_rows(grads, evidence))
 
     def needs(t: int) -> tuple[Need, ...]:
         due = measure.due(t)
         wanted = (curvature,) if due and not from_gradient else ()
-        return (*wanted, *due, *refresh.due(t))
+        return (*(() if rows is None else (rows,)), *wanted, *due, *refresh.due(t))
 
     return Transform(init, update, needs)

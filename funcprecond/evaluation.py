@@ -1,15 +1,15 @@
 """One batch at one point: the library's only autodiff.
 
-An :class:`Evaluation` runs the model forward once and shares that run among all that is asked of it:
-the loss and its gradient, pull-backs of any cotangents to the parameters or to the layers' outputs,
-Hessian and Jacobian products. Each is opened at most once, when first asked for.
+An :class:`Evaluation` runs the model forward once and shares that run among all that is asked of
+it: the loss and its gradient, pull-backs of any cotangents to the parameters or to the layers'
+outputs, Hessian and Jacobian products. Each is opened at most once, when first asked for.
 
 Two routes lead to the same numbers. Where no transform is active the run is an ordinary autograd
-graph of this call alone: a layer's output gradient is then the gradient at its edge in the graph, and
-a pull-back computes what it is asked for and nothing else. Under ``vmap``, ``grad``, ``jvp`` or
-``torch.compile`` it is built from ``torch.func.vjp``, with a zero added to each layer's output. Never
-from ``torch.func.hessian``, ``jvp`` of ``jacrev`` or ``grad`` of ``jvp``, which torch 2.13 gets
-wrong for normalisation layers, and never from ``linearize``.
+graph of this call alone: a layer's output gradient is then the gradient at its edge in the graph,
+and a pull-back computes what it is asked for and nothing else. Under ``vmap``, ``grad``, ``jvp`` or
+``torch.compile`` it is built from ``torch.func.vjp``, with a zero added to each layer's output.
+Never from ``torch.func.hessian``, ``jvp`` of ``jacrev`` or ``grad`` of ``jvp``, which torch 2.13
+gets wrong for normalisation layers, and never from ``linearize``.
 """
 
 from collections.abc import Callable, Sequence
@@ -49,6 +49,7 @@ class Evaluation:
         generator: see ``masks``.
         taps: record the layers, so that :attr:`calls`, :attr:`inputs` and :meth:`pull_layers` work.
         twice: products with the Hessian or the Jacobian will be asked for.
+        keep: more than the gradient will be asked for; if not, its graph is freed by the gradient.
 
     Attributes:
         inputs_batch, targets: the batch's two halves.
@@ -65,6 +66,7 @@ class Evaluation:
         generator: torch.Generator | None = None,
         taps: bool = False,
         twice: bool = False,
+        keep: bool = True,
     ):
         self.problem = problem
         self.params = params
@@ -73,6 +75,7 @@ class Evaluation:
         self._buffers = problem.buffers if buffers is None else buffers
         self._generator = generator
         self._taps = taps
+        self._keep = keep
         plain = _untransformed((params, self._buffers, batch))
         self._twice = twice or not plain
         self._run = (_GraphRun if plain else _FunctionRun)(self)
@@ -150,8 +153,8 @@ class Evaluation:
         """
         if coupling := self.problem.couples_examples():
             msg = (
-                f"per-example gradients are not defined: {coupling} couples the examples of a batch; "
-                "put it in eval mode, or use GroupNorm"
+                f"per-example gradients are not defined: {coupling} couples the examples of a "
+                "batch; put it in eval mode, or use GroupNorm"
             )
             raise ValueError(msg)
         count = self.count
@@ -237,17 +240,19 @@ class _GraphRun:
             self.outputs, buffers, capture = evaluation._forward(self.leaves, tap if taps else None)
             example_count(self.outputs)
             self.loss = evaluation.problem.loss(self.outputs, evaluation.targets)
-        self.buffers = detach(buffers)
+        self.buffers = {k: b.detach() for k, b in buffers.items()}
         self.calls, self.unrecorded = capture.calls, capture.unrecorded
         self.layer_inputs = [x.detach() for x in capture.inputs]
 
     @_opened_once
     def grads(self):
         twice = self.evaluation._twice
-        everything = self._gradient(self.loss, None, [*self.leaves.values(), *self.edges], twice)
+        inputs = [*self.leaves.values(), *self.edges]
+        everything = self._gradient(self.loss, None, inputs, twice, self.evaluation._keep)
         n = len(self.leaves)
         self._graph_of_grads = dict(zip(self.leaves, everything[:n], strict=True))
-        return detach(self._graph_of_grads), [g.detach() for g in everything[n:]]
+        grads = {k: g.detach() for k, g in self._graph_of_grads.items()}
+        return grads, [g.detach() for g in everything[n:]]
 
     def pull(self, cotangents):
         return dict(zip(self.leaves, self._pull(cotangents, [*self.leaves.values()]), strict=True))
@@ -269,13 +274,8 @@ class _GraphRun:
     def _transposed(self):
         """``u -> J^T u`` as a graph in ``u``: linear, so its own pull-back is ``J``."""
         seed = [torch.zeros_like(x, requires_grad=True) for x in tree_leaves(self.outputs)]
-        return seed, dict(
-            zip(
-                self.leaves,
-                self._pull(seed, [*self.leaves.values()], create_graph=True),
-                strict=True,
-            )
-        )
+        pulled = self._pull(seed, [*self.leaves.values()], create_graph=True)
+        return seed, dict(zip(self.leaves, pulled, strict=True))
 
     def _through(self, graph, vector, inputs):
         """The vector pulled back through a graph of gradients to its inputs."""
@@ -296,7 +296,7 @@ class _GraphRun:
         outputs = [x for x, _ in pairs]
         return self._gradient(outputs, [u for _, u in pairs], inputs, create_graph)
 
-    def _gradient(self, outputs, cotangents, inputs, create_graph=False):
+    def _gradient(self, outputs, cotangents, inputs, create_graph=False, keep=True):
         flat = [outputs] if isinstance(outputs, Tensor) else outputs
         found: Sequence[Tensor | None] = [None] * len(inputs)
         if inputs and any(x.requires_grad for x in flat):
@@ -304,22 +304,18 @@ class _GraphRun:
                 outputs,
                 inputs,
                 cotangents,
-                retain_graph=True,
+                retain_graph=keep,
                 create_graph=create_graph,
                 allow_unused=True,
             )
-        # Edges are the last inputs, one for each call; those that nothing reaches have a zero.
-        shapes = [c.shape for c in self.calls]
-        like = next(iter(self.leaves.values()), None)
-        first_edge = len(inputs) - len(shapes)
-        return [
-            g
-            if g is not None
-            else torch.zeros_like(x)
-            if isinstance(x, Tensor)
-            else like.new_zeros(shapes[i - first_edge])  # pyright: ignore[reportOptionalMemberAccess]
-            for i, (g, x) in enumerate(zip(found, inputs, strict=True))
-        ]
+        return [self._zero(x) if g is None else g for g, x in zip(found, inputs, strict=True)]
+
+    def _zero(self, unreached):
+        """The gradient with respect to what the outputs do not depend on."""
+        if isinstance(unreached, Tensor):
+            return torch.zeros_like(unreached)
+        like = next(iter(self.leaves.values()))
+        return like.new_zeros(self.calls[self.edges.index(unreached)].shape)
 
 
 class _FunctionRun:

@@ -1,16 +1,16 @@
 r"""Losses that know their likelihood.
 
-A loss is :math:`L = c \sum_n \sum_r \omega_{nr}\, \ell(f_{nr}, y_{nr})`: a *reduction constant* ``c``
-times weighted terms, one or more for each of the N examples (axis 0 of the outputs). Curvature needs
-more than its value: how a label is sampled from the model's own prediction, a square root of the
-terms' Hessian in the outputs, and ``c`` itself, so that every curvature matrix has the scale of the
-loss as the user computes it. The losses here have all three in closed form. Any other callable
-``(outputs, targets) -> 0-d tensor`` becomes a :class:`Custom` loss: gradient, Hessian, Gauss-Newton
+A loss is :math:`L = c \sum_n \sum_r \omega_{nr}\, \ell(f_{nr}, y_{nr})`: a *reduction constant*
+``c`` times weighted terms, one or more for each of the N examples (axis 0 of the outputs).
+Curvature needs more than its value: how a label is sampled from the model's own prediction, a
+square root of the terms' Hessian in the outputs, and ``c`` itself, so that every curvature matrix
+has the scale of the loss as the user computes it. The losses here have all three in closed form.
+Any other callable ``(outputs, targets) -> 0-d tensor`` becomes a :class:`Custom` loss: gradient, Hessian, Gauss-Newton
 product and empirical Fisher work, sampling raises a sentence.
 
 *Cotangents* below are gradients with respect to the outputs of the terms without ``c``, shaped like
-the outputs: pulled back through the model, they give rows whose outer products, summed and multiplied
-by ``c``, are the curvature matrix.
+the outputs: pulled back through the model, they give rows whose outer products, summed and
+multiplied by ``c``, are the curvature matrix.
 """
 
 import dataclasses
@@ -25,11 +25,11 @@ from torch import Tensor, nn
 from funcprecond import random
 
 __all__ = [
+    "MSE",
     "BCEWithLogits",
     "CrossEntropy",
     "Custom",
     "Loss",
-    "MSE",
     "as_loss",
     "bce_with_logits",
     "cross_entropy",
@@ -71,16 +71,16 @@ class Loss:
     def sampled(self, outputs: Any, targets: Any, noise: Tensor) -> Tensor:
         """(samples, *outputs.shape): cotangents at labels sampled from the model's prediction.
 
-        Each carries ``1 / sqrt(samples)``, so that the sum of the outer products of their pull-backs
-        is an unbiased Fisher matrix whatever the number of samples.
+        Each carries ``1 / sqrt(samples)``, so that the sum of the outer products of their
+        pull-backs is an unbiased Fisher matrix whatever the number of samples.
         """
         raise _no_likelihood(self)
 
     def exact(self, outputs: Any, targets: Any) -> Iterator[Tensor]:
         """Cotangents whose pull-backs' outer products sum to the exact Fisher matrix.
 
-        One for each output entry of an example: terms of one example may meet in a layer's position,
-        so they cannot share a pull-back.
+        One for each output entry of an example: terms of one example may meet in a layer's
+        position, so they cannot share a pull-back.
         """
         raise _no_likelihood(self)
 
@@ -88,7 +88,8 @@ class Loss:
 def _no_likelihood(loss: Loss) -> TypeError:
     return TypeError(
         f"{loss!r} does not know its likelihood, so labels cannot be sampled from it and it has no "
-        "exact Fisher matrix: use fp.losses.cross_entropy, mse or bce_with_logits, or labels='empirical'"
+        "exact Fisher matrix: use fp.losses.cross_entropy, mse or bce_with_logits, or "
+        "labels='empirical'"
     )
 
 

@@ -1,8 +1,8 @@
 """Measuring: what a method needs to know of a batch, as plain data.
 
-A method *declares* what it needs, :func:`observe` measures exactly that and the gradient, sharing one
-forward run, and the method's ``update`` is tensor algebra on the result. To measure something new,
-write a :class:`Need`: nothing else changes.
+A method *declares* what it needs, :func:`observe` measures exactly that and the gradient, sharing
+one forward run, and the method's ``update`` is tensor algebra on the result. To measure something
+new, write a :class:`Need`: nothing else changes.
 """
 
 import dataclasses
@@ -47,15 +47,16 @@ class Need:
 
 @dataclasses.dataclass(frozen=True)
 class Every(Need):
-    """Something is due: the mark by which ``needs(t)`` tells ``update`` that an interval has passed.
+    """The mark by which ``needs(t)`` tells ``update`` that an interval has passed.
 
-    Nothing is measured. It is due at every step before ``start``, then at each multiple of ``steps``.
+    Nothing is measured. It is due at every step before ``start``, then at each multiple of
+    ``steps``.
 
     Attributes:
         what: what is due, such as "refresh".
         steps: the interval, at least 1.
-        start: until this step it is due every time: statistics of the first steps change quickly, and
-            a first one of rank one makes a poor preconditioner for a whole interval.
+        start: until this step it is due every time: statistics of the first steps change quickly,
+            and a first one of rank one makes a poor preconditioner for a whole interval.
     """
 
     what: str
@@ -135,22 +136,21 @@ def draw(
 ) -> Noise:
     """Draw all random numbers that :func:`observe` would, before it runs.
 
-    Compiled and vmapped steps take the result; an open loop can leave it to ``observe``. A model with
-    dropout is run once without gradient, to see which masks it takes.
+    Compiled and vmapped steps take the result; an open loop can leave it to ``observe``. A model
+    with dropout is run once without gradient, to see which masks it takes.
 
     Raises:
         ValueError: random numbers are needed and there is no generator.
     """
+    training = problem.module is None or problem.module.training
     masks = ()
-    if problem.draws_masks():
+    if problem.draws.get(training, True):
         capture = Capture({}, generator=generator)
         with torch.no_grad(), capture:
-            problem.forward(
-                params,
-                problem.buffers if buffers is None else buffers,
-                problem.split(batch)[0],
-            )
+            start = problem.buffers if buffers is None else buffers
+            problem.forward(params, start, problem.split(batch)[0])
         masks = tuple(capture.masks)
+        problem.draws[training] = bool(masks)
     return Noise(masks, _draw(problem, params, batch, needs, generator))
 
 
@@ -192,6 +192,7 @@ def observe(
         generator=generator,
         taps=any(n.taps for n in needs),
         twice=any(n.twice for n in needs),
+        keep=any(not isinstance(n, Every) for n in needs),
     )
     grads = evaluation.grads
     return Evidence(

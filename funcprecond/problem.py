@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 from funcprecond.losses import Loss, as_loss
 
@@ -31,6 +31,7 @@ class Problem:
         buffers: the model's buffers to start from, by name (running statistics of BatchNorm).
         split: ``batch -> (inputs, targets)``.
         module: the ``nn.Module`` that ``forward`` runs, or None for a plain function.
+        draws: whether a run draws dropout masks, in train and in eval mode, as far as is known.
     """
 
     forward: Callable[[Params, Buffers, Any], tuple[Any, Buffers]]
@@ -39,6 +40,7 @@ class Problem:
     buffers: Buffers
     split: Callable[[Any], tuple[Any, Any]]
     module: nn.Module | None = None
+    draws: dict[bool, bool] = dataclasses.field(default_factory=dict)
 
     def __call__(self, params: Params, inputs: Any, buffers: Buffers | None = None) -> Any:
         """The model's outputs at ``params``, in the mode (train or eval) the module is in."""
@@ -50,10 +52,6 @@ class Problem:
             if module.training and isinstance(module, nn.modules.batchnorm._BatchNorm):
                 return f"{type(module).__name__} {name!r} in training mode"
         return None
-
-    def draws_masks(self) -> bool:
-        """Whether a run may draw dropout masks; a plain function is taken to."""
-        return self.module is None or self.module.training
 
 
 def as_pair(batch: Any) -> tuple[Any, Any]:
@@ -82,10 +80,10 @@ def problem(
     """State a training problem.
 
     Args:
-        model: an ``nn.Module``, or any function ``(params, inputs) -> outputs`` of a dict of tensors.
-            A module's inputs may be one tensor, a tuple (its positional arguments) or a dict (its
-            keyword arguments); its own parameters and buffers are never changed. Parameters with
-            ``requires_grad=False`` are constants; tied ones appear once.
+        model: an ``nn.Module``, or any function ``(params, inputs) -> outputs`` of a dict of
+            tensors. A module's inputs may be one tensor, a tuple (its positional arguments) or a
+            dict (its keyword arguments); its own parameters and buffers are never changed.
+            Parameters with ``requires_grad=False`` are constants; tied ones appear once.
         loss: one of :mod:`funcprecond.losses`, one of torch's losses, or any callable
             ``(outputs, targets) -> 0-d tensor``.
         params: where to start, for a plain function; a module brings its own.
@@ -122,15 +120,42 @@ def _from_module(model: nn.Module, loss: Loss, split: Callable) -> Problem:
     frozen = {k: p.detach() for k, p in named.items() if not p.requires_grad}
     start = _trainable({k: p for k, p in named.items() if p.requires_grad})
     start_buffers = {k: b.detach().clone() for k, b in model.named_buffers()}
+    # A set of its own: a compiler would guard on ``params is start``, and compile the second step anew.
+    names = frozenset(start)
+    first = {id(x): k for k, x in (*named.items(), *model.named_buffers())}
+    tied = {k: first[id(x)] for k, x in _slots(model).items() if first[id(x)] != k}
 
     def forward(params, buffers, inputs):
+        if params.keys() != names:
+            missing, unknown = names - params.keys(), params.keys() - names
+            msg = (
+                f"params do not fit the model: missing {sorted(missing) or 'none'}, "
+                f"unknown {sorted(unknown) or 'none'}"
+            )
+            raise KeyError(msg)
         # Layers write into the buffers they are given: into clones, made where a transform sees them.
         fresh = {k: b.clone() for k, b in buffers.items()}
+        tensors = {**frozen, **params, **fresh}
+        tensors |= {k: tensors[owner] for k, owner in tied.items()}
         args, kwargs = _arguments(inputs)
-        outputs = functional_call(model, {**frozen, **params, **fresh}, args, kwargs, strict=True)
-        return outputs, fresh
+        # Names and ties are settled above, once; torch would search the module for them at each call.
+        return functional_call(model, tensors, args, kwargs, tie_weights=False), fresh
 
     return Problem(forward, loss, start, start_buffers, split, model)
+
+
+def _slots(model: nn.Module) -> dict[str, Tensor]:
+    """Every place that holds a parameter or a buffer; a module with two names is one place.
+
+    Swapping a tensor into one place under two names would leave it there: torch restores by name.
+    """
+    return {
+        f"{prefix}.{name}".lstrip("."): tensor
+        for prefix, module in model.named_modules()
+        for held in (module._parameters, module._buffers)
+        for name, tensor in held.items()
+        if tensor is not None
+    }
 
 
 def _arguments(inputs: Any) -> tuple[tuple, dict]:
@@ -158,7 +183,7 @@ def example_count(outputs: Any) -> int:
     Raises:
         ValueError: the outputs have no example axis, or it is empty.
     """
-    first = next(x for x in torch.utils._pytree.tree_leaves(outputs) if isinstance(x, Tensor))
+    first = next(x for x in tree_leaves(outputs) if isinstance(x, Tensor))
     if first.ndim == 0 or first.shape[0] == 0:
         msg = (
             f"the model's outputs have shape {tuple(first.shape)}: axis 0 must count the batch's "
@@ -170,4 +195,6 @@ def example_count(outputs: Any) -> int:
 
 def detach(tree: Any) -> Any:
     """The same tree without a graph."""
+    if isinstance(tree, Tensor):
+        return tree.detach()
     return tree_map(lambda x: x.detach() if isinstance(x, Tensor) else x, tree)

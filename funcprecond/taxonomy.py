@@ -1,7 +1,8 @@
 """The table of methods, generated from the method files.
 
-Every file of :mod:`funcprecond.methods` says in a :class:`Card` which row it is: the curvature matrix,
-its representation and the solver. Rows that have no file yet stand here, so that the table is whole.
+Every file of :mod:`funcprecond.methods` says in a :class:`Card` which row it is: the curvature
+matrix, its representation and the solver. Rows that have no file yet stand here, so that the table
+is whole.
 """
 
 import dataclasses

@@ -19,9 +19,9 @@ class Transform(NamedTuple):
 
     Attributes:
         init: ``params -> state``. A state is a tree of tensors.
-        update: ``(state, grads, evidence=None) -> (new state, direction)``. A direction has the sign
-            and the dtypes of the gradient. Methods that need the gradient only work without evidence,
-            and then measure and refresh at every call.
+        update: ``(state, grads, evidence=None) -> (new state, direction)``. A direction has the
+            sign and the dtypes of the gradient. Methods that need the gradient only work without
+            evidence, and then measure and refresh at every call.
         needs: ``t -> needs``: what to observe at step ``t``, a host integer counted from 0.
     """
 
@@ -44,8 +44,8 @@ def chain(*transforms: Transform) -> Transform:
     """Apply transforms one after another: the direction of one is the gradient of the next.
 
     The order carries meaning. ``chain(adam(), weight_decay(0.1), scale(1e-3))`` decays the weights
-    themselves (decoupled, AdamW); ``chain(weight_decay(0.1), adam(), scale(1e-3))`` adds the decay to
-    the gradient that Adam sees (an L2 penalty). The learning rate comes last.
+    themselves (decoupled, AdamW); ``chain(weight_decay(0.1), adam(), scale(1e-3))`` adds the decay
+    to the gradient that Adam sees (an L2 penalty). The learning rate comes last.
     """
 
     def init(params):

@@ -8,7 +8,7 @@ only file that touches torch's pytree registry.
 
 import dataclasses
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar, dataclass_transform
 
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 T = TypeVar("T")
+Vector = dict[str, Tensor]
 
 __all__ = [
     "add",
@@ -81,30 +82,44 @@ leaves = pytree.tree_leaves
 
 
 # --------------------------------------------------------------------- vectors shaped like params
-def add(x: dict[str, Tensor], y: dict[str, Tensor], alpha: Any = 1.0) -> dict[str, Tensor]:
+def add(x: Vector, y: Vector, alpha: float | Tensor = 1.0) -> Vector:
     """``x + alpha * y`` over two dicts with the same keys."""
-    return {k: v + alpha * y[k] for k, v in x.items()}
+    if isinstance(alpha, Tensor):
+        return {k: v + alpha * y[k] for k, v in x.items()}
+    return _foreach("add", x, [y[k] for k in x], alpha=alpha)
 
 
-def sub(x: dict[str, Tensor], y: dict[str, Tensor]) -> dict[str, Tensor]:
-    """``x - y`` over two dicts with the same keys, as one multi-tensor operation."""
+def sub(x: Vector, y: Vector) -> Vector:
+    """``x - y`` over two dicts with the same keys."""
+    return _foreach("sub", x, [y[k] for k in x])
+
+
+def mul(x: Vector, factor: float | Tensor) -> Vector:
+    """``factor * x``; the factor is a float or a 0-d tensor."""
+    return _foreach("mul", x, factor)
+
+
+def _foreach(name: str, x: Vector, other: Any, **kwargs: Any) -> Vector:
     if not x:
         return {}
-    return dict(zip(x, torch._foreach_sub(list(x.values()), [y[k] for k in x]), strict=True))
+    tensors = list(x.values())
+    if torch._C._functorch.peek_interpreter_stack() is None:
+        values = getattr(torch, f"_foreach_{name}")(tensors, other, **kwargs)
+    else:
+        # vmap has no rule for the multi-tensor operations.
+        others = other if isinstance(other, list) else [other] * len(tensors)
+        single = getattr(torch, name)
+        values = [single(v, o, **kwargs) for v, o in zip(tensors, others, strict=True)]
+    return dict(zip(x, values, strict=True))
 
 
-def mul(x: dict[str, Tensor], factor: float | Tensor) -> dict[str, Tensor]:
-    """``factor * x``; the factor is a float or a 0-d tensor."""
-    return {k: v * factor for k, v in x.items()}
-
-
-def dot(x: dict[str, Tensor], y: dict[str, Tensor]) -> Tensor:
+def dot(x: Vector, y: Vector) -> Tensor:
     """The inner product over all entries, a 0-d tensor, accumulated in float32 or wider."""
     parts = [_lift(x[k]).reshape(-1).dot(_lift(y[k]).reshape(-1)) for k in x]
     return torch.stack(parts).sum() if parts else torch.zeros(())
 
 
-def norm(x: dict[str, Tensor]) -> Tensor:
+def norm(x: Vector) -> Tensor:
     """The Euclidean norm over all entries, a 0-d tensor."""
     return dot(x, x).sqrt()
 

@@ -1,4 +1,4 @@
-"""The Gauss-Newton matrix ``J^T H_L J`` of a loss of a model; for a likelihood, its Fisher matrix."""
+"""The Gauss-Newton matrix ``J^T H_L J``; for a likelihood it is the Fisher matrix."""
 
 import dataclasses
 from collections.abc import Callable
@@ -14,8 +14,8 @@ __all__ = ["GGNOperator", "ggn_mv"]
 def ggn_mv(problem: Problem, params: Params, batch: Any, vector: Params) -> Params:
     """The Gauss-Newton matrix of the problem's loss on ``batch`` times ``vector``.
 
-    The loss's Hessian in the outputs is in closed form for the losses of :mod:`funcprecond.losses` and
-    by autodiff for any other. Costs about 2.3 gradients; for many products at one point open a
+    The loss's Hessian in the outputs is in closed form for the losses of :mod:`funcprecond.losses`
+    and by autodiff for any other. Costs about 2.3 gradients; for many products at one point open a
     :class:`funcprecond.Evaluation` and call its ``ggn_mv``.
     """
     return Evaluation(problem, params, batch, twice=True).ggn_mv(vector)

@@ -1,10 +1,10 @@
 """Layer statistics: what each layer was given, and what came back to it.
 
 An affine layer ``z = W a + b`` sees inputs ``a`` and, pulled back from cotangents at the model's
-outputs, output gradients ``g``. The gradient of example n in ``[W | b]`` is ``sum_t g_nt [a_nt, 1]^T``
-over its positions t (tokens, pixels), so inputs and output gradients are all that Kronecker-factored,
-unit-wise, diagonal and Gram representations of the Fisher matrix need. Layers are found by which
-parameter is used, not by module class (:mod:`funcprecond.capture`).
+outputs, output gradients ``g``. The gradient of example n in ``[W | b]`` is ``sum_t g_nt [a_nt,
+1]^T`` over its positions t (tokens, pixels), so inputs and output gradients are all that
+Kronecker-factored, unit-wise, diagonal and Gram representations of the Fisher matrix need. Layers
+are found by which parameter is used, not by module class (:mod:`funcprecond.capture`).
 
 Letters: V cotangents, N examples, T positions, J groups, i and o input and output dimensions.
 """
@@ -133,9 +133,10 @@ class LayerStatistics(Need):
     """Inputs and output gradients of every layer.
 
     Attributes:
-        labels: whose cotangents are pulled back: those of labels sampled from the model's prediction
-            ("mc", an unbiased Fisher matrix), of the data's own ("empirical", the training gradient
-            itself, at no cost), or all that the exact Fisher matrix takes ("exact").
+        labels: whose cotangents are pulled back: those of labels sampled from the model's
+            prediction ("mc", an unbiased Fisher matrix), of the data's own ("empirical", the
+            training gradient itself, at no cost), or all that the exact Fisher matrix takes
+            ("exact").
         samples: sampled labels for each term, with "mc".
         others: what to measure of parameters that no layer covers: "diagonal", "rows" or "none".
         sharing: how the positions of one example are to be combined, "expand" or "reduce", see

@@ -13,7 +13,7 @@ __all__ = ["Objective", "ObjectiveFunctions"]
 
 
 class ObjectiveFunctions:
-    """``loss(params)`` and ``gradient(params) -> (loss, grads)``: same batch, same dropout masks."""
+    """The loss, and its gradient, as functions: the same batch, the same dropout masks."""
 
     def __init__(self, evaluation: Evaluation):
         self._evaluation = evaluation

@@ -61,7 +61,8 @@ def per_sample_grads(
 ) -> Params:
     """The gradient of each example's loss: (N, *shape) for each parameter.
 
-    Their sum, times the loss's reduction constant (1 / N for a mean over examples), is the gradient.
+    Their sum, times the loss's reduction constant (1 / N for a mean over examples), is the
+    gradient.
 
     Raises:
         ValueError: the model couples the examples of a batch (BatchNorm in training mode).

@@ -1,14 +1,14 @@
 """EKFAC: K-FAC's eigenbasis with the exact second moments along its axes.
 
-Row: F̂_nmc, F̂_emp; layer, KF-io; eigendecomposition. George et al., arXiv 1806.03884. With Ub, Ua the
-eigenvectors of K-FAC's factors B and A, and G_n the gradient of example n in ``[W | b]``::
+Row: F̂_nmc, F̂_emp; layer, KF-io; eigendecomposition. George et al., arXiv 1806.03884. With Ub, Ua
+the eigenvectors of K-FAC's factors B and A, and G_n the gradient of example n in ``[W | b]``::
 
     s = c Σ_n (Ubᵀ G_n Ua)²          entry by entry, summed over positions before squaring
     d = Ub ( (Ubᵀ [∇W | ∇b] Ua) / (s + λ) ) Uaᵀ
 
 s is the best diagonal in that basis, so the approximation is never worse than K-FAC's. Needs layer
-statistics that tell the examples apart. K-FAC's memory and one more copy of the parameters; the bases
-are refreshed now and then, s at every measurement.
+statistics that tell the examples apart. K-FAC's memory and one more copy of the parameters; the
+bases are refreshed now and then, s at every measurement.
 """
 
 import torch
@@ -22,8 +22,14 @@ from funcprecond.representation import average
 from funcprecond.representation.average import Decay, check_decay
 from funcprecond.representation.diagonal import factor_dtype
 from funcprecond.representation.kronecker_io import KroneckerIO
-from funcprecond.solver.eigen import eigenbases, rotate, rotate_back
-from funcprecond.solver.layerwise import apply_blocks, unit_inverses
+from funcprecond.solver.eigen import eigenbases, groups_of, rotate, rotate_back
+from funcprecond.solver.layerwise import (
+    GRADIENT_ROWS,
+    LayerGradient,
+    apply_blocks,
+    gradient_rows,
+    unit_inverses,
+)
 from funcprecond.taxonomy import Card
 from funcprecond.transform import Transform
 from funcprecond.tree import state
@@ -67,8 +73,8 @@ def ekfac(
     Args:
         damping: λ, added to the second moments, in the loss's units.
         labels, samples: as for :func:`funcprecond.kfac`.
-        decay: of the factors and the second moments: None for the newest batch alone, or the weight of
-            the old value. After a refresh the moments start anew: they are numbers in the basis.
+        decay: of the factors and the second moments: None for the newest batch alone, or the weight
+            of the old value. After a refresh the moments start anew: they are numbers in the basis.
         every, refresh_every, start: the intervals of the measurement and of the bases, see
             :func:`funcprecond.compose`. A refresh needs a measurement: ``refresh_every`` must be a
             multiple of ``every``.
@@ -88,33 +94,33 @@ def ekfac(
         state: EKFACState, grads: Params, evidence: Evidence | None = None
     ) -> tuple[EKFACState, Params]:
         if evidence is None:
-            msg = f"ekfac needs {curvature} beside the gradient: pass the evidence of fp.observe"
+            msg = f"ekfac needs {curvature} too: pass the evidence of fp.observe to update"
             raise MissingEvidence(msg)
         if measure in evidence:
             layers = evidence[curvature].restrict(state.factors.names)
             state = _measured(state, layers, decay, refresh in evidence)
         w = state.factors.weight
 
-        def solve(block: str, matrix: Tensor) -> Tensor:
+        def solve(block: str, gradient: LayerGradient) -> Tensor:
             left, right = state.left.get(block), state.right[block]
-            rotated = rotate(matrix.to(right.dtype), left, right)
-            rotated = rotated / (state.moments[block] / state.weight + damping)
-            return rotate_back(rotated, left, right)
+            moments = state.moments[block] / state.weight
+            return rotate_back(rotate(gradient, left, right) / (moments + damping), left, right)
 
         direction = apply_blocks(
             grads,
             state.right,
             solve,
-            lambda block: state.right[block].shape[0] if state.right[block].ndim == 3 else 1,
+            lambda block: groups_of(state.right[block]),
             unit_inverses({k: x / w for k, x in state.factors.units.items()}, damping),
             {k: x / w for k, x in state.factors.others.items()},
             damping,
+            gradient_rows(grads, evidence),
         )
         return state, direction
 
     def needs(t: int) -> tuple:
         due = measure.due(t)
-        return (*((curvature,) if due else ()), *due, *refresh.due(t))
+        return (GRADIENT_ROWS, *((curvature,) if due else ()), *due, *refresh.due(t))
 
     return Transform(init, update, needs)
 
@@ -132,9 +138,7 @@ def _measured(state: EKFACState, layers: Layers, decay: Decay, refresh: bool) ->
         for k, uses in layers.uses.items()
         if k in right
     }
-    moments = {
-        k: average.accumulate(moments.get(k, torch.zeros_like(x)), x, decay) for k, x in new.items()
-    }
+    moments = {k: average.accumulate(moments.get(k), x, decay) for k, x in new.items()}
     return EKFACState(factors, left, right, moments, average.weight(old_weight, decay))
 
 

@@ -1,17 +1,18 @@
 """K-FAC: the Fisher matrix as a Kronecker product for each layer.
 
-Row: F̂_nmc, F̂_emp or exact F; layer, KF-io; Cholesky inverse or eigendecomposition. Martens & Grosse,
-arXiv 1503.05671; convolutions: Grosse & Martens, arXiv 1602.01407; shared weights: Eschenhagen et al.,
-arXiv 2311.00636. With inputs a (a 1 appended for the bias) and output gradients g of labels y ~ p(y|x)::
+Row: F̂_nmc, F̂_emp or exact F; layer, KF-io; Cholesky inverse or eigendecomposition. Martens &
+Grosse, arXiv 1503.05671; convolutions: Grosse & Martens, arXiv 1602.01407; shared weights:
+Eschenhagen et al., arXiv 2311.00636. With inputs a (a 1 appended for the bias) and output gradients
+g of labels y ~ p(y|x)::
 
     A = mean a aᵀ        B = c Σ g gᵀ        F ≈ B ⊗ A
     d = (B ⊗ A + λ I)^-1 [∇W | ∇b]                          damping_split="joint"
     d = (B + √λ/π I)^-1 [∇W | ∇b] (A + √λ π I)^-1           damping_split="pi"
 
-Layers are whatever applies a weight: linear, convolution (any stride, padding, dilation, groups) and
-embedding; norm layers get exact 2 × 2 blocks a unit; the rest its diagonal. Needs layer statistics: one
-more pull-back to the layers for each sampled label. 2 to 4 (i² + o²) numbers a layer; each refresh a
-decomposition of both factors, each step 2 to 4 products.
+Layers are whatever applies a weight: linear, convolution (any stride, padding, dilation, groups)
+and embedding; norm layers get exact 2 × 2 blocks a unit; the rest its diagonal. Needs layer
+statistics: one more pull-back to the layers for each sampled label. 2 to 4 (i² + o²) numbers a
+layer; each refresh a decomposition of both factors, each step 2 to 4 products.
 """
 
 from typing import Any, Literal
@@ -48,8 +49,8 @@ def kfac(
         damping: λ, in the loss's units.
         damping_split: "joint" damps the product, exactly; "pi" and "equal" damp the factors, see
             :class:`funcprecond.solver.cholesky.Cholesky`. The same λ is much stronger there.
-        labels: "mc" (the Fisher matrix, sampled), "empirical", or "exact" (KFLR: as many pull-backs as
-            an example has outputs).
+        labels: "mc" (the Fisher matrix, sampled), "empirical", or "exact" (KFLR: as many pull-backs
+            as an example has outputs).
         samples: sampled labels, with "mc".
         sharing: how positions of one example are combined, "expand" or "reduce", see
             :func:`funcprecond.representation.kronecker_io.layer_rows`.
@@ -63,7 +64,8 @@ def kfac(
     return compose(
         LayerStatistics(labels, samples, sharing=sharing),
         KroneckerIO,
-        Eigen(damping) if joint else Cholesky(damping, damping_split),
+        # Inverses pay when they are used for several steps.
+        Eigen(damping) if joint else Cholesky(damping, damping_split, invert=refresh_every > 4),
         decay=decay,
         every=every,
         refresh_every=refresh_every,

@@ -18,10 +18,12 @@ __all__ = ["Decay", "accumulate", "weight"]
 Decay = float | Tensor | Literal["sum"] | None
 
 
-def accumulate(total: Tensor, new: Tensor, decay: Decay) -> Tensor:
-    """The total after a new measurement; see the module's docstring."""
-    if decay is None:
-        return new.to(total.dtype)
+def accumulate(total: Tensor | None, new: Tensor, decay: Decay) -> Tensor:
+    """The total after a new measurement, None before the first; see the module's docstring."""
+    if decay is None or (total is None and isinstance(decay, str)):
+        return new
+    if total is None:
+        return (1 - decay) * new  # pyright: ignore[reportOperatorIssue]
     if isinstance(decay, str):
         return total + new
     return decay * total + (1 - decay) * new

@@ -22,7 +22,8 @@ class KroneckerDim:
     (a vector, a scalar) keeps the diagonal of its second moment instead.
 
     Attributes:
-        totals: for each parameter a tuple of (n_i, n_i) matrices; divided by ``weight``, the factors.
+        totals: for each parameter a tuple of (n_i, n_i) matrices; divided by ``weight``, the
+            factors.
         diagonals: for the other parameters the squares of the entries; divided by ``weight``.
         weight: 0-d, see :mod:`funcprecond.representation.average`.
     """

@@ -1,10 +1,13 @@
 r"""Layer-wise Kronecker factors: output gradients ⊗ inputs.
 
-A layer's block of the Fisher matrix is approximated by ``left ⊗ right``, one factor for each axis of
-its weight: for a linear layer ``[W | b]`` of shape (o, i + 1) these are the second moments of the output
-gradients, ``left = scale Σ g g^T``, and of the inputs, ``right = mean [a, 1] [a, 1]^T``. Only the
-product has meaning; it has the scale of the loss.
+A layer's block of the Fisher matrix is approximated by ``left ⊗ right``, one factor for each axis
+of
+its weight: for a linear layer ``[W | b]`` of shape (o, i + 1) these are the second moments of the
+output gradients, ``left = scale Σ g g^T``, and of the inputs, ``right = mean [a, 1] [a, 1]^T``.
+Only the product has meaning; it has the scale of the loss.
 """
+
+import functools
 
 import torch
 from einops import rearrange
@@ -23,14 +26,16 @@ __all__ = ["KroneckerIO", "layer_rows"]
 class KroneckerIO:
     """Kronecker factors of every layer, and what stands in where there is no such layer.
 
-    Empty until the first measurement, since layers are found by running the model. All but ``weight``
+    Empty until the first measurement, since layers are found by running the model. All but
+    ``weight``
     are totals: divided by it they are the averages.
 
     Attributes:
         left: for each block ``"weight+bias"`` (or ``"weight"``) the factor of the weight's axis 0:
-            (o, o); (J, o / J, o / J) for a convolution of J groups; (V,), a diagonal, for an embedding.
-        right: the factor of the remaining axes, with the bias as last row and column: (i + 1, i + 1)
-            likewise.
+            (o, o); (J, o / J, o / J) for a convolution of J groups; (V,), a diagonal, for an
+            embedding.
+        right: the factor of the remaining axes, with the bias as last row and column: (i + 1, i +
+            1) likewise.
         units: for a norm layer of U units the exact (U, 2, 2) blocks of scale and bias, (U, 1, 1)
             without bias.
         others: the diagonal for parameters that no layer covers.
@@ -63,10 +68,7 @@ class KroneckerIO:
         others = {k: d * value.scale for k, d in value.others.items()}
 
         def merge(old: dict[str, Tensor], new: dict[str, Tensor]) -> dict[str, Tensor]:
-            return {
-                k: average.accumulate(old.get(k, torch.zeros_like(x)), x, decay)
-                for k, x in new.items()
-            }
+            return {k: average.accumulate(old.get(k), x, decay) for k, x in new.items()}
 
         return KroneckerIO(
             merge(self.left, left),
@@ -93,12 +95,12 @@ def layer_rows(use: LayerUse, bias: bool, sharing: Sharing) -> tuple[Tensor, Ten
     """The rows whose second moments are a layer's factors, in float32 or wider.
 
     With "expand" every position of an example is a row of its own: exact for losses with a term a
-    position. With "reduce" inputs are averaged and output gradients summed over the positions: exact
-    where the outputs are pooled over them (Eschenhagen et al., arXiv 2311.00636).
+    position. With "reduce" inputs are averaged and output gradients summed over the positions:
+    exact where the outputs are pooled over them (Eschenhagen et al., arXiv 2311.00636).
 
     Returns:
-        (..., M, i) inputs, with ones appended if there is a bias, and (..., V M, o) output gradients;
-        the leading axis is a convolution's groups.
+        (..., M, i) inputs, with ones appended if there is a bias, and (..., V M, o) output
+        gradients; the leading axis is a convolution's groups.
     """
     a, g = use.input_rows(), use.grad_rows()
     if sharing == "reduce":
@@ -117,10 +119,11 @@ def _factors(
     call = uses[0].call
     if call.kind == "embedding":
         return _embedding_factors(uses, scale)
-    pairs = [layer_rows(use, bias, sharing) for use in uses]
-    positions = sum(a.shape[-2] for a, _ in pairs)
-    inputs = sum(_gram(a) for a, _ in pairs) / positions
-    outputs = sum(_gram(g) for _, g in pairs) * scale.to(pairs[0][1].dtype)
+    pairs = [layer_rows(use, False, sharing) for use in uses]
+    rows = [a for a, _ in pairs]
+    inputs = _total([_second_moment(a, bias) for a in rows]) / sum(a.shape[-2] for a in rows)
+    outputs = _total([g.mT @ g for _, g in pairs])
+    outputs = outputs * scale.to(outputs.dtype)
     if inputs.ndim == 3 and inputs.shape[0] == 1:
         inputs, outputs = inputs[0], outputs[0]
     if call.kind == "linear" and call.options == ("in_out",):
@@ -131,31 +134,41 @@ def _factors(
 def _embedding_factors(uses: tuple[LayerUse, ...], scale: Tensor) -> tuple[Tensor, Tensor]:
     """The input is one-hot: its second moment is the diagonal of the tokens' frequencies."""
     padding, vocabulary = uses[0].call.options
-    frequency, outputs, positions = 0.0, 0.0, 0.0
+    counts, outputs = [], []
     for use in uses:
         ids, g = use.input_rows().reshape(-1), use.grad_rows()
         g = rearrange(g.to(factor_dtype(g)), "v n t d -> v (n t) d")
         kept = torch.ones_like(ids, dtype=g.dtype)
         if padding is not None:
             kept = (ids != padding).to(g.dtype)
-        g = g * kept.unsqueeze(-1)
-        frequency = frequency + g.new_zeros(vocabulary).index_add(0, ids, kept)
-        outputs = outputs + _gram(g.flatten(0, 1))
-        positions = positions + kept.sum()
-    return frequency / positions, outputs * scale  # pyright: ignore[reportReturnType]
+        g = (g * kept.unsqueeze(-1)).flatten(0, 1)
+        counts.append(g.new_zeros(vocabulary).index_add(0, ids, kept))
+        outputs.append(g.mT @ g)
+    total = _total(counts)
+    return total / total.sum(), _total(outputs) * scale.to(total.dtype)
 
 
 def _unit_blocks(uses: tuple[LayerUse, ...], bias: bool, scale: Tensor) -> Tensor:
     """(U, 2, 2): the exact Fisher block of each unit's scale and bias, from per-example sums."""
-    blocks = 0.0
+    blocks = []
     for use in uses:
         x, g = use.input_rows(), use.grad_rows()
         g = g.to(factor_dtype(g))
         gradients = [(g * x).sum(-2)] + ([g.sum(-2)] if bias else [])
         p = torch.stack(gradients, -1)
-        blocks = blocks + torch.einsum("vnup,vnuq->upq", p, p) * scale.to(p.dtype)
-    return blocks  # pyright: ignore[reportReturnType]
+        blocks.append(torch.einsum("vnup,vnuq->upq", p, p))
+    return _total(blocks) * scale.to(blocks[0].dtype)
 
 
-def _gram(rows: Tensor) -> Tensor:
-    return rows.mT @ rows
+def _second_moment(rows: Tensor, bias: bool) -> Tensor:
+    """``rows^T rows``, of the rows with a 1 appended if there is a bias."""
+    gram = rows.mT @ rows
+    if not bias:
+        return gram
+    sums = rows.sum(-2, keepdim=True)
+    count = torch.full_like(sums[..., :1], rows.shape[-2])
+    return torch.cat([torch.cat([gram, sums], -2), torch.cat([sums, count], -1).mT], -1)
+
+
+def _total(parts: list[Tensor]) -> Tensor:
+    return functools.reduce(torch.add, parts)

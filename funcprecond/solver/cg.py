@@ -127,7 +127,7 @@ def cg(
             x, r = _where(descend, b, x), _where(descend, tree.sub(b, matvec(b)), r)
         iterations = iterations + moves.long()
         phis.append(torch.where(active, _model_value(x, b, r), phis[-1]))
-        if i in numbers:
+        if keep and i in numbers:
             stored = _where(moves, {k: _push(s, x[k]) for k, s in stored.items()}, stored)
             stored_at = torch.where(moves, _push(stored_at, torch.full_like(reason, i)), stored_at)
 
@@ -197,4 +197,3 @@ def _where(condition: Tensor, x: Params, y: Params) -> Params:
 
 def _push(window: Tensor, new: Tensor) -> Tensor:
     return torch.cat([window[1:], new.unsqueeze(0)])
-

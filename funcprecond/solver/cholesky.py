@@ -6,18 +6,24 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
+from funcprecond.curvature.layers import Layers, LayerStatistics
 from funcprecond.problem import Params
 from funcprecond.representation.kronecker_io import KroneckerIO
 from funcprecond.solver.inverse_root import by_shape
-from funcprecond.solver.layerwise import apply_blocks, unit_inverses
+from funcprecond.solver.layerwise import (
+    GRADIENT_ROWS,
+    LayerGradient,
+    apply_blocks,
+    unit_inverses,
+)
 from funcprecond.tree import state
 
-__all__ = ["Cholesky", "CholeskyFactor", "damped_inverse", "pi"]
+__all__ = ["Cholesky", "CholeskyFactor", "pi"]
 
 
 @state
 class CholeskyFactor:
-    """Inverses of both damped factors of each block, of the norm layers' units, and the rest."""
+    """Both damped factors of each block, decomposed or inverted; inverses of the units; the rest."""
 
     left: dict[str, Tensor]
     right: dict[str, Tensor]
@@ -29,25 +35,30 @@ class CholeskyFactor:
 class Cholesky:
     r"""``(left + √λ/π I)^-1 G (right + √λ π I)^-1``: Martens & Grosse's factored damping.
 
-    It is stronger than the exact damping of the same λ by the cross terms ``√λ π (left ⊗ I) +
-    √λ/π (I ⊗ right)``, so that values do not carry over from :class:`funcprecond.solver.eigen.Eigen`.
+    It is stronger than the exact damping of the same λ by the cross terms ``√λ π (left ⊗ I) + √λ/π
+    (I ⊗ right)``, so that values do not carry over from :class:`funcprecond.solver.eigen.Eigen`.
 
     Attributes:
         damping: λ, in the loss's units.
-        split: "pi" chooses π² as the ratio of the factors' mean eigenvalues, which makes the cross terms'
-            trace least and the result blind to how scale is shared between the factors; "equal" is π = 1.
+        split: "pi" chooses π² as the ratio of the factors' mean eigenvalues, which makes the cross
+            terms' trace least and the result blind to how scale is shared between the factors;
+            "equal" is π = 1.
+        invert: form the inverses, which makes a refresh about three times as dear and a step on dense
+            gradients half as dear; or keep the triangular factors.
     """
 
     damping: float | Tensor = 1e-3
     split: Literal["pi", "equal"] = "pi"
+    invert: bool = True
     accepts: ClassVar[tuple[type, ...]] = (KroneckerIO,)
+    rows: ClassVar[LayerStatistics] = GRADIENT_ROWS
 
     def init(self, representation: KroneckerIO) -> CholeskyFactor:
         """Empty, as the representation is."""
         return CholeskyFactor({}, {}, {}, {})
 
     def prepare(self, representation: KroneckerIO, previous: CholeskyFactor) -> CholeskyFactor:
-        """Invert: one batched Cholesky decomposition for each size of factor."""
+        """One batched Cholesky decomposition for each size of factor."""
         w = representation.weight
         gamma = self.damping**0.5
         blocks = list(representation.left)
@@ -57,30 +68,25 @@ class Cholesky:
             pi(r, x) if self.split == "pi" else torch.ones_like(w)
             for x, r in zip(left, right, strict=True)
         ]
-        damped = [(x, gamma / p) for x, p in zip(left, ratio, strict=True)]
-        damped += [(x, gamma * p) for x, p in zip(right, ratio, strict=True)]
-        inverses = by_shape(
-            lambda x, r, _: damped_inverse(x, r),
-            [x for x, _ in damped],
-            [r for _, r in damped],
-            static=[None] * len(damped),
+        factors = by_shape(
+            lambda x, ridge, _: self._factor(x, ridge),
+            [*left, *right],
+            [*(gamma / p for p in ratio), *(gamma * p for p in ratio)],
+            static=[None] * 2 * len(blocks),
         )
         return CholeskyFactor(
-            dict(zip(blocks, inverses[: len(blocks)], strict=True)),
-            dict(zip(blocks, inverses[len(blocks) :], strict=True)),
+            dict(zip(blocks, factors[: len(blocks)], strict=True)),
+            dict(zip(blocks, factors[len(blocks) :], strict=True)),
             unit_inverses({k: x / w for k, x in representation.units.items()}, self.damping),
             {k: x / w for k, x in representation.others.items()},
         )
 
-    def apply(self, factor: CholeskyFactor, grads: Params) -> Params:
-        """Two products a layer."""
+    def apply(self, factor: CholeskyFactor, grads: Params, rows: Layers | None = None) -> Params:
+        """Two products or solves a layer, of the gradient or of the rows that it is made of."""
 
-        def solve(block: str, matrix: Tensor) -> Tensor:
+        def solve(block: str, gradient: LayerGradient) -> Tensor:
             left, right = factor.left[block], factor.right[block]
-            matrix = matrix.to(right.dtype)
-            if left.ndim == 1:
-                return (left.unsqueeze(-1) * matrix) @ right
-            return left @ matrix @ right
+            return gradient.map(lambda x: self._solve(left, x), lambda x: self._solve(right, x))
 
         return apply_blocks(
             grads,
@@ -90,32 +96,34 @@ class Cholesky:
             factor.units,
             factor.others,
             self.damping,
+            rows,
         )
+
+    def _factor(self, matrices: Tensor, ridge: Tensor) -> Tensor:
+        """The damped stack, decomposed; the ridge is raised to what rounding needs for that."""
+        if matrices.ndim == ridge.ndim + 1:
+            return 1 / (matrices + ridge.unsqueeze(-1))
+        diagonal = matrices.diagonal(dim1=-2, dim2=-1)
+        floor = matrices.shape[-1] * torch.finfo(matrices.dtype).eps * diagonal.mean(-1)
+        damped = diagonal + torch.maximum(ridge, floor).unsqueeze(-1)
+        lower, _ = torch.linalg.cholesky_ex(
+            torch.diagonal_scatter(matrices, damped, dim1=-2, dim2=-1)
+        )
+        return torch.cholesky_inverse(lower) if self.invert else lower
+
+    def _solve(self, factor: Tensor, x: Tensor) -> Tensor:
+        """``x (damped factor)^-1`` for rows x."""
+        if factor.ndim == 1:
+            return x * factor
+        return x @ factor if self.invert else torch.cholesky_solve(x.mT, factor).mT
 
 
 def pi(right: Tensor, left: Tensor) -> Tensor:
-    """``sqrt(mean eigenvalue of right / of left)``, or 1 where either is zero; one for each group."""
+    """``sqrt(mean eigenvalue of right / of left)`` for each group; 1 where either is zero."""
     r, x = _mean_eigenvalue(right), _mean_eigenvalue(left)
     both = (r > 0) & (x > 0)
     return torch.where(both, (r / torch.where(both, x, 1.0)).sqrt(), 1.0)
 
 
-def damped_inverse(matrix: Tensor, ridge: Tensor) -> Tensor:
-    """``(matrix + ridge I)^-1``, symmetric; of a diagonal given as a vector, the diagonal.
-
-    The ridge is raised to what rounding needs for the decomposition to exist.
-    """
-    if matrix.ndim == ridge.ndim + 1:
-        return 1 / (matrix + ridge.unsqueeze(-1))
-    n = matrix.shape[-1]
-    floor = n * torch.finfo(matrix.dtype).eps * _mean_eigenvalue(matrix)
-    ridge = torch.maximum(ridge, floor)[..., None, None]
-    eye = torch.eye(n, dtype=matrix.dtype, device=matrix.device)
-    factor, _ = torch.linalg.cholesky_ex((matrix + matrix.mT) / 2 + ridge * eye)
-    return torch.cholesky_inverse(factor)
-
-
 def _mean_eigenvalue(matrix: Tensor) -> Tensor:
-    if matrix.ndim == 1:
-        return matrix.mean()
-    return matrix.diagonal(dim1=-2, dim2=-1).sum(-1) / matrix.shape[-1]
+    return (matrix if matrix.ndim == 1 else matrix.diagonal(dim1=-2, dim2=-1)).mean(-1)

@@ -3,6 +3,7 @@
 import dataclasses
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
 from funcprecond.problem import Params
@@ -26,7 +27,7 @@ class Divide:
 
     def init(self, representation: Diagonal) -> Params:
         """Zero: what a step before the first measurement divides by is the damping alone."""
-        return representation.total
+        return {k: torch.zeros_like(t) for k, t in representation.total.items()}
 
     def prepare(self, representation: Diagonal, previous: Params) -> Params:
         """The power of the diagonal."""

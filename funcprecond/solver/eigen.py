@@ -6,13 +6,19 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from funcprecond.curvature.layers import Layers, LayerStatistics
 from funcprecond.problem import Params
 from funcprecond.representation.kronecker_io import KroneckerIO
 from funcprecond.solver.inverse_root import by_shape
-from funcprecond.solver.layerwise import apply_blocks, unit_inverses
+from funcprecond.solver.layerwise import (
+    GRADIENT_ROWS,
+    LayerGradient,
+    apply_blocks,
+    unit_inverses,
+)
 from funcprecond.tree import state
 
-__all__ = ["Eigen", "EigenFactor", "eigenbases", "rotate", "rotate_back"]
+__all__ = ["Eigen", "EigenFactor", "eigenbases", "groups_of", "rotate", "rotate_back"]
 
 
 @state
@@ -35,12 +41,13 @@ class Eigen:
     """``(left ⊗ right + damping I)^-1``, exactly: in the product of the eigenbases it is diagonal.
 
     Attributes:
-        damping: added to the curvature, in the loss's units. Read at every step, so a schedule needs
-            no refresh.
+        damping: added to the curvature, in the loss's units. Read at every step, so a schedule
+            needs no refresh.
     """
 
     damping: float | Tensor = 1e-3
     accepts: ClassVar[tuple[type, ...]] = (KroneckerIO,)
+    rows: ClassVar[LayerStatistics] = GRADIENT_ROWS
 
     def init(self, representation: KroneckerIO) -> EigenFactor:
         """Empty, as the representation is."""
@@ -62,25 +69,24 @@ class Eigen:
             {k: x / w for k, x in representation.others.items()},
         )
 
-    def apply(self, factor: EigenFactor, grads: Params) -> Params:
-        """Rotate, divide, rotate back: four products a layer."""
+    def apply(self, factor: EigenFactor, grads: Params, rows: Layers | None = None) -> Params:
+        """Rotate, divide, rotate back: four products a layer, two of them maybe of rows only."""
 
-        def solve(block: str, matrix: Tensor) -> Tensor:
+        def solve(block: str, gradient: LayerGradient) -> Tensor:
             left, right = factor.left_vectors.get(block), factor.right_vectors[block]
-            values = factor.left_values[block].unsqueeze(-1) * factor.right_values[block].unsqueeze(
-                -2
-            )
-            rotated = rotate(matrix.to(right.dtype), left, right) / (values + self.damping)
-            return rotate_back(rotated, left, right)
+            lefts, rights = factor.left_values[block], factor.right_values[block]
+            values = lefts.unsqueeze(-1) * rights.unsqueeze(-2)
+            return rotate_back(rotate(gradient, left, right) / (values + self.damping), left, right)
 
         return apply_blocks(
             grads,
             factor.right_vectors,
             solve,
-            lambda block: _groups(factor.right_vectors[block]),
+            lambda block: groups_of(factor.right_vectors[block]),
             unit_inverses(factor.units, self.damping),
             factor.others,
             self.damping,
+            rows,
         )
 
 
@@ -108,9 +114,9 @@ def eigenbases(factors: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str,
     return values, vectors
 
 
-def rotate(matrix: Tensor, left: Tensor | None, right: Tensor) -> Tensor:
-    """``left^T matrix right``."""
-    return (matrix if left is None else left.mT @ matrix) @ right
+def rotate(gradient: LayerGradient, left: Tensor | None, right: Tensor) -> Tensor:
+    """``left^T gradient right``; None stands for the identity."""
+    return gradient.map(lambda x: x if left is None else x @ left, lambda x: x @ right)
 
 
 def rotate_back(matrix: Tensor, left: Tensor | None, right: Tensor) -> Tensor:
@@ -118,5 +124,6 @@ def rotate_back(matrix: Tensor, left: Tensor | None, right: Tensor) -> Tensor:
     return (matrix if left is None else left @ matrix) @ right.mT
 
 
-def _groups(vectors: Tensor) -> int:
+def groups_of(vectors: Tensor) -> int:
+    """The number of groups that a block's eigenvectors are for."""
     return vectors.shape[0] if vectors.ndim == 3 else 1

@@ -1,8 +1,9 @@
 r"""Inverse roots :math:`(A + \epsilon \lambda_{max} I)^{-1/p}` of positive semi-definite matrices.
 
-By eigendecomposition, of stacks of equal-sized matrices at once. In float64 on a CPU, where it costs
-about twice float32 and is exact to 3e-8 on every spectrum; in float32 the smallest eigenvalues carry
-an error of about 6e-8 / (p epsilon). A matrix that is zero or not finite keeps its previous root.
+By eigendecomposition, of stacks of equal-sized matrices at once. In float64 on a CPU, where it
+costs about twice float32 and is exact to 3e-8 on every spectrum; in float32 the smallest
+eigenvalues carry an error of about 6e-8 / (p epsilon). A matrix that is zero or not finite keeps
+its previous root.
 """
 
 import dataclasses
@@ -36,14 +37,15 @@ def inverse_root(
         dtype: what to decompose in; float64 on a CPU and float32 elsewhere by default.
 
     Returns:
-        The roots, in the dtype of ``matrices``, and (...,) booleans: False where the matrix was zero or
-        not finite, and the root is meaningless.
+        The roots, in the dtype of ``matrices``, and (...,) booleans: False where the matrix was
+        zero or not finite, and the root is meaningless.
     """
     if dtype is None:
         dtype = torch.float64 if matrices.device.type == "cpu" else torch.float32
     dtype = torch.promote_types(matrices.dtype, dtype)
     a = (matrices + matrices.mT).to(dtype) / 2
-    # One scale for all magnitudes, so that neither the decomposition nor a root over- or underflows.
+    # One scale for all magnitudes, so that neither the decomposition nor a root over- or
+    # underflows.
     scale = a.diagonal(dim1=-2, dim2=-1).mean(-1)
     ok = torch.isfinite(a).all(-1).all(-1) & (scale > 0)
     scale = torch.where(ok, scale, 1.0)
@@ -141,7 +143,7 @@ class InverseRoot:
 
 
 def mode_product(matrix: Tensor, x: Tensor, axis: int) -> Tensor:
-    """Contract axis ``axis`` of ``x`` with axis 1 of ``matrix``; the result's axis stays in place."""
+    """Contract ``axis`` of ``x`` with axis 1 of ``matrix``; the axis stays in place."""
     if x.ndim == 2:
         return matrix @ x if axis == 0 else x @ matrix.mT
     return torch.tensordot(matrix, x, ([1], [axis])).movedim(0, axis)
@@ -159,7 +161,12 @@ def by_shape(
         groups.setdefault((tuple(x.shape), x.dtype, x.device, s), []).append(i)
     results: list[Tensor] = [lists[0][0]] * len(lists[0]) if lists[0] else []
     for (*_, s), indices in groups.items():
-        stacks = [torch.stack([tensors[i] for i in indices]) for tensors in lists]
+        stacks = [
+            torch.stack([tensors[i] for i in indices])
+            if len(indices) > 1
+            else tensors[indices[0]].unsqueeze(0)
+            for tensors in lists
+        ]
         for i, row in zip(indices, function(*stacks, s).unbind(), strict=True):
             results[i] = row
     return results

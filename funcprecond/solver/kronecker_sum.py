@@ -1,10 +1,10 @@
 r"""CASPR's combination of axis preconditioners: a power of a Kronecker *sum* of inverse roots.
 
-With k axes, :math:`X_p = (\frac1k \sum_i S_i^{-1/2p})^p`, each root acting along its own axis. The roots
-commute, so this is their power mean of order 1/p: p = 1 is the plain average of the one-sided
-preconditioners, p = 2 is CASPR for matrices, and :math:`p \to \infty` is the geometric mean, Shampoo.
-With p = k the roots are exactly Shampoo's, and the total degree is always that of one inverse square
-root.
+With k axes, :math:`X_p = (\frac1k \sum_i S_i^{-1/2p})^p`, each root acting along its own axis. The
+roots commute, so this is their power mean of order 1/p: p = 1 is the plain average of the one-sided
+preconditioners, p = 2 is CASPR for matrices, and :math:`p \to \infty` is the geometric mean,
+Shampoo. With p = k the roots are exactly Shampoo's, and the total degree is always that of one
+inverse square root.
 """
 
 import dataclasses
@@ -25,8 +25,8 @@ class KroneckerSum:
     """``p`` passes, each the average over the axes of a mode product with ``S_i^(-1/2p)``.
 
     Attributes:
-        epsilon: the ridge, relative to each factor's largest eigenvalue. A direction that one axis has
-            seen and another has not is amplified by about ``epsilon^(-1/2) / 4``, Shampoo's by
+        epsilon: the ridge, relative to each factor's largest eigenvalue. A direction that one axis
+            has seen and another has not is amplified by about ``epsilon^(-1/2) / 4``, Shampoo's by
             ``epsilon^(-1/4)``: keep it at 1e-6 or above in float32.
         p: the number of passes; by default the number of axes.
         dtype: see :func:`funcprecond.solver.inverse_root.inverse_root`.

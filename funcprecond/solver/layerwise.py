@@ -1,66 +1,77 @@
 """What the solvers of Kronecker-factored curvature share: layers as matrices, and the rest."""
 
+import dataclasses
 from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
 
-from funcprecond.curvature.layers import split_block
+from funcprecond.curvature.layers import Layers, LayerStatistics, split_block
+from funcprecond.observe import Evidence
 from funcprecond.problem import Params
+from funcprecond.representation.kronecker_io import layer_rows
 
-__all__ = ["apply_blocks", "join", "split", "unit_inverses"]
+__all__ = ["GRADIENT_ROWS", "LayerGradient", "apply_blocks", "gradient_rows", "unit_inverses"]
+
+# The gradient of the loss itself, as the rows that it is a sum of outer products of.
+GRADIENT_ROWS = LayerStatistics("empirical", others="none")
 
 
-def join(grads: Params, block: str, groups: int = 1) -> Tensor:
-    """The block's gradient as a matrix: ``[W | b]`` with the bias as last column.
+@dataclasses.dataclass(frozen=True)
+class LayerGradient:
+    """The gradient of a layer's ``[W | b]``: as a matrix, or as ``outputs^T inputs``.
 
-    (o, i + 1), or (J, o / J, i + 1) for J > 1 groups.
+    Attributes:
+        matrix: (o, i + 1); (J, o / J, i + 1) for J > 1 groups.
+        rows: (M, o) output gradients and (M, i + 1) inputs where multiplying these is cheaper.
     """
-    weight, bias = split_block(block)
-    matrix = grads[weight].flatten(1)
-    if bias is not None:
-        matrix = torch.cat([matrix, grads[bias].unsqueeze(1)], 1)
-    return matrix if groups == 1 else matrix.unflatten(0, (groups, -1))
 
+    matrix: Tensor
+    rows: tuple[Tensor, Tensor] | None
 
-def split(matrix: Tensor, grads: Params, block: str) -> Params:
-    """The inverse of :func:`join`, in the shapes and dtypes of ``grads``."""
-    weight, bias = split_block(block)
-    matrix = matrix.reshape(grads[weight].shape[0], -1)
-    parts = {}
-    if bias is not None:
-        matrix, column = matrix[:, :-1], matrix[:, -1]
-        parts[bias] = column.to(grads[bias].dtype)
-    parts[weight] = matrix.reshape(grads[weight].shape).to(grads[weight].dtype)
-    return parts
+    def map(self, left: Callable[[Tensor], Tensor], right: Callable[[Tensor], Tensor]) -> Tensor:
+        """``L matrix R^T`` for functions that give ``x -> x L^T`` and ``x -> x R^T`` of rows."""
+        if self.rows is None:
+            return left(right(self.matrix).mT).mT
+        outputs, inputs = self.rows
+        return left(outputs).mT @ right(inputs)
 
 
 def apply_blocks(
     grads: Params,
     blocks: Iterable[str],
-    solve: Callable[[str, Tensor], Tensor],
+    solve: Callable[[str, LayerGradient], Tensor],
     groups: Callable[[str], int],
     unit_inverse: dict[str, Tensor],
     others: dict[str, Tensor],
     damping: float | Tensor,
+    rows: Layers | None = None,
 ) -> Params:
     """Solve each layer's block, each norm layer's units, and divide the rest.
 
-    A parameter that nothing is known of, such as one that no loss depends on, keeps its gradient.
+    A parameter that nothing is known of, such as one that the loss does not depend on, keeps its
+    gradient.
     """
     found: Params = {}
     for block in blocks:
-        matrix = join(grads, block, groups(block))
-        found |= split(solve(block, matrix), grads, block)
+        found |= _split(solve(block, _gradient(grads, block, groups(block), rows)), grads, block)
     for block, inverse in unit_inverse.items():
-        weight, bias = split_block(block)
-        parts = [grads[name].reshape(-1).to(inverse.dtype) for name in (weight, bias) if name]
+        names = [name for name in split_block(block) if name]
+        parts = [grads[name].reshape(-1).to(inverse.dtype) for name in names]
         solved = torch.einsum("upq,uq->up", inverse, torch.stack(parts, 1))
-        for i, name in enumerate(n for n in (weight, bias) if n):
+        for i, name in enumerate(names):
             found[name] = solved[:, i].reshape(grads[name].shape).to(grads[name].dtype)
     for name, diagonal in others.items():
         found[name] = (grads[name] / (diagonal + damping)).to(grads[name].dtype)
     return {k: found.get(k, g) for k, g in grads.items()}
+
+
+def gradient_rows(grads: Params, evidence: Evidence | None) -> Layers | None:
+    """The rows of ``grads``, if they are the observed gradient itself and its rows were measured."""
+    if evidence is None or GRADIENT_ROWS not in evidence:
+        return None
+    untouched = all(g is evidence.grads.get(k) for k, g in grads.items())
+    return evidence[GRADIENT_ROWS] if untouched else None
 
 
 def unit_inverses(units: dict[str, Tensor], damping: float | Tensor) -> dict[str, Tensor]:
@@ -70,3 +81,38 @@ def unit_inverses(units: dict[str, Tensor], damping: float | Tensor) -> dict[str
         eye = torch.eye(m.shape[-1], dtype=m.dtype, device=m.device)
         inverses[block] = torch.linalg.inv_ex(m + damping * eye).inverse
     return inverses
+
+
+def _gradient(grads: Params, block: str, groups: int, rows: Layers | None) -> LayerGradient:
+    weight, bias = split_block(block)
+    matrix = grads[weight].flatten(1)
+    matrix = matrix.to(torch.promote_types(matrix.dtype, torch.float32))
+    if bias is not None:
+        matrix = torch.cat([matrix, grads[bias].unsqueeze(1).to(matrix.dtype)], 1)
+    if groups > 1:
+        return LayerGradient(matrix.unflatten(0, (groups, -1)), None)
+    return LayerGradient(matrix, _cheaper_rows(matrix, block, rows))
+
+
+def _cheaper_rows(matrix: Tensor, block: str, rows: Layers | None) -> tuple[Tensor, Tensor] | None:
+    """A linear layer's rows, if there are so few that solving for them costs less."""
+    uses = rows.uses.get(block, ()) if rows is not None else ()
+    if len(uses) != 1 or uses[0].call.kind != "linear" or uses[0].call.options != ("out_in",):
+        return None
+    (o, i), count = matrix.shape, uses[0].inputs.shape[:-1].numel()
+    if count * (o * o + i * i + o * i) >= o * i * (o + i):
+        return None
+    inputs, outputs = layer_rows(uses[0], split_block(block)[1] is not None, "expand")
+    return outputs, inputs
+
+
+def _split(matrix: Tensor, grads: Params, block: str) -> Params:
+    """A layer's direction as its weight's and its bias's."""
+    weight, bias = split_block(block)
+    matrix = matrix.reshape(grads[weight].shape[0], -1)
+    parts = {}
+    if bias is not None:
+        matrix, column = matrix[:, :-1], matrix[:, -1]
+        parts[bias] = column.to(grads[bias].dtype)
+    parts[weight] = matrix.reshape(grads[weight].shape).to(grads[weight].dtype)
+    return parts

@@ -109,7 +109,9 @@ def backtrack(
             continue
         loss = loss_at(j)
         # A loss that is not finite is worse than any, as a start too.
-        better = counts[j] & going & ((loss < best) | (torch.isfinite(loss) & ~torch.isfinite(best)))
+        better = (
+            counts[j] & going & ((loss < best) | (torch.isfinite(loss) & ~torch.isfinite(best)))
+        )
         best, index = torch.where(better, loss, best), torch.where(better, j, index)
         going = going & (better | ~counts[j] | ~torch.isfinite(best))
     return index, best

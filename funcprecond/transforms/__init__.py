@@ -1,0 +1,1 @@
+"""What is chained around a method."""

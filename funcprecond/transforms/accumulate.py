@@ -16,7 +16,7 @@ __all__ = ["Accumulated", "accumulate"]
 
 @state
 class Accumulated:
-    """Attributes: the inner state, the running mean of the gradients, and how many are in it."""
+    """The inner state, the running mean of the gradients, and how many are in it."""
 
     inner: Any
     mean: Params
@@ -26,8 +26,8 @@ class Accumulated:
 def accumulate(transform: Transform, steps: int) -> Transform:
     """Hand ``transform`` the mean gradient of ``steps`` successive batches.
 
-    On the steps between, the direction is zero and the inner state stays. Inner needs are measured on
-    the last batch of each group, and inner intervals count groups.
+    On the steps between, the direction is zero and the inner state stays. Inner needs are measured
+    on the last batch of each group, and inner intervals count groups.
 
     Raises:
         ValueError: ``steps`` is less than 1.
@@ -41,9 +41,7 @@ def accumulate(transform: Transform, steps: int) -> Transform:
         zeros = {k: torch.zeros_like(p) for k, p in params.items()}
         return Accumulated(transform.init(params), zeros, counter(params))
 
-    def update(
-        state: Accumulated, grads: Params, evidence: Evidence
-    ) -> tuple[Accumulated, Params]:
+    def update(state: Accumulated, grads: Params, evidence: Evidence) -> tuple[Accumulated, Params]:
         count = state.count + 1
         mean = {k: m + (grads[k] - m) / count for k, m in state.mean.items()}
         if last not in evidence:

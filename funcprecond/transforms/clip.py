@@ -12,7 +12,8 @@ __all__ = ["clip_norm"]
 def clip_norm(limit: float | Tensor) -> Transform:
     """Shrink the direction so that its norm over all parameters is at most ``limit``.
 
-    First in a chain it clips the gradient, after the preconditioner the step. A direction that is not
+    First in a chain it clips the gradient, after the preconditioner the step. A direction that is
+    not
     finite stays so: see :func:`funcprecond.skip_nonfinite`.
     """
 

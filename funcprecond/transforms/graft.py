@@ -23,9 +23,9 @@ class Grafted:
 def graft(direction: Transform, magnitude: Transform) -> Transform:
     """Take each parameter's direction from one method and its length from another.
 
-    ``d <- d * |m| / |d|`` per parameter, so that a learning rate tuned for ``magnitude`` carries over
-    and every global scale of ``direction`` is irrelevant (Anil et al., arXiv 2002.09018). Where the
-    direction is zero the result is zero.
+    ``d <- d * |m| / |d|`` per parameter, so that a learning rate tuned for ``magnitude`` carries
+    over and every global scale of ``direction`` is irrelevant (Anil et al., arXiv 2002.09018).
+    Where the direction is zero the result is zero.
     """
 
     def init(params: Params) -> Grafted:

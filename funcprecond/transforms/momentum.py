@@ -9,7 +9,9 @@ from funcprecond.transform import Transform, gradient_only
 __all__ = ["momentum"]
 
 
-def momentum(decay: float | Tensor = 0.9, *, nesterov: bool = False, average: bool = False) -> Transform:
+def momentum(
+    decay: float | Tensor = 0.9, *, nesterov: bool = False, average: bool = False
+) -> Transform:
     """Heavy-ball momentum ``m <- decay m + d``, and the direction ``m``.
 
     Args:
@@ -25,10 +27,9 @@ def momentum(decay: float | Tensor = 0.9, *, nesterov: bool = False, average: bo
         return {k: p.new_zeros(p.shape) for k, p in params.items()}
 
     def update(state: Params, grads: Params) -> tuple[Params, Params]:
-        share = 1 - decay if average else 1
-        new = tree.add(tree.mul(state, decay), grads, share)
-        if not nesterov:
-            return new, new
-        return new, tree.add(tree.mul(new, decay), grads, share)
+        if average:
+            grads = tree.mul(grads, 1 - decay)
+        new = tree.add(grads, state, decay)
+        return new, tree.add(grads, new, decay) if nesterov else new
 
     return gradient_only(init, update)

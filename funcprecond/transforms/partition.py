@@ -42,9 +42,9 @@ def assign(rules: Rules, params: Params, labels: Sequence[str] | None = None) ->
     """Which label each parameter gets; print it before training.
 
     Args:
-        rules: pairs ``(pattern, label)``, the first that matches a parameter wins. A pattern is a shell
-            pattern of the name (``"*.bias"``) or a function ``(name, parameter) -> bool``. Or one
-            function ``(name, parameter) -> label``.
+        rules: pairs ``(pattern, label)``, the first that matches a parameter wins. A pattern is a
+            shell pattern of the name (``"*.bias"``) or a function ``(name, parameter) -> bool``. Or
+            one function ``(name, parameter) -> label``.
         params: the parameters.
         labels: the labels that exist, to catch misspelled ones.
 
@@ -75,8 +75,8 @@ def partition(rules: Rules, **transforms: Transform) -> Transform:
     Returns:
         A transform; its state is a dict of the methods' states by label.
 
-    Example: Muon's usual routing is ``[(lambda name, p: p.ndim == 2 and "embed" not in name, "matrix"),
-    ("*", "rest")]``.
+    Example: Muon's usual routing is ``[(lambda name, p: p.ndim == 2 and "embed" not in name,
+    "matrix"), ("*", "rest")]``.
     """
 
     def split(params: Params) -> dict[str, Params]:

@@ -15,9 +15,9 @@ def scale(factor: float | Tensor | Callable[[Tensor], float | Tensor]) -> Transf
     """Multiply the direction; last in a chain, it is the learning rate.
 
     Args:
-        factor: a number, a 0-d tensor (no recompilation for another value, ``vmap`` over it, gradients
-            with respect to it), or a schedule: a function of the step, a 0-d integer tensor counted
-            from 0, made of tensor operations.
+        factor: a number, a 0-d tensor (no recompilation for another value, ``vmap`` over it,
+            gradients with respect to it), or a schedule: a function of the step, a 0-d integer
+            tensor counted from 0, made of tensor operations.
     """
     if not callable(factor):
         return stateless(lambda grads: tree.mul(grads, factor))

@@ -16,7 +16,7 @@ __all__ = ["Guarded", "skip_nonfinite"]
 
 @state
 class Guarded:
-    """Attributes: the inner state, and how many steps were skipped so far, a 0-d integer tensor."""
+    """The inner state, and how many steps were skipped so far, a 0-d integer tensor."""
 
     inner: Any
     skipped: Tensor

@@ -16,8 +16,8 @@ def weight_decay(
 ) -> Transform:
     """Add ``rate * params`` to the direction.
 
-    After the preconditioner it is decoupled: ``chain(adam(), weight_decay(0.1), scale(lr))`` is AdamW.
-    Before it, it is an L2 penalty in the gradient.
+    After the preconditioner it is decoupled: ``chain(adam(), weight_decay(0.1), scale(lr))`` is
+    AdamW. Before it, it is an L2 penalty in the gradient.
 
     Args:
         rate: the decay.
