@@ -172,7 +172,7 @@ class LayerStatistics(Need):
             grads = [g.unsqueeze(0) for g in evaluation.layer_grads]
         else:
             pulled = [evaluation.pull_layers(u) for u in cotangents]
-            grads = [torch.stack(g) for g in zip(*pulled, strict=True)]
+            grads = [_stack(g) for g in zip(*pulled, strict=True)]
         blocks = _blocks(evaluation, self.by_example)
         uses = {
             name: tuple(
@@ -249,6 +249,10 @@ def unfold(x: Tensor, kernel, stride, padding, dilation) -> Tensor:
     order = [0, 1, *range(2 + dims, 2 + 2 * dims), *range(2, 2 + dims)]
     x = x.permute(order)
     return x.reshape(x.shape[0], x.shape[1] * x.shape[2 : 2 + dims].numel(), -1)
+
+
+def _stack(tensors: tuple[Tensor, ...]) -> Tensor:
+    return torch.stack(tensors) if len(tensors) > 1 else tensors[0].unsqueeze(0)
 
 
 def _pads(kernel, padding, dilation) -> list[int]:

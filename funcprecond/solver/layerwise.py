@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor
 
-from funcprecond.curvature.layers import Layers, LayerStatistics, split_block
+from funcprecond.curvature.layers import Layers, LayerStatistics, LayerUse, split_block
 from funcprecond.observe import Evidence
 from funcprecond.problem import Params
 from funcprecond.representation.kronecker_io import layer_rows
@@ -19,22 +19,22 @@ GRADIENT_ROWS = LayerStatistics("empirical", others="none")
 
 @dataclasses.dataclass(frozen=True)
 class LayerGradient:
-    """The gradient of a layer's ``[W | b]``: as a matrix, or as ``outputs^T inputs``.
+    """The gradient of a layer's ``[W | b]``: ``outputs^T inputs``.
 
     Attributes:
-        matrix: (o, i + 1); (J, o / J, i + 1) for J > 1 groups.
-        rows: (M, o) output gradients and (M, i + 1) inputs where multiplying these is cheaper.
+        outputs: (M, o) output gradients, or None for the identity.
+        inputs: (M, i + 1) inputs; without outputs the gradient itself, (o, i + 1), or
+            (J, o / J, i + 1) for J > 1 groups.
     """
 
-    matrix: Tensor
-    rows: tuple[Tensor, Tensor] | None
+    outputs: Tensor | None
+    inputs: Tensor
 
     def map(self, left: Callable[[Tensor], Tensor], right: Callable[[Tensor], Tensor]) -> Tensor:
-        """``L matrix R^T`` for functions that give ``x -> x L^T`` and ``x -> x R^T`` of rows."""
-        if self.rows is None:
-            return left(right(self.matrix).mT).mT
-        outputs, inputs = self.rows
-        return left(outputs).mT @ right(inputs)
+        """``L gradient R^T``, where ``left(x) = x L^T`` and ``right(x) = x R^T`` for rows x."""
+        if self.outputs is None:
+            return left(right(self.inputs).mT).mT
+        return left(self.outputs).mT @ right(self.inputs)
 
 
 def apply_blocks(
@@ -85,25 +85,26 @@ def unit_inverses(units: dict[str, Tensor], damping: float | Tensor) -> dict[str
 
 def _gradient(grads: Params, block: str, groups: int, rows: Layers | None) -> LayerGradient:
     weight, bias = split_block(block)
+    shape = (grads[weight].shape[0], grads[weight][0].numel() + (bias is not None))
+    use = _few_rows(shape, block, rows)
+    if use is not None:
+        inputs, outputs = layer_rows(use, bias is not None, "expand")
+        return LayerGradient(outputs, inputs)
     matrix = grads[weight].flatten(1)
     matrix = matrix.to(torch.promote_types(matrix.dtype, torch.float32))
     if bias is not None:
         matrix = torch.cat([matrix, grads[bias].unsqueeze(1).to(matrix.dtype)], 1)
-    if groups > 1:
-        return LayerGradient(matrix.unflatten(0, (groups, -1)), None)
-    return LayerGradient(matrix, _cheaper_rows(matrix, block, rows))
+    return LayerGradient(None, matrix if groups == 1 else matrix.unflatten(0, (groups, -1)))
 
 
-def _cheaper_rows(matrix: Tensor, block: str, rows: Layers | None) -> tuple[Tensor, Tensor] | None:
+def _few_rows(shape: tuple[int, int], block: str, rows: Layers | None) -> LayerUse | None:
     """A linear layer's rows, if there are so few that solving for them costs less."""
     uses = rows.uses.get(block, ()) if rows is not None else ()
     if len(uses) != 1 or uses[0].call.kind != "linear" or uses[0].call.options != ("out_in",):
         return None
-    (o, i), count = matrix.shape, uses[0].inputs.shape[:-1].numel()
-    if count * (o * o + i * i + o * i) >= o * i * (o + i):
-        return None
-    inputs, outputs = layer_rows(uses[0], split_block(block)[1] is not None, "expand")
-    return outputs, inputs
+    (o, i), count = shape, uses[0].inputs.shape[:-1].numel()
+    cheaper = count * (o * o + i * i + o * i) < o * i * (o + i)
+    return uses[0] if cheaper else None
 
 
 def _split(matrix: Tensor, grads: Params, block: str) -> Params:
