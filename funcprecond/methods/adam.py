@@ -24,7 +24,7 @@ __all__ = ["AdamState", "adam", "adamw"]
 
 @state
 class AdamState:
-    """Attributes: the two running means, shaped like the parameters in float32 or wider; the step."""
+    """The two running means, shaped like the parameters in float32 or wider, and the step."""
 
     mean: Params
     second_moment: Params
@@ -57,14 +57,14 @@ def adam(
         m, v = [state.mean[k] for k in names], [state.second_moment[k] for k in names]
         m = [b1 * m_ + (1 - b1) * g_ for m_, g_ in zip(m, g, strict=True)]
         v = [b2 * v_ + (1 - b2) * g_ * g_ for v_, g_ in zip(v, g, strict=True)]
-        correct1, correct2 = 1 - b1**step, (1 - b2**step) ** 0.5
+        # In float64 whatever torch's default is: in float32 the first of these is off by 1e-5.
+        t = step.double()
+        correct1, correct2 = 1 - b1**t, (1 - b2**t) ** 0.5
         direction = {
             k: ((m_ / correct1) / (v_.sqrt() / correct2 + damping)).to(grads[k].dtype)
             for k, m_, v_ in zip(names, m, v, strict=True)
         }
-        new = AdamState(
-            dict(zip(names, m, strict=True)), dict(zip(names, v, strict=True)), step
-        )
+        new = AdamState(dict(zip(names, m, strict=True)), dict(zip(names, v, strict=True)), step)
         return new, direction
 
     return gradient_only(init, update)

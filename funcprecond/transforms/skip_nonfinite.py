@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_map, tree_structure
 
 from funcprecond.observe import Evidence
 from funcprecond.problem import Params
@@ -41,7 +41,9 @@ def skip_nonfinite(transform: Transform) -> Transform:
         clean = {k: torch.where(good, g, torch.zeros_like(g)) for k, g in grads.items()}
         inner, direction = transform.update(state.inner, clean, evidence)
         good = good & _finite(direction)
-        kept = tree_map(lambda new, old: torch.where(good, new, old), inner, state.inner)
+        kept = inner
+        if tree_structure(inner) == tree_structure(state.inner):
+            kept = tree_map(lambda new, old: torch.where(good, new, old), inner, state.inner)
         direction = {k: torch.where(good, d, torch.zeros_like(d)) for k, d in direction.items()}
         return Guarded(kept, state.skipped + (~good).long()), direction
 

@@ -46,6 +46,13 @@ METHODS: dict[str, Line] = {
     "kfac": Line(references.kfac, {"damping": 1e-2}, EXACT, learns_layers=True),
     "kflr": Line(references.kfac, {"damping": 1e-2}, learns_layers=True),
     "ekfac": Line(references.ekfac, {"damping": 1e-2}, EXACT, learns_layers=True),
+    "adahessian": Line(None),
+    "lbfgs": Line(references.unit_norm, {"history": 3}),
+    "hessian_free": Line(
+        references.damped_ggn,
+        {"max_iter": 3, "trials": 2, "backtracking": 1},
+        {"max_iter": 80, "rule": "none", "backtracking": 0},
+    ),
 }
 
 

@@ -102,3 +102,15 @@ def ekfac(problem, params, batch):
         return basis @ torch.diag(1 / (moments + DAMPING)) @ basis.T
 
     return _damped(problem, params, batch, solve)
+
+
+def unit_norm(problem, params, batch):
+    """L-BFGS without a pair: the gradient, shrunk to a 1-norm of at most 1."""
+    size = reference.ravel(_gradients(problem, params, batch)).abs().sum()
+    return identity(problem, params, batch) / size.clamp_min(1.0)
+
+
+def damped_ggn(problem, params, batch):
+    """``(G + I)^-1``: the damping starts at 1."""
+    g = reference.ggn(problem, params, batch)
+    return torch.linalg.inv(g + reference.eye(len(g)))

@@ -73,16 +73,15 @@ def test_a_run_goes_on_after_a_bad_batch_as_if_it_had_not_been(name):
 
 
 @every_method
-def test_a_first_batch_that_is_bad_under_skip_nonfinite_changes_nothing(name):
-    if line(name).learns_layers:
-        pytest.skip("documented: the first step of a method that learns its layers must be finite")
+def test_a_first_batch_that_is_bad_under_skip_nonfinite_takes_no_step(name):
     toy, opt = problems.mlp(), fp.skip_nonfinite(build(name))
     state = opt.init(toy.params)
     inputs, targets = toy.batch
     evidence = observe(toy, toy.params, (inputs * float("nan"), targets), opt.needs(0))
     new, direction = opt.update(state, evidence.grads, evidence)
-    assert_same(new.inner, state.inner)
     assert not any(d.any() for d in direction.values())
+    if not line(name).learns_layers:  # documented: those have no state to keep yet
+        assert_same(new.inner, state.inner)
 
 
 @every_method

@@ -10,7 +10,7 @@ import torch
 import funcprecond as fp
 from funcprecond.taxonomy import CARDS
 from tests import problems
-from tests.conformance.methods import every_method, intervals
+from tests.conformance.methods import METHODS, every_method, intervals
 from tests.conformance.resume import SAVED, STEPS
 from tests.equality import assert_same
 
@@ -19,7 +19,7 @@ from tests.equality import assert_same
 def folder(tmp_path_factory):
     """Checkpoints of all methods, and what another process made of them."""
     folder = tmp_path_factory.mktemp("runs")
-    for name in CARDS:
+    for name in METHODS.keys() & CARDS.keys():
         toy, opt = problems.mlp(), intervals(name)
         try:
             params, state, _ = problems.train(toy, opt, SAVED)

@@ -53,7 +53,7 @@ def test_a_state_holds_tensors_only_and_none_twice(name):
     for state in states:
         leaves = tree_leaves(state)
         assert all(isinstance(x, torch.Tensor) for x in leaves)
-        memory = [x.untyped_storage().data_ptr() for x in leaves if x.numel()]
+        memory = [x.data_ptr() for x in leaves if x.numel()]
         assert len(memory) == len(set(memory))
         assert not any(x.requires_grad for x in leaves)
 
