@@ -11,23 +11,19 @@ def rate(centre: float, exponent: int) -> float:
     return float(f"{centre * 10 ** (exponent / 2):.3g}")
 
 
-def score(result: Mapping[str, Any] | None) -> tuple[float, float] | None:
-    """Order of two finished runs by their validation split; higher is better, None is no result.
+def validation_loss(result: Mapping[str, Any]) -> float | None:
+    """What a run is chosen by, in nats; None if it did not end well.
 
-    Accuracy first and loss to break its ties, since many rates classify a small split equally.
+    Not the accuracy: on a small split it moves in large steps, and many rates share one.
     """
-    if result is None or result["status"] != "ok":
-        return None
-    validation = result["validation"]
-    accuracy = validation["accuracy"] if result["judge"] == "accuracy" else 0.0
-    return accuracy, -validation["loss"]
+    return result["validation"]["loss"] if result["status"] == "ok" else None
 
 
 def best(results: Mapping[int, Mapping[str, Any]]) -> int | None:
     """Exponent of the best run, or None if none ended well."""
-    scores = {exponent: score(result) for exponent, result in results.items()}
-    good = {exponent: value for exponent, value in scores.items() if value is not None}
-    return max(good, key=lambda exponent: good[exponent]) if good else None
+    losses = {exponent: validation_loss(result) for exponent, result in results.items()}
+    good = {exponent: loss for exponent, loss in losses.items() if loss is not None}
+    return min(good, key=lambda exponent: good[exponent]) if good else None
 
 
 def next_exponent(results: Mapping[int, Mapping[str, Any]], points: int) -> int | None:

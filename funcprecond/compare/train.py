@@ -39,7 +39,7 @@ def train(
         `status` "ok" or "diverged" (the loss was not finite, or ended at twice that of guessing;
         `why` says which), `curve` with lists
         `step`, `seconds` (spent in steps alone) and `loss`, `validation` and `test` with
-        `accuracy` and `loss`, `seconds` of all steps, and `judge`, the task's metric.
+        `accuracy` and `loss`, and `seconds` of all steps.
     """
     task = TASKS[setting.task]
     device = torch.device(setting.device)
@@ -53,7 +53,7 @@ def train(
     generator = torch.Generator(device).manual_seed(seed)
 
     curve: dict[str, list[float]] = {"step": [], "seconds": [], "loss": []}
-    result: dict[str, Any] = {"status": "ok", "judge": task.metric, "curve": curve}
+    result: dict[str, Any] = {"status": "ok", "curve": curve}
     every = max(1, setting.steps // POINTS)
     losses: list[Tensor] = []
     seconds = 0.0

@@ -33,7 +33,7 @@ def about(engine: Engine, data: Data, task: Task) -> dict[str, str]:
         "seeds": f"{listed(engine.seeds)}; the first one sweeps the learning rate",
         "learning rates": (
             f"{engine.points} half decades around the method's own, further where the best is at "
-            f"the edge; chosen by {task.metric} on the validation split"
+            "the edge; chosen by the loss on the validation split"
         ),
         "momentum": f"{MOMENTUM} after every method"
         + (f" but {', '.join(without)}" if without else ""),

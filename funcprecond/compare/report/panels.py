@@ -2,20 +2,16 @@
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure as Canvas
-from matplotlib.ticker import NullLocator
+from matplotlib.ticker import LogLocator, NullLocator
 
 from funcprecond.compare.report.curves import first_of_plan, where
 from funcprecond.compare.report.style import styles
 from funcprecond.compare.summary import Row
-from funcprecond.compare.sweep import score
+from funcprecond.compare.sweep import validation_loss
 from funcprecond.compare.tasks import Task
-
-# Percentage points or nats below the best rate of all, beyond which the sweep's plot is cut.
-WORST_SHOWN = {"accuracy": 20.0, "loss": 1.5}
 
 
 def unit(task: Task) -> tuple[str, float]:
@@ -97,38 +93,25 @@ def cost(canvas: Canvas, rows: Sequence[Row]) -> str:
     )
 
 
-def ended_well(row: Row) -> dict[float, dict[str, Any]]:
-    """Results of the sweep by learning rate, without those that diverged or failed."""
-    return {rate: result for _, rate, result in row.sweep if score(result) is not None}
+def ended_well(row: Row) -> dict[float, float]:
+    """Validation loss by learning rate, without the rates that diverged or failed."""
+    losses = {rate: validation_loss(result) for _, rate, result in row.sweep}
+    return {rate: loss for rate, loss in losses.items() if loss is not None}
 
 
 def rates(canvas: Canvas, rows: Sequence[Row]) -> str:
-    """Validation metric against the learning rate, as far as the sweep went."""
+    """Validation loss against the learning rate, as far as the sweep went."""
     shown = [row for row in first_of_plan(rows) if len(row.sweep) > 1]
     if not shown:
         return ""
-    task = shown[0].task
-    name, factor = unit(task)
     style = styles([row.setting.method for row in rows])
     columns = min(5, len(shown))
     lines = -(-len(shown) // columns)
     canvas.set_size_inches(10.5, 0.5 + 1.75 * lines)
     grid = canvas.subplots(lines, columns, sharey=True, squeeze=False).ravel()
-    # What is far worse than the best is drawn at the edge: the good rates can be told apart.
-    reach = WORST_SHOWN[task.metric]
-    values = [
-        factor * r["validation"][task.metric] for row in shown for r in ended_well(row).values()
-    ]
-    edge = (
-        (max(values) - reach if task.higher_is_better else min(values) + reach) if values else 0.0
-    )
-    clamp = max if task.higher_is_better else min
     for axes, row in zip(grid, shown, strict=False):
         color = style[row.setting.method]["color"]
-        points = {
-            rate: clamp(edge, factor * result["validation"][task.metric])
-            for rate, result in ended_well(row).items()
-        }
+        points = ended_well(row)
         axes.plot(list(points), list(points.values()), "o-", color=color, ms=4, lw=1.4)
         if row.learning_rate is not None:
             ring = {"ms": 9, "mfc": "white", "mew": 1.8, "clip_on": False, "zorder": 3}
@@ -148,14 +131,22 @@ def rates(canvas: Canvas, rows: Sequence[Row]) -> str:
                     ha="right",
                 )
         tried = [rate for _, rate, _ in row.sweep]
-        axes.set(xscale="log", title=row.setting.method, xlim=(tried[0] / 1.8, tried[-1] * 1.8))
+        axes.set(
+            xscale="log",
+            yscale="log",
+            title=row.setting.method,
+            xlim=(tried[0] / 1.8, tried[-1] * 1.8),
+        )
         axes.set_xticks(tried, [f"{rate:.2g}" for rate in tried], fontsize=7)
         axes.xaxis.set_minor_locator(NullLocator())
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_locator(NullLocator())
     for axes in grid[len(shown) :]:
         axes.set_visible(False)
-    canvas.supylabel(f"validation {name}", fontsize=9, color="#374151")
+    canvas.supylabel("validation loss (nats)", fontsize=9, color="#374151")
     canvas.supxlabel("learning rate", fontsize=9, color="#374151")
     return (
         f"The learning-rate sweep, {where(rows)}, first seed: the ring is the rate chosen by the "
-        "validation split and used for the other seeds. What is far worse lies at the edge."
+        "validation split and used for the other seeds."
     )
