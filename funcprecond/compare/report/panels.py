@@ -26,7 +26,7 @@ def quality(canvas: Canvas, rows: Sequence[Row]) -> str:
         return ""
     name, factor = unit(shown[0].task)
     style = styles([row.setting.method for row in rows])
-    canvas.set_size_inches(7.5, 0.9 + 0.29 * len(shown))
+    canvas.set_size_inches(10.5, 0.9 + 0.29 * len(shown))
     axes = canvas.subplots()
     for height, row in enumerate(shown):
         color = style[row.setting.method]["color"]
