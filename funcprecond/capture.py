@@ -192,9 +192,11 @@ class Capture(TorchFunctionMode):
             return self.tap(out)
 
         if func is F.linear:
-            if weight := self._name(argument(1, "weight")):
-                x, bias = argument(0, "input"), argument(2, "bias")
+            x, matrix, bias = argument(0, "input"), argument(1, "weight"), argument(2, "bias")
+            if weight := self._name(matrix):
                 return record("linear", x, weight, bias, ("out_in",))
+            if bias is None and (weight := self._view_of(matrix)):
+                return record("linear", x, weight, None, ("in_out",))
         elif func in _CONVS:
             if weight := self._name(argument(1, "weight")):
                 names = (("stride", 1), ("padding", 0), ("dilation", 1), ("groups", 1))
@@ -215,9 +217,8 @@ class Capture(TorchFunctionMode):
                 return record("norm", normalise(argument(0, "input")), weight, bias, axes)
         elif func in _MATMULS:
             right = argument(1, "other")
-            for view, weight in self._transposed:
-                if view is right:
-                    return record("linear", argument(0, "input"), weight, None, ("out_in",))
+            if weight := self._view_of(right):
+                return record("linear", argument(0, "input"), weight, None, ("out_in",))
             if (weight := self._name(right)) and right.ndim == 2:
                 return record("linear", argument(0, "input"), weight, None, ("in_out",))
         elif func in _TRANSPOSES and (weight := self._name(args[0])):

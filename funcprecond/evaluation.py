@@ -175,9 +175,16 @@ class Evaluation:
             lambda x: 0 if isinstance(x, Tensor) and x.ndim and x.shape[0] == count else None,
             self.inputs_batch,
         )
-        return vmap(one, (dims, 0, 0), chunk_size=chunk_size)(
-            self.inputs_batch, self.masks, cotangents
-        )
+        mapped = vmap(one, (dims, 0, 0), chunk_size=chunk_size)
+        try:
+            return mapped(self.inputs_batch, self.masks, cotangents)
+        except RuntimeError as error:
+            msg = (
+                f"the per-example gradients of {list(names)} could not be taken by vmap over the "
+                f"model (torch: {str(error).splitlines()[0]}); rewrite that part of the model, or "
+                "leave these parameters to another method with fp.partition"
+            )
+            raise RuntimeError(msg) from error
 
     def objective(self, params: Params) -> tuple[Tensor, Params]:
         """(loss, gradient) at another point: the same batch, buffers and dropout masks."""

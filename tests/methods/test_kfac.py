@@ -1,0 +1,147 @@
+"""K-FAC against dense natural gradients, and its intervals."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import funcprecond as fp
+from tests import problems, reference
+from tests.equality import assert_close, assert_same
+
+
+def dense_solve(matrix, grads, damping):
+    vector = reference.ravel(grads)
+    solved = torch.linalg.solve(matrix + damping * reference.eye(len(vector)), vector)
+    return reference.unravel(solved, grads)
+
+
+def test_on_a_linear_model_with_squared_error_it_is_the_damped_newton_step():
+    problem = fp.problem(problems.initialised(nn.Linear(4, 3)), fp.losses.mse)
+    batch = (problems.normal((7, 4)), problems.normal((7, 3), 1))
+    opt = fp.kflr(damping=0.1, decay=None)
+    evidence = fp.observe(problem, problem.params, batch, opt.needs(0))
+    _, direction = opt.update(opt.init(problem.params), evidence.grads, evidence)
+    hessian = reference.ggn(problem, problem.params, batch)
+    assert_close(direction, dense_solve(hessian, evidence.grads, 0.1), rtol=1e-9)
+
+
+def test_scaling_the_loss_and_the_damping_leaves_the_direction():
+    toy = problems.mlp()
+    directions = []
+    for factor in (1.0, 8.0):
+        loss = fp.losses.CrossEntropy(reduction="mean" if factor == 1 else "sum")
+        problem = fp.problem(problems.mlp_module(), loss)
+        batch = problems.labelled(8, 3, 3, 0)
+        opt = fp.kflr(damping=0.01 * factor, decay=None)
+        evidence = fp.observe(problem, toy.params, batch, opt.needs(0))
+        directions.append(opt.update(opt.init(toy.params), evidence.grads, evidence)[1])
+    assert_close(*directions, rtol=1e-9)
+
+
+def test_statistics_and_decompositions_have_intervals_of_their_own():
+    toy = problems.mlp()
+    opt = fp.kfac(every=2, refresh_every=4, start=1, decay=0.5)
+    state, states = opt.init(toy.params), []
+    for t in range(5):
+        evidence = fp.observe(
+            toy.problem, toy.params, toy.at(t), opt.needs(t), generator=problems.seeded(t)
+        )
+        state, _ = opt.update(state, evidence.grads, evidence)
+        states.append(state)
+    assert states[1].representation is states[0].representation
+    assert not torch.equal(
+        states[2].representation.left["0.weight+0.bias"],
+        states[1].representation.left["0.weight+0.bias"],
+    )
+    assert all(s.factor is states[0].factor for s in states[1:4])
+    assert states[4].factor is not states[3].factor
+
+
+def test_damping_can_be_a_tensor_and_needs_no_refresh():
+    toy = problems.mlp()
+    opt = fp.kfac(refresh_every=100, start=0)
+    state, direction, evidence = problems.update(toy, opt)
+    stronger = fp.kfac(damping=torch.tensor(10.0, dtype=torch.float64), refresh_every=100, start=0)
+    later = fp.observe(toy.problem, toy.params, toy.batch, (stronger.needs(1)[0],))
+    _, changed = stronger.update(state, evidence.grads, later)
+    assert fp.tree.norm(changed) < 0.1 * fp.tree.norm(direction)
+
+
+def test_a_plain_function_and_its_module_get_the_same_direction():
+    results = [
+        problems.update(toy, fp.kfac(), 3)[1] for toy in (problems.mlp(), problems.mlp_function())
+    ]
+    assert_same(*results)
+
+
+def test_attention_layers_are_found_inside_multihead_attention():
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.attention = nn.MultiheadAttention(4, 2, batch_first=True)
+            self.head = nn.Linear(4, 3)
+
+        def forward(self, x):
+            return self.head(self.attention(x, x, x, need_weights=False)[0].mean(1))
+
+    problem = fp.problem(problems.initialised(Model()), fp.losses.cross_entropy)
+    batch = (problems.normal((3, 5, 4)), torch.tensor([0, 1, 2]))
+    opt = fp.kfac(labels="empirical")
+    state, _, _ = problems.update(problems.Toy(problem, (batch,)), opt)
+    assert set(state.representation.left) == {
+        "attention.in_proj_weight+attention.in_proj_bias",
+        "attention.out_proj.weight+attention.out_proj.bias",
+        "head.weight+head.bias",
+    }
+    assert not state.representation.others
+
+
+def test_a_weight_with_two_kinds_of_use_falls_back_to_its_diagonal():
+    params = {"table": problems.normal((5, 3))}
+
+    def tied(p, ids):
+        return F.linear(F.embedding(ids, p["table"]).tanh(), p["table"])
+
+    problem = fp.problem(tied, fp.losses.cross_entropy, params=params)
+    batch = (torch.tensor([[0, 3], [2, 2]]), torch.tensor([[1, 2], [0, 4]]))
+    opt = fp.kflr(decay=None)
+    evidence = fp.observe(problem, params, batch, opt.needs(0))
+    state, _ = opt.update(opt.init(params), evidence.grads, evidence)
+    diagonal = reference.fisher(problem, params, batch).diagonal().reshape(5, 3)
+    torch.testing.assert_close(state.representation.others["table"], diagonal)
+
+
+def test_training_batchnorm_keeps_its_statistics_as_values():
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Tanh(), nn.Linear(4, 3))
+    problem = fp.problem(problems.initialised(model), fp.losses.cross_entropy)
+    opt = fp.kfac()
+    batch = problems.labelled(6, 3, 3, 0)
+    evidence = fp.observe(
+        problem, problem.params, batch, opt.needs(0), generator=problems.seeded(0)
+    )
+    opt.update(opt.init(problem.params), evidence.grads, evidence)
+    assert int(evidence.buffers["1.num_batches_tracked"]) == 1
+    assert int(model[1].num_batches_tracked) == 0
+
+
+def test_a_partition_gives_it_some_of_the_layers():
+    toy = problems.mlp()
+    opt = fp.partition([("0.*", "kfac"), ("*", "sgd")], kfac=fp.kfac(), sgd=fp.sgd())
+    state, direction, evidence = problems.update(toy, opt)
+    assert list(state["kfac"].representation.left) == ["0.weight+0.bias"]
+    assert direction["2.weight"] is evidence.grads["2.weight"]
+
+
+@pytest.mark.parametrize("wrong", [{"labels": "model"}, {"damping_split": "half"}, {"decay": 1.0}])
+def test_wrong_options_are_refused_by_name(wrong):
+    with pytest.raises(
+        ValueError, match=next(iter(wrong.values())) if "decay" not in wrong else "decay"
+    ):
+        fp.kfac(**wrong)
+
+
+def test_without_evidence_it_says_what_it_needs():
+    toy = problems.mlp()
+    with pytest.raises(fp.MissingEvidence, match="LayerStatistics"):
+        fp.kfac().update(fp.kfac().init(toy.params), toy.params)
