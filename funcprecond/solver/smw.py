@@ -1,0 +1,75 @@
+r"""Sherman, Morrison and Woodbury: ``(U^T U + λ I)^-1`` through the small matrix ``λ I + U U^T``.
+
+For any vector, ``x = (v - U^T (λ I + U U^T)^-1 U v) / λ``, which cancels as λ becomes small beside
+``U U^T``. For a vector in the rows' span, ``v = U^T y``, the same is ``x = U^T (λ I + U U^T)^-1 y``: no
+division by λ and no cancellation.
+"""
+
+import dataclasses
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from funcprecond.problem import Params
+from funcprecond.representation.gram import Gram
+from funcprecond.tree import state
+
+__all__ = ["SMW", "Woodbury"]
+
+
+@state
+class Woodbury:
+    """A solved Gram matrix.
+
+    Attributes:
+        rows: U.
+        cholesky: (R, R), lower, of ``λ I + U U^T`` in float64.
+        damping: λ, a 0-d float64 tensor.
+    """
+
+    rows: Gram
+    cholesky: Tensor
+    damping: Tensor
+
+
+@dataclasses.dataclass(frozen=True)
+class SMW:
+    """The damped inverse of ``U^T U``.
+
+    Attributes:
+        damping: λ, positive. One below the rounding error of ``U U^T`` is lifted to it, the machine
+            epsilon of its dtype times its trace: below that the matrix is not known.
+    """
+
+    damping: float | Tensor = 1e-2
+    accepts: ClassVar[tuple[type, ...]] = (Gram,)
+
+    def prepare(self, representation: Gram) -> Woodbury:
+        """A Cholesky factor in float64, ``R^3 / 3`` operations."""
+        k = representation.gram()
+        wide = ((k + k.mT) / 2).double()
+        floor = torch.finfo(k.dtype).eps * wide.diagonal().sum()
+        damping = (torch.zeros_like(floor) + self.damping).maximum(floor)
+        eye = torch.eye(wide.shape[-1], dtype=wide.dtype, device=wide.device)
+        # Does not raise: a matrix with a NaN gives a factor with NaNs, on to skip_nonfinite.
+        cholesky, _ = torch.linalg.cholesky_ex(wide + damping * eye)
+        return Woodbury(representation, cholesky, damping)
+
+    def apply(self, factor: Woodbury, grads: Params) -> Params:
+        """``(U^T U + λ I)^-1`` of any vector."""
+        back = factor.rows.rmatvec(_solve(factor, factor.rows.matvec(grads)))
+        damping = factor.damping
+        return {
+            k: ((g.to(back[k].dtype) - back[k]) / damping.to(back[k].dtype)).to(g.dtype)
+            for k, g in grads.items()
+        }
+
+    def push_through(self, factor: Woodbury, weights: Tensor, like: Params) -> Params:
+        """``(U^T U + λ I)^-1 U^T y`` for (R,) weights ``y``, in the dtypes of ``like``."""
+        x = factor.rows.rmatvec(_solve(factor, weights))
+        return {k: x[k].to(g.dtype) for k, g in like.items()}
+
+
+def _solve(factor: Woodbury, right: Tensor) -> Tensor:
+    return torch.cholesky_solve(right.double().unsqueeze(-1), factor.cholesky).squeeze(-1)
