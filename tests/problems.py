@@ -78,9 +78,7 @@ def mlp_function(dtype=torch.float64) -> Toy:
 def regression(dtype=torch.float64) -> Toy:
     """A two-layer network with two real outputs and the squared error."""
     model = initialised(nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)), dtype=dtype)
-    batches = tuple(
-        (normal((6, 3), i, dtype), normal((6, 2), 100 + i, dtype)) for i in range(4)
-    )
+    batches = tuple((normal((6, 3), i, dtype), normal((6, 2), 100 + i, dtype)) for i in range(4))
     return Toy(fp.problem(model, fp.losses.mse), batches)
 
 
@@ -89,9 +87,7 @@ def convnet(dtype=torch.float64) -> Toy:
     model = nn.Sequential(
         nn.Conv2d(2, 3, 2, stride=2), nn.GroupNorm(1, 3), nn.Tanh(), nn.Flatten(), nn.Linear(12, 3)
     )
-    batches = tuple(
-        (normal((4, 2, 4, 4), i, dtype), torch.arange(4) % 3) for i in range(4)
-    )
+    batches = tuple((normal((4, 2, 4, 4), i, dtype), torch.arange(4) % 3) for i in range(4))
     return Toy(fp.problem(initialised(model, dtype=dtype), fp.losses.cross_entropy), batches)
 
 
@@ -117,9 +113,7 @@ def tree(shapes=SHAPES, seed: int = 0, dtype=torch.float64, examples: int = 4) -
         mixing[name] = normal((*shape, 2), seed + 1000 + i, dtype)
 
     def model(p, x):
-        terms = [
-            (torch.sin(p[k] + 0.3).unsqueeze(-1) * mixing[k]).reshape(-1, 2).sum(0) for k in p
-        ]
+        terms = [(torch.sin(p[k] + 0.3).unsqueeze(-1) * mixing[k]).reshape(-1, 2).sum(0) for k in p]
         total = sum(terms)
         return x * total + 0.1 * x**2 * total**2
 
@@ -147,8 +141,6 @@ def update(toy: Toy, opt: fp.Transform, steps: int = 1, params=None):
     params = toy.params if params is None else params
     state, direction, evidence = opt.init(params), None, None
     for t in range(steps):
-        evidence = fp.observe(
-            toy.problem, params, toy.at(t), opt.needs(t), generator=seeded(t)
-        )
+        evidence = fp.observe(toy.problem, params, toy.at(t), opt.needs(t), generator=seeded(t))
         state, direction = opt.update(state, evidence.grads, evidence)
     return state, direction, evidence

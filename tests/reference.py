@@ -85,7 +85,11 @@ def per_example(problem, params: dict[str, Tensor], batch) -> Tensor:
     """(N, P): the gradient of each example's loss, one call an example."""
     inputs, targets = batch
     rows = [
-        ravel(grad(lambda p, n=n: problem.loss(problem(p, inputs[n : n + 1]), targets[n : n + 1]))(params))
+        ravel(
+            grad(lambda p, n=n: problem.loss(problem(p, inputs[n : n + 1]), targets[n : n + 1]))(
+                params
+            )
+        )
         for n in range(len(inputs))
     ]
     return torch.stack(rows)
@@ -147,4 +151,6 @@ def caspr(gradients: list[Tensor], epsilon: float, p: int | None = None) -> Tens
 
 def adagrad_full(gradients: list[Tensor], epsilon: float) -> Tensor:
     """(N, N): ``(sum g g^T + epsilon lambda_max I)^(-1/2)``."""
-    return power(ridge(sum(torch.outer(g.reshape(-1), g.reshape(-1)) for g in gradients), epsilon), -0.5)
+    return power(
+        ridge(sum(torch.outer(g.reshape(-1), g.reshape(-1)) for g in gradients), epsilon), -0.5
+    )

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from funcprecond.observe import Need
 from funcprecond.problem import Params
+from funcprecond.representation.diagonal import factor_dtype
 from funcprecond.tree import state
 
 __all__ = ["BatchGradient", "OuterProduct", "unfold_mode"]
@@ -23,7 +24,7 @@ class BatchGradient(Need):
 
 @state
 class OuterProduct:
-    """``g g^T`` for each parameter, never formed.
+    """``g g^T`` for each parameter, never formed; its entries are in float32 or wider.
 
     Attributes:
         grads: the factor ``g``, shaped like the parameters.
@@ -33,11 +34,12 @@ class OuterProduct:
 
     def diagonal(self) -> Params:
         """The squares of the entries."""
-        return {k: g.square() for k, g in self.grads.items()}
+        return {k: g.to(factor_dtype(g)).square() for k, g in self.grads.items()}
 
     def to_dense(self) -> Params:
         """(n, n) for a parameter of n entries."""
-        return {k: torch.outer(g.reshape(-1), g.reshape(-1)) for k, g in self.grads.items()}
+        flat = {k: g.to(factor_dtype(g)).reshape(-1) for k, g in self.grads.items()}
+        return {k: torch.outer(g, g) for k, g in flat.items()}
 
 
 def unfold_mode(tensor: Tensor, axis: int) -> Tensor:

@@ -27,9 +27,7 @@ def folder(tmp_path_factory):
         except Exception:  # noqa: S112 - each method fails in its own test
             continue
     root = pathlib.Path(__file__).parents[2]
-    subprocess.run(
-        [sys.executable, "-m", "tests.conformance.resume", folder], check=True, cwd=root
-    )
+    subprocess.run([sys.executable, "-m", "tests.conformance.resume", folder], check=True, cwd=root)
     return folder
 
 

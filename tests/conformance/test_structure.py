@@ -117,8 +117,9 @@ def test_any_shapes_give_finite_directions_of_those_shapes(name, shapes, seed, d
 def test_the_state_knows_nothing_of_the_order_of_the_parameters(name):
     toy, opt = problems.mlp_function(), build(name)
     reverse = dict(reversed(toy.params.items()))
-    if opt.needs(0) and any(n.draw(toy.problem, toy.params, toy.batch, seeded(0)) != ()
-                            for n in opt.needs(0)):
+    if opt.needs(0) and any(
+        n.draw(toy.problem, toy.params, toy.batch, seeded(0)) != () for n in opt.needs(0)
+    ):
         pytest.skip("random numbers are drawn in the order of the parameters")
     _, first, _ = problems.update(toy, opt, steps=2)
     _, second, _ = problems.update(toy, opt, steps=2, params=reverse)

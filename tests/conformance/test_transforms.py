@@ -41,8 +41,7 @@ def test_vmap_over_an_ensemble_equals_the_loop(name):
             for i, b in enumerate(batches)
         ]
         looped = [
-            step(p, s, b, t, n)
-            for (p, s, _), b, n in zip(looped, batches, noises, strict=True)
+            step(p, s, b, t, n) for (p, s, _), b, n in zip(looped, batches, noises, strict=True)
         ]
 
         def one(p, s, b, n, t=t):
@@ -63,9 +62,7 @@ def test_a_compiled_step_has_one_graph_a_set_of_needs_and_equals_eager(name, mon
     monkeypatch.setattr(torch, "compile", compile_)
     torch._dynamo.reset()
     counters.clear()
-    compiled = problems.train(
-        toy, opt, steps, step=fp.make_step(toy.problem, opt, compile=True)
-    )
+    compiled = problems.train(toy, opt, steps, step=fp.make_step(toy.problem, opt, compile=True))
     assert_close(compiled[:2], eager[:2], rtol=1e-8)
     distinct = len({opt.needs(t) for t in range(steps)})
     assert counters["stats"]["unique_graphs"] == distinct + line(name).learns_layers
