@@ -5,8 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from funcprecond import tree
-from funcprecond.observe import Every, Evidence
+from funcprecond.observe import Every, Evidence, MissingEvidence
 from funcprecond.problem import Params
 from funcprecond.transform import Transform, counter
 from funcprecond.tree import state
@@ -38,18 +37,27 @@ def accumulate(transform: Transform, steps: int) -> Transform:
     last = Every(f"update of {steps} batches")
 
     def init(params: Params) -> Accumulated:
-        zeros = {k: torch.zeros_like(p) for k, p in params.items()}
-        return Accumulated(transform.init(params), zeros, counter(params))
+        return Accumulated(transform.init(params), _zeros(params), counter(params))
 
-    def update(state: Accumulated, grads: Params, evidence: Evidence) -> tuple[Accumulated, Params]:
+    def update(
+        state: Accumulated, grads: Params, evidence: Evidence | None = None
+    ) -> tuple[Accumulated, Params]:
+        if evidence is None:
+            msg = "accumulate needs to know when a group is full: pass the evidence of fp.observe"
+            raise MissingEvidence(msg)
         count = state.count + 1
         mean = {k: m + (grads[k] - m) / count for k, m in state.mean.items()}
         if last not in evidence:
-            return Accumulated(state.inner, mean, count), tree.mul(grads, 0.0)
+            return Accumulated(state.inner, mean, count), _zeros(grads)
         inner, direction = transform.update(state.inner, mean, evidence)
-        return Accumulated(inner, tree.mul(mean, 0.0), torch.zeros_like(count)), direction
+        return Accumulated(inner, _zeros(mean), torch.zeros_like(count)), direction
 
     def needs(t: int) -> tuple:
         return (last, *transform.needs(t // steps)) if t % steps == steps - 1 else ()
 
     return Transform(init, update, needs)
+
+
+def _zeros(like: Params) -> Params:
+    # Not a product with zero, which is no zero where an entry is not finite.
+    return {k: torch.zeros_like(x) for k, x in like.items()}

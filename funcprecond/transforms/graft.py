@@ -2,8 +2,12 @@
 
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from funcprecond.observe import Evidence
 from funcprecond.problem import Params
+from funcprecond.representation.diagonal import factor_dtype
 from funcprecond.transform import Transform
 from funcprecond.tree import state
 
@@ -37,7 +41,7 @@ def graft(direction: Transform, magnitude: Transform) -> Transform:
         first, d = direction.update(state.direction, grads, evidence)
         second, m = magnitude.update(state.magnitude, grads, evidence)
         grafted = {
-            k: x * (m[k].norm() / x.norm().clamp_min(TINY)).to(x.dtype) for k, x in d.items()
+            k: (x * (_norm(m[k]) / _norm(x).clamp_min(TINY))).to(x.dtype) for k, x in d.items()
         }
         return Grafted(first, second), grafted
 
@@ -45,3 +49,7 @@ def graft(direction: Transform, magnitude: Transform) -> Transform:
         return tuple(dict.fromkeys((*direction.needs(t), *magnitude.needs(t))))
 
     return Transform(init, update, needs)
+
+
+def _norm(x: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(x, dtype=factor_dtype(x))

@@ -52,6 +52,12 @@ def assign(rules: Rules, params: Params, labels: Sequence[str] | None = None) ->
         ValueError: a parameter matches no rule, a name is written out in two rules with different
             labels, one tensor has two names with different labels, or a label does not exist.
     """
+    assigned = _labels(rules, params, labels)
+    _check_claims(rules, params, assigned)
+    return Assignment(assigned, {k: tuple(p.shape) for k, p in params.items()})
+
+
+def _labels(rules: Rules, params: Params, labels: Sequence[str] | None) -> dict[str, str]:
     found = {name: _label(rules, name, p) for name, p in params.items()}
     unmatched = [name for name, label in found.items() if label is None]
     if unmatched:
@@ -61,8 +67,7 @@ def assign(rules: Rules, params: Params, labels: Sequence[str] | None = None) ->
     if labels is not None and (extra := sorted(set(assigned.values()) - set(labels))):
         msg = f"the rules give the labels {extra}, but there are methods for {sorted(labels)} only"
         raise ValueError(msg)
-    _check_claims(rules, params, assigned)
-    return Assignment(assigned, {k: tuple(p.shape) for k, p in params.items()})
+    return assigned
 
 
 def partition(rules: Rules, **transforms: Transform) -> Transform:
@@ -79,18 +84,20 @@ def partition(rules: Rules, **transforms: Transform) -> Transform:
     "matrix"), ("*", "rest")]``.
     """
 
-    def split(params: Params) -> dict[str, Params]:
-        labels = assign(rules, params, list(transforms)).labels
+    def split(params: Params, labels: dict[str, str]) -> dict[str, Params]:
         return {
             label: {k: p for k, p in params.items() if labels[k] == label} for label in transforms
         }
 
     def init(params: Params) -> dict:
-        return {label: transforms[label].init(part) for label, part in split(params).items()}
+        parts = split(params, assign(rules, params, list(transforms)).labels)
+        return {label: transforms[label].init(part) for label, part in parts.items()}
 
     def update(state: dict, grads: Params, evidence: Evidence | None = None) -> tuple[dict, Params]:
         new, direction = {}, {}
-        for label, part in split(grads).items():
+        # Two parameters may share the tensor of their gradient; only parameters must not be tied.
+        parts = split(grads, _labels(rules, grads, list(transforms)))
+        for label, part in parts.items():
             new[label], d = transforms[label].update(state[label], part, evidence)
             direction |= d
         return new, {k: direction[k] for k in grads}

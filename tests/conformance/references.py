@@ -114,3 +114,10 @@ def damped_ggn(problem, params, batch):
     """``(G + I)^-1``: the damping starts at 1."""
     g = reference.ggn(problem, params, batch)
     return torch.linalg.inv(g + reference.eye(len(g)))
+
+
+def damped_empirical(problem, params, batch):
+    """``((1/N) sum g_n g_n^T + damping I)^-1`` with the examples' own gradients."""
+    rows = reference.per_example(problem, params, batch)
+    matrix = rows.T @ rows / len(rows)
+    return torch.linalg.inv(matrix + DAMPING * reference.eye(len(matrix)))
