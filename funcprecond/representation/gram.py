@@ -54,7 +54,7 @@ class Pairs:
         pairwise = (n * t) ** 2 * (1 if self.ids else i) + (v * n * t) ** 2 * o
         by_rows = v * n * t * i * o + (v * n) ** 2 * i * o
         if t > 1 and by_rows < pairwise:
-            rows = self.matrices().flatten(3).movedim(0, 2).flatten(2).flatten(0, 1)
+            rows = self.matrices().flatten(2).flatten(0, 1)
             return rows @ rows.mT
         if self.ids:
             flat = self.inputs.flatten(1)
@@ -176,15 +176,13 @@ class Gram:
     def gram(self) -> Tensor:
         """(R, R): ``U U^T``."""
         terms = [p.gram() for p in self.pairs]
-        terms += [x.flatten(1) @ x.flatten(1).mT for x in self.explicit.values()]
+        terms += [x @ x.mT for x in self._explicit().values()]
         return self.scale * sum(terms)
 
     def matvec(self, vector: Params) -> Tensor:
         """(R,): ``U v``."""
         terms = [p.matvec(vector).reshape(-1) for p in self.pairs]
-        terms += [
-            x.flatten(1) @ vector[k].reshape(-1).to(x.dtype) for k, x in self.explicit.items()
-        ]
+        terms += [x @ vector[k].reshape(-1).to(x.dtype) for k, x in self._explicit().items()]
         return self.scale.sqrt() * sum(terms)
 
     def rmatvec(self, weights: Tensor) -> Params:
@@ -214,12 +212,16 @@ class Gram:
         found = dict(self.explicit)
         for p in self.pairs:
             found |= p.rows()
-        return self.scale.sqrt() * torch.cat([found[k].flatten(1) for k in self.names], 1)
+        return self.scale.sqrt() * torch.cat([found[k].reshape(self.count, -1) for k in self.names], 1)
 
     def to_dense(self) -> Tensor:
         """(P, P): ``U^T U``, all parameters in order."""
         u = self.rows()
         return u.mT @ u
+
+    def _explicit(self) -> Params:
+        """(R, n) for a parameter of n entries."""
+        return {k: x.reshape(len(x), -1) for k, x in self.explicit.items()}
 
 
 def _pairs(uses: Sequence[LayerUse], param: Tensor, weight: str, bias: str | None) -> Pairs:

@@ -97,7 +97,8 @@ def cg(
     r = b if x0 is None else tree.sub(b, matvec(x0))
     p = precondition(r)
     rz, size = tree.dot(r, p), tree.norm(b)
-    finite, small = torch.isfinite(rz), tree.norm(r) <= tol * size
+    finite = torch.isfinite(rz) & torch.isfinite(size)
+    small = finite & (tree.norm(r) <= tol * size)
     reason = torch.full_like(rz, Stop.MAX_ITERATIONS.value, dtype=torch.int64)
     reason = torch.where(finite, reason, Stop.NOT_FINITE.value)
     reason = torch.where(small, Stop.RESIDUAL.value, reason)
