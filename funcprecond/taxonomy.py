@@ -48,33 +48,49 @@ class Card:
     starred: bool = False
 
 
-_PLANNED = """
+# The rows in the order of the literature's table: a bare name is a method file's own row, the others
+# have no file yet.
+_ROWS = r"""
 lissa | LiSSA (Agarwal 2017) | H | full, dense | G iter, Neumann series
-psgd | PSGD (Li 2018) | \\|H\\| | full, dense | G iter, triangular solve & SGD
+psgd | PSGD (Li 2018) | \|H\| | full, dense | G iter, triangular solve & SGD
 neumann | Neumann optimizer (Krishnan 2017) | H | full, matrix-free | L iter, Neumann series
+hessian_free
 ksd | KSD (Vinyals & Povey 2011) | H, G | full, matrix-free | L iter, Krylov subspace
+lbfgs
 smw_gn | SMW-GN (Ren & Goldfarb 2019) | G | full, Gram | L direct, SMW inverse
-tonga | TONGA (Le Roux 2008) | F̂_emp | full or unit, Gram | G direct, SMW solve & eigendecomposition
+smw_ng
+tonga | TONGA (Le Roux 2008) | F̂_emp | full or unit, Gram | G direct, SMW & eigendecomposition
 mfac | M-FAC (Frantar 2021) | F̂_emp^batch | full, Gram | G direct, SMW solve
-ggt | GGT (Agarwal 2019) | (F̂_emp^batch)^½ | full, Gram | G direct, eigendecomposition of the Gram
+ggt | GGT (Agarwal 2019) | (F̂_emp^batch)^½ | full, Gram | G direct, eigendecomposition
 fang | FANG (Grosse & Salakhutdinov 2015) | F̂_nmc | full, sparse | L/G direct, incomplete Cholesky
-psgd_kron | ★ PSGD (KF) (Li 2018) | \\|H\\| | layer, KF-io | G iter, triangular solve & SGD
+psgd_kron | ★ PSGD (KF) (Li 2018) | \|H\| | layer, KF-io | G iter, triangular solve & SGD
 kbfgs | ★ K-BFGS (Goldfarb 2021) | Ĥ_bfgs | layer, KF-io | G iter, BFGS
-kfra | KFRA (Botev 2017) | G, by recursion | layer, KF-io | L/G direct, Cholesky inverse & recursion
+kfac
+kflr
+kfra | KFRA (Botev 2017) | G, by recursion | layer, KF-io | L/G direct, Cholesky & recursion
+ekfac
 skfac | SKFAC (Tang 2021) | F̂_nmc, F̂_emp | layer, KF-io, rank reduced | L direct, SMW inverse
 seng | ★ SENG (Yang 2021) | F̂_emp | layer, Gram | L/G direct, SMW inverse & sketching
 tnt | TNT (Ren & Goldfarb 2021) | F̂_nmc, F̂_emp | layer, KF-dim | L direct, Cholesky inverse
+shampoo
+caspr
 unit_ng | Unit-wise NG (Ollivier 2015) | F̂_nmc, F̂_emp | unit, dense | L/G direct, Cholesky inverse
-sfn | SFN (Dauphin 2014) | \\|H\\| | element; full, low-rank | L/G direct, division; L iter, Lanczos
-esgd | Equilibrated SGD (Dauphin 2015) | \\|H\\| | element | L/G direct, division
+adahessian
+sfn | SFN (Dauphin 2014) | \|H\| | element; full, low-rank | L/G direct, division; L iter, Lanczos
+esgd | Equilibrated SGD (Dauphin 2015) | \|H\| | element | L/G direct, division
+adagrad
+adagrad_full
+adam
+adamw
 soap | SOAP (Vyas 2025) | (F̂_emp^batch)^½ | layer, KF-dim eigenbasis | G direct, division
-muon | Muon (Jordan 2024) | none | layer | L iter, Newton-Schulz
 kl_shampoo | KL-Shampoo (Lin 2026) | (F̂_emp^batch)^½ | layer, KF-dim | G direct, eigendecomposition
+muon | Muon (Jordan 2024) | none | layer | L iter, Newton-Schulz
 sophia | Sophia (Liu 2023) | H, G | element | G direct, clipped division
 foof | FOOF (Benzing 2022) | input covariance | layer, KF-io | L/G direct, Cholesky inverse
 eva | Eva (Zhang 2023) | F̂_emp | layer, rank-one KF-io | G direct, Sherman-Morrison
 singd | SINGD (Lin 2024) | F̂_emp | layer, KF-io of the inverse | G iter, products only
 nystrom_cg | Nyström-preconditioned CG (Rathore 2024) | H, G | full, low-rank | L iter, CG
+sgd
 """
 
 
@@ -108,18 +124,28 @@ CARDS: Mapping[str, Card] = _Cards()
 
 def table() -> str:
     """The whole table in Markdown: what works today has its name in code type and a check mark."""
-    planned = [
-        Card(*(c.strip() for c in line.split(" | "))) for line in _PLANNED.strip().split("\n")
-    ]
-    rows = [
+    lines = [
         "| | name | method | curvature C | representation | solver |",
         "|---|---|---|---|---|---|",
     ]
-    for card in (*CARDS.values(), *(c for c in planned if c.name not in CARDS)):
+    for card in _rows():
         mark, name = ("✓", f"`{card.name}`") if card.build else ("", card.name)
         star = "★ " if card.starred else ""
-        rows.append(
+        lines.append(
             f"| {mark} | {name} | {star}{card.title} | {card.curvature} | {card.representation} | "
             f"{card.solver} |"
         )
-    return "\n".join(rows)
+    return "\n".join(lines)
+
+
+def _rows() -> list[Card]:
+    rows = []
+    for line in _ROWS.strip().splitlines():
+        name, *columns = (column.strip() for column in line.split(" | "))
+        if name in CARDS:
+            rows.append(CARDS[name])
+        else:
+            title, curvature, representation, solver = columns
+            rows.append(Card(name, title, curvature, representation, solver))
+    listed = {card.name for card in rows}
+    return rows + [card for card in CARDS.values() if card.name not in listed]

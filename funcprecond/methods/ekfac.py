@@ -191,8 +191,8 @@ CARDS = (
         "layer, KF-io",
         "L/G direct, eigendecomposition",
         ekfac,
-        learning_rate=0.01,
+        learning_rate=0.03,
         intervals=True,
-        options={"damping": 1e-2},
+        options={"damping": 0.1},
     ),
 )

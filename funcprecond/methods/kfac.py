@@ -89,10 +89,10 @@ CARDS = (
         "F̂_nmc, F̂_emp",
         *_STORED,
         kfac,
-        learning_rate=0.01,
+        learning_rate=0.03,
         intervals=True,
         starred=True,
-        options={"damping": 1e-2},
+        options={"damping": 0.1},
     ),
     Card(
         "kflr",
@@ -100,8 +100,8 @@ CARDS = (
         "F (= G) exact",
         *_STORED,
         kflr,
-        learning_rate=0.01,
+        learning_rate=0.03,
         intervals=True,
-        options={"damping": 1e-2},
+        options={"damping": 0.1},
     ),
 )
