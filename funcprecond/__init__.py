@@ -1,7 +1,7 @@
 """Gradient preconditioning as pure functions: ``θ ← θ − η P g``.
 
-A method is a choice of curvature (what to measure), representation (how to store it) and solver (how
-to get ``P g`` from it). This is every public name, by stage.
+A method is a choice of curvature (what to measure), representation (how to store it) and solver
+(how to get ``P g`` from it). This is every public name, by stage.
 """
 
 from funcprecond import curvature, losses, methods, representation, solver, tree
@@ -12,12 +12,16 @@ from funcprecond.curvature.layers import layer_statistics
 from funcprecond.curvature.per_sample import per_sample_grads
 from funcprecond.evaluation import Evaluation
 from funcprecond.methods.adagrad import adagrad, adagrad_full
+from funcprecond.methods.adahessian import adahessian
 from funcprecond.methods.adam import adam, adamw
 from funcprecond.methods.caspr import caspr
 from funcprecond.methods.ekfac import ekfac
+from funcprecond.methods.hessian_free import hessian_free
 from funcprecond.methods.kfac import kfac, kflr
+from funcprecond.methods.lbfgs import lbfgs
 from funcprecond.methods.sgd import sgd
 from funcprecond.methods.shampoo import shampoo
+from funcprecond.methods.smw_ng import smw_ng
 from funcprecond.observe import Every, Evidence, MissingEvidence, Need, Noise, draw, observe
 from funcprecond.problem import Problem, problem
 from funcprecond.transform import Transform, apply, chain, make_step
