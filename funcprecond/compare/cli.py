@@ -144,7 +144,8 @@ def compare(options: argparse.Namespace) -> int:
         found = rows(engine)
         say("Drawing the report.")
         written = write(options.out, found, about(engine, data, task))
-        out.print(rich_table(found, f"{task.title}: {data.description}"))
+        out.print(data.description, markup=False, highlight=False, soft_wrap=True)
+        out.print(rich_table(found, task.title, out.width))
         out.print(f"Report: {written[-1]}", markup=False, highlight=False, soft_wrap=True)
     return 0
 
@@ -164,5 +165,5 @@ def guarded(work: Callable[[], int]) -> int:
         print(MISSING.format(name=error.name), file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("Interrupted before anything was run.", file=sys.stderr)
+        print("Interrupted; finished cells are kept.", file=sys.stderr)
         return 130

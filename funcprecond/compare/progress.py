@@ -75,7 +75,8 @@ class Display:
 
     def note(self, fraction: float) -> str:
         """How many cells are left and about how long they will take."""
-        cells = f"{self.left - (fraction == 1.0)} cells left"
+        left = self.left - (fraction == 1.0)
+        cells = f"{left} {'cell' if left == 1 else 'cells'} left"
         if not self.seconds:
             return cells
         return f"{cells}, about {duration(self.seconds - fraction * self.expected)}"

@@ -84,6 +84,16 @@ def test_table_is_readable(found):
     assert len(reasons(table_rows)) >= 4
 
 
+def test_narrow_table_keeps_every_figure_whole(found):
+    _, table_rows = found
+    alike = [row for row in table_rows if row.setting.batch_size == 32]
+    console = Console(width=80, record=True, file=io.StringIO())
+    console.print(table(alike, "title", 80))
+    text = console.export_text()
+    assert "batch 32" in text
+    assert "…" not in text
+
+
 def test_rows_are_best_first(found):
     _, table_rows = found
     figures = [row.metric.mean for row in table_rows if row.metric]

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+from rich import box
 from rich.table import Table
 
 from funcprecond.compare.summary import Figure, Row
@@ -54,19 +55,37 @@ def cells(row: Row) -> list[str]:
     ]
 
 
-def table(rows: Sequence[Row], title: str) -> Table:
-    """All rows, best first; rows without a figure are followed by the reason in words.
+def table(rows: Sequence[Row], title: str, width: int = 160) -> Table:
+    """All rows, best first; those without a figure are explained in words below.
 
     Args:
         rows: as `summary.rows` sorts them.
-        title: above the table.
+        title: above the table; batch size and interval are added to it where all rows share them.
+        width: characters in a line of the terminal; a narrow one does without the training loss.
     """
-    shown = Table(title=title, title_justify="left", caption_justify="left")
-    for number, heading in enumerate(HEADINGS):
-        shown.add_column(heading, justify="left" if number == 0 else "right", no_wrap=number == 0)
-    for row in rows:
+    lines = [cells(row) for row in rows]
+    shared = {
+        heading: values.pop()
+        for heading, *column in zip(HEADINGS, *lines, strict=True)
+        if heading in ("batch", "interval") and len(values := set(column) - {"–"}) == 1
+    }
+    hidden = {*shared, "training loss"} if width < 100 else set(shared)
+    words = [title, *(f"{heading} {value}" for heading, value in shared.items())]
+    shown = Table(
+        title=", ".join(words),
+        title_justify="left",
+        caption_justify="left",
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1) if width >= 100 else (0, 1, 0, 0),
+    )
+    kept = [number for number, heading in enumerate(HEADINGS) if heading not in hidden]
+    for number in kept:
+        longest = max(len(line[number]) for line in lines)  # headings may be folded, figures not
+        shown.add_column(HEADINGS[number], justify="right" if number else "left", min_width=longest)
+    for row, line in zip(rows, lines, strict=True):
         style = "" if row.status == "ok" else "dim"
-        shown.add_row(*cells(row), style="bold" if row.setting.method == "sgd" else style)
+        entries = [line[number] for number in kept]
+        shown.add_row(*entries, style="bold" if row.setting.method == "sgd" else style)
     shown.caption = "\n".join(reasons(rows)) or None
     return shown
 
