@@ -25,9 +25,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves
 
-from funcprecond import random
+from funcprecond import random, tree
 
 __all__ = ["Call", "Capture"]
 
@@ -69,7 +68,16 @@ _METADATA = {
     torch.Tensor.is_floating_point,
     *(
         getattr(torch.Tensor, name).__get__
-        for name in ["dtype", "device", "shape", "ndim", "requires_grad", "is_nested", "layout", "is_cuda"]
+        for name in [
+            "dtype",
+            "device",
+            "shape",
+            "ndim",
+            "requires_grad",
+            "is_nested",
+            "layout",
+            "is_cuda",
+        ]
     ),
 }
 # Which axes of the input share one mask entry: none, or all beyond the channels.
@@ -177,10 +185,10 @@ class Capture(TorchFunctionMode):
             return self._attention(func, *args, **kwargs)
         if self.tap is None:
             return func(*args, **kwargs)
-        return self._layer(func, args, kwargs)
+        return self._layer(self.tap, func, args, kwargs)
 
     # ------------------------------------------------------------------------------------ layers
-    def _layer(self, func, args, kwargs):
+    def _layer(self, tap, func, args, kwargs):
         def argument(i, name, default=None):
             return args[i] if len(args) > i else kwargs.get(name, default)
 
@@ -189,7 +197,7 @@ class Capture(TorchFunctionMode):
             call = Call(kind, weight, self._name(bias), options, tuple(out.shape))
             self.calls.append(call)
             self.inputs.append(x)
-            return self.tap(out)
+            return tap(out)
 
         if func is F.linear:
             x, matrix, bias = argument(0, "input"), argument(1, "weight"), argument(2, "bias")
@@ -226,7 +234,7 @@ class Capture(TorchFunctionMode):
             self._transposed.append((out, weight))
             return out
         if func not in _METADATA:
-            for leaf in tree_leaves((args, kwargs)):
+            for leaf in tree.leaves((args, kwargs)):
                 if isinstance(leaf, Tensor) and (weight := self._name(leaf) or self._view_of(leaf)):
                     self.unrecorded[weight] = getattr(func, "__name__", str(func))
         return func(*args, **kwargs)

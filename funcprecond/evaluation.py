@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 from torch.func import grad, grad_and_value, vjp, vmap
-from torch.utils._pytree import tree_leaves, tree_map, tree_unflatten
 
+from funcprecond import tree
 from funcprecond.capture import Call, Capture
 from funcprecond.problem import Buffers, Params, Problem, detach, example_count
 
@@ -162,16 +162,16 @@ class Evaluation:
 
         def one(inputs, masks, cotangent):
             def f(sub):
-                single = tree_map(lambda x, d: x.unsqueeze(0) if d == 0 else x, inputs, dims)
+                single = tree.map(lambda x, d: x.unsqueeze(0) if d == 0 else x, inputs, dims)
                 masks_ = tuple(m.unsqueeze(0) for m in masks)
                 capture = Capture({}, masks=masks_, twice=True)
                 with capture:
                     outputs, _ = self.problem.forward({**self.params, **sub}, self._buffers, single)
-                return tree_map(lambda x: x.squeeze(0), outputs)
+                return tree.map(lambda x: x.squeeze(0), outputs)
 
             return vjp(f, chosen)[1](cotangent)[0]
 
-        dims = tree_map(
+        dims = tree.map(
             lambda x: 0 if isinstance(x, Tensor) and x.ndim and x.shape[0] == count else None,
             self.inputs_batch,
         )
@@ -273,14 +273,14 @@ class _GraphRun:
 
     def jvp(self, vector):
         seed, pulled = self._transposed
-        flat, spec = torch.utils._pytree.tree_flatten(self.outputs)
+        flat, spec = tree.flatten(self.outputs)
         result = self._through(pulled, vector, dict(enumerate(seed)))
-        return tree_unflatten([result[i] for i in range(len(flat))], spec)
+        return tree.unflatten([result[i] for i in range(len(flat))], spec)
 
     @_opened_once
     def _transposed(self):
         """``u -> J^T u`` as a graph in ``u``: linear, so its own pull-back is ``J``."""
-        seed = [torch.zeros_like(x, requires_grad=True) for x in tree_leaves(self.outputs)]
+        seed = [torch.zeros_like(x, requires_grad=True) for x in tree.leaves(self.outputs)]
         pulled = self._pull(seed, [*self.leaves.values()], create_graph=True)
         return seed, dict(zip(self.leaves, pulled, strict=True))
 
@@ -297,7 +297,7 @@ class _GraphRun:
     def _pull(self, cotangents, inputs, create_graph=False):
         pairs = [
             (x, u)
-            for x, u in zip(tree_leaves(self.outputs), tree_leaves(cotangents), strict=True)
+            for x, u in zip(tree.leaves(self.outputs), tree.leaves(cotangents), strict=True)
             if x.requires_grad
         ]
         outputs = [x for x, _ in pairs]
@@ -337,7 +337,7 @@ class _FunctionRun:
             with torch.no_grad():
                 _, _, capture = evaluation._forward(_renamed(evaluation.params), lambda z: z)
             self.calls, self.unrecorded = capture.calls, capture.unrecorded
-        like = next(iter(tree_leaves(evaluation.params)), torch.zeros(()))
+        like = next(iter(tree.leaves(evaluation.params)), torch.zeros(()))
         self._zeros = [like.new_zeros(()).expand(c.shape) for c in self.calls]
         calls = len(self.calls)
 
@@ -353,11 +353,11 @@ class _FunctionRun:
                 raise RuntimeError(msg)
             return outputs, (buffers, capture.inputs)
 
-        self.outputs, self._vjp, (self.buffers, self.layer_inputs) = vjp(
+        self.outputs, self._vjp, (self.buffers, self.layer_inputs) = vjp(  # pyright: ignore
             f, evaluation.params, self._zeros, has_aux=True
         )
         example_count(self.outputs)
-        self.loss, self._loss_vjp = vjp(
+        self.loss, self._loss_vjp = vjp(  # pyright: ignore
             lambda x: evaluation.problem.loss(x, evaluation.targets), self.outputs
         )
 
@@ -381,8 +381,8 @@ class _FunctionRun:
     @_opened_once
     def _jacobian(self):
         # A pull-back of its own: the one with zeros would be transposed together with them.
-        _, pull = vjp(lambda p: self.evaluation._forward(p, None)[0], self.evaluation.params)
-        return vjp(lambda u: pull(u)[0], tree_map(torch.zeros_like, self.outputs))[1]
+        pull = vjp(lambda p: self.evaluation._forward(p, None)[0], self.evaluation.params)[1]
+        return vjp(lambda u: pull(u)[0], tree.map(torch.zeros_like, self.outputs))[1]
 
     def jvp(self, vector):
         return self._jacobian(vector)[0]
@@ -393,14 +393,12 @@ def _renamed(params: Params) -> Params:
     return {k: p.view_as(p) for k, p in params.items()}
 
 
-def _untransformed(tree: Any) -> bool:
+def _untransformed(tensors: Any) -> bool:
     """Whether nothing watches: no compiler, no transform, no outer graph."""
     if torch.compiler.is_compiling():
         return False
-    if torch._C._functorch.peek_interpreter_stack() is not None:
-        return False
-    if torch.autograd.forward_ad._current_level >= 0:
+    if tree.in_transform() or torch.autograd.forward_ad._current_level >= 0:
         return False
     if not torch.is_grad_enabled():
         return True
-    return not any(isinstance(x, Tensor) and x.requires_grad for x in tree_leaves(tree))
+    return not any(isinstance(x, Tensor) and x.requires_grad for x in tree.leaves(tensors))

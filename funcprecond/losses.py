@@ -13,6 +13,7 @@ the outputs: pulled back through the model, they give rows whose outer products,
 multiplied by ``c``, are the curvature matrix.
 """
 
+import abc
 import dataclasses
 import math
 from collections.abc import Callable, Iterator
@@ -21,8 +22,9 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.func import grad, vjp
 
-from funcprecond import random
+from funcprecond import random, tree
 
 __all__ = [
     "MSE",
@@ -39,30 +41,26 @@ __all__ = [
 Reduction = Literal["mean", "sum"]
 
 
-class Loss:
+class Loss(abc.ABC):
     """What the curvature code asks of a loss; see the module's docstring for the convention."""
 
+    @abc.abstractmethod
     def __call__(self, outputs: Any, targets: Any) -> Tensor:
         """The loss, a 0-d tensor."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def constant(self, outputs: Any, targets: Any) -> Tensor:
         """The reduction constant ``c``, a 0-d tensor."""
-        raise NotImplementedError
 
     def empirical(self, outputs: Any, targets: Any) -> Any:
         """The terms' gradient at the data's labels: the loss's cotangent divided by ``c``."""
-        (gradient,) = torch.func.vjp(lambda f: self(f, targets), outputs)[1](
-            torch.ones_like(self.constant(outputs, targets))
-        )
-        return torch.utils._pytree.tree_map(
-            lambda g: g / self.constant(outputs, targets).to(g.dtype), gradient
-        )
+        gradient = grad(lambda f: self(f, targets))(outputs)
+        constant = self.constant(outputs, targets)
+        return tree.map(lambda g: g / constant.to(g.dtype), gradient)
 
     def hessian_product(self, outputs: Any, targets: Any, vector: Any) -> Any:
         """``(d2 L / d outputs2) vector``, ``c`` included."""
-        _, pull = torch.func.vjp(torch.func.grad(lambda f: self(f, targets)), outputs)
-        return pull(vector)[0]
+        return vjp(grad(lambda f: self(f, targets)), outputs)[1](vector)[0]
 
     def draw(self, targets: Any, samples: int, generator: torch.Generator | None) -> Tensor:
         """The random numbers that ``samples`` sampled labels for each term take."""
@@ -184,11 +182,11 @@ class CrossEntropy(Loss):
         """(..., 1): the weight of each term's Hessian ``diag(p) - p p^T``."""
         if targets.is_floating_point():
             labels = targets.movedim(self.class_dim, -1).to(outputs.dtype)
-            if self.weight is None:
-                return labels.sum(-1, keepdim=True)
             smooth, classes = self.label_smoothing, labels.shape[-1]
             labels = (1 - smooth) * labels + smooth / classes
-            return (labels * self.weight.to(outputs)).sum(-1, keepdim=True)
+            if self.weight is not None:
+                labels = labels * self.weight.to(outputs)
+            return labels.sum(-1, keepdim=True)
         kept = (targets != self.ignore_index).to(outputs.dtype)
         if self.weight is not None:
             weight = self.weight.to(outputs)
@@ -307,7 +305,7 @@ class Custom(Loss):
         return self.function(outputs, targets)
 
     def constant(self, outputs: Any, targets: Any) -> Tensor:
-        first = torch.utils._pytree.tree_leaves(outputs)[0]
+        first = tree.leaves(outputs)[0]
         count = first.shape[0] if self.reduction == "mean" else 1
         return first.new_full((), 1 / max(count, 1))
 
@@ -348,7 +346,7 @@ def as_loss(loss: Any) -> Loss:
     if not callable(loss):
         msg = f"the loss must be callable as loss(outputs, targets), not a {type(loss).__name__}"
         raise TypeError(msg)
-    return Custom(loss)
+    return Custom(loss)  # pyright: ignore[reportArgumentType]
 
 
 def _one_term(shape: torch.Size, like: Tensor) -> Iterator[Tensor]:

@@ -11,8 +11,8 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
 
+from funcprecond import tree
 from funcprecond.capture import Capture
 from funcprecond.evaluation import Evaluation
 from funcprecond.problem import Buffers, Params, Problem
@@ -207,4 +207,4 @@ def observe(
 
 def _draw(problem, params, batch, needs, generator) -> dict[Need, Any]:
     drawn = {n: n.draw(problem, params, batch, generator) for n in needs}
-    return {n: value for n, value in drawn.items() if tree_leaves(value)}
+    return {n: value for n, value in drawn.items() if tree.leaves(value)}

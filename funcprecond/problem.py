@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.utils._pytree import tree_leaves, tree_map
 
+from funcprecond import tree
 from funcprecond.losses import Loss, as_loss
 
 __all__ = ["Buffers", "Params", "Problem", "as_pair", "problem"]
@@ -170,7 +170,7 @@ def _trainable(params: Mapping[str, Tensor]) -> Params:
             kind = p.dtype if isinstance(p, Tensor) else type(p).__name__
             msg = f"parameter {name!r} must be a floating-point tensor, not {kind}"
             raise ValueError(msg)
-        if isinstance(p, nn.parameter.UninitializedTensorMixin):
+        if isinstance(p, nn.parameter.UninitializedParameter):
             msg = f"parameter {name!r} has no shape yet: run the lazy module once on a batch first"
             raise ValueError(msg)
     # Copies, so that nothing that happens to the module later reaches them.
@@ -183,7 +183,7 @@ def example_count(outputs: Any) -> int:
     Raises:
         ValueError: the outputs have no example axis, or it is empty.
     """
-    first = next(x for x in tree_leaves(outputs) if isinstance(x, Tensor))
+    first = next(x for x in tree.leaves(outputs) if isinstance(x, Tensor))
     if first.ndim == 0 or first.shape[0] == 0:
         msg = (
             f"the model's outputs have shape {tuple(first.shape)}: axis 0 must count the batch's "
@@ -193,8 +193,8 @@ def example_count(outputs: Any) -> int:
     return first.shape[0]
 
 
-def detach(tree: Any) -> Any:
+def detach(tensors: Any) -> Any:
     """The same tree without a graph."""
-    if isinstance(tree, Tensor):
-        return tree.detach()
-    return tree_map(lambda x: x.detach() if isinstance(x, Tensor) else x, tree)
+    if isinstance(tensors, Tensor):
+        return tensors.detach()
+    return tree.map(lambda x: x.detach() if isinstance(x, Tensor) else x, tensors)

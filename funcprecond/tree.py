@@ -21,7 +21,9 @@ Vector = dict[str, Tensor]
 __all__ = [
     "add",
     "dot",
+    "flatten",
     "from_dict",
+    "in_transform",
     "leaves",
     "load",
     "map",
@@ -33,6 +35,7 @@ __all__ = [
     "static",
     "sub",
     "to_dict",
+    "unflatten",
     "unravel",
 ]
 
@@ -71,7 +74,7 @@ def state(cls: type[T]) -> type[T]:
         cls,
         flatten,
         unflatten,
-        flatten_with_keys_fn=flatten_with_keys,
+        flatten_with_keys_fn=flatten_with_keys,  # pyright: ignore[reportArgumentType]
         serialized_type_name=f"{cls.__module__}.{cls.__qualname__}",
     )
     return cls
@@ -79,6 +82,13 @@ def state(cls: type[T]) -> type[T]:
 
 map = pytree.tree_map
 leaves = pytree.tree_leaves
+flatten = pytree.tree_flatten
+unflatten = pytree.tree_unflatten
+
+
+def in_transform() -> bool:
+    """Whether a ``torch.func`` transform is running the code that asks."""
+    return torch._C._functorch.peek_interpreter_stack() is not None  # pyright: ignore
 
 
 # --------------------------------------------------------------------- vectors shaped like params
@@ -103,13 +113,13 @@ def _foreach(name: str, x: Vector, other: Any, **kwargs: Any) -> Vector:
     if not x:
         return {}
     tensors = list(x.values())
-    if torch._C._functorch.peek_interpreter_stack() is None:
-        values = getattr(torch, f"_foreach_{name}")(tensors, other, **kwargs)
-    else:
+    if in_transform():
         # vmap has no rule for the multi-tensor operations.
         others = other if isinstance(other, list) else [other] * len(tensors)
         single = getattr(torch, name)
         values = [single(v, o, **kwargs) for v, o in zip(tensors, others, strict=True)]
+    else:
+        values = getattr(torch, f"_foreach_{name}")(tensors, other, **kwargs)
     return dict(zip(x, values, strict=True))
 
 

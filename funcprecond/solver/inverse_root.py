@@ -146,7 +146,8 @@ def mode_product(matrix: Tensor, x: Tensor, axis: int) -> Tensor:
     """Contract ``axis`` of ``x`` with axis 1 of ``matrix``; the axis stays in place."""
     if x.ndim == 2:
         return matrix @ x if axis == 0 else x @ matrix.mT
-    return torch.tensordot(matrix, x, ([1], [axis])).movedim(0, axis)
+    product = torch.tensordot(matrix, x, ([1], [axis]))  # pyright: ignore[reportArgumentType]
+    return product.movedim(0, axis)
 
 
 def by_shape(
