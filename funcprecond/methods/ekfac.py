@@ -101,7 +101,7 @@ def ekfac(
             state = _measured(state, layers, decay, refresh in evidence)
         w = state.factors.weight
 
-        def solve(block: str, gradient: LayerGradient) -> Tensor:
+        def solve(block: str, gradient: LayerGradient) -> LayerGradient:
             left, right = state.left.get(block), state.right[block]
             moments = state.moments[block] / state.weight
             return rotate_back(rotate(gradient, left, right) / (moments + damping), left, right)

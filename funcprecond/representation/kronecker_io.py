@@ -120,10 +120,9 @@ def _factors(
     if call.kind == "embedding":
         return _embedding_factors(uses, scale)
     pairs = [layer_rows(use, False, sharing) for use in uses]
-    rows = [a for a, _ in pairs]
-    inputs = _total([_second_moment(a, bias) for a in rows]) / sum(a.shape[-2] for a in rows)
-    outputs = _total([g.mT @ g for _, g in pairs])
-    outputs = outputs * scale.to(outputs.dtype)
+    share = 1 / pairs[0][0].new_tensor(sum(a.shape[-2] for a, _ in pairs))
+    inputs = _total([_second_moment(a, share, bias) for a, _ in pairs])
+    outputs = _total([_second_moment(g, scale, False) for _, g in pairs])
     if inputs.ndim == 3 and inputs.shape[0] == 1:
         inputs, outputs = inputs[0], outputs[0]
     if call.kind == "linear" and call.options == ("in_out",):
@@ -160,14 +159,20 @@ def _unit_blocks(uses: tuple[LayerUse, ...], bias: bool, scale: Tensor) -> Tenso
     return _total(blocks) * scale.to(blocks[0].dtype)
 
 
-def _second_moment(rows: Tensor, bias: bool) -> Tensor:
-    """``rows^T rows``, of the rows with a 1 appended if there is a bias."""
+def _second_moment(rows: Tensor, scale: Tensor, bias: bool) -> Tensor:
+    """``scale rows^T rows``, of the rows with a 1 appended if there is a bias."""
+    scale = scale.to(rows.dtype)
+    if rows.shape[-2] < rows.shape[-1]:
+        # The rows are smaller than their product: they, not it, are scaled and extended.
+        rows = torch.cat([rows, torch.ones_like(rows[..., :1])], -1) if bias else rows
+        rows = rows * scale.sqrt()
+        return rows.mT @ rows
     gram = rows.mT @ rows
-    if not bias:
-        return gram
-    sums = rows.sum(-2, keepdim=True)
-    count = torch.full_like(sums[..., :1], rows.shape[-2])
-    return torch.cat([torch.cat([gram, sums], -2), torch.cat([sums, count], -1).mT], -1)
+    if bias:
+        sums = rows.sum(-2, keepdim=True)
+        count = torch.full_like(sums[..., :1], rows.shape[-2])
+        gram = torch.cat([torch.cat([gram, sums], -2), torch.cat([sums, count], -1).mT], -1)
+    return gram * scale
 
 
 def _total(parts: list[Tensor]) -> Tensor:

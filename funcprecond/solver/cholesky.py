@@ -23,12 +23,16 @@ __all__ = ["Cholesky", "CholeskyFactor", "pi"]
 
 @state
 class CholeskyFactor:
-    """Both damped factors of each block, decomposed or inverted; inverses of the units; the rest."""
+    """Both damped factors of each block, decomposed or inverted; inverses of the units; the rest.
+
+    The factors are of totals; ``scale`` turns the solution into that of the averages.
+    """
 
     left: dict[str, Tensor]
     right: dict[str, Tensor]
     units: dict[str, Tensor]
     others: dict[str, Tensor]
+    scale: Tensor
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,15 +59,16 @@ class Cholesky:
 
     def init(self, representation: KroneckerIO) -> CholeskyFactor:
         """Empty, as the representation is."""
-        return CholeskyFactor({}, {}, {}, {})
+        return CholeskyFactor({}, {}, {}, {}, torch.ones_like(representation.weight))
 
     def prepare(self, representation: KroneckerIO, previous: CholeskyFactor) -> CholeskyFactor:
         """One batched Cholesky decomposition for each size of factor."""
         w = representation.weight
         gamma = self.damping**0.5
         blocks = list(representation.left)
-        left = [representation.left[k] / w for k in blocks]
-        right = [representation.right[k] / w for k in blocks]
+        # Totals, not averages: the ridges are scaled instead of the matrices.
+        left = [representation.left[k] for k in blocks]
+        right = [representation.right[k] for k in blocks]
         ratio = [
             pi(r, x) if self.split == "pi" else torch.ones_like(w)
             for x, r in zip(left, right, strict=True)
@@ -71,7 +76,7 @@ class Cholesky:
         factors = by_shape(
             lambda x, ridge, _: self._factor(x, ridge),
             [*left, *right],
-            [*(gamma / p for p in ratio), *(gamma * p for p in ratio)],
+            [*(w * gamma / p for p in ratio), *(w * gamma * p for p in ratio)],
             static=[None] * 2 * len(blocks),
         )
         return CholeskyFactor(
@@ -79,14 +84,17 @@ class Cholesky:
             dict(zip(blocks, factors[len(blocks) :], strict=True)),
             unit_inverses({k: x / w for k, x in representation.units.items()}, self.damping),
             {k: x / w for k, x in representation.others.items()},
+            w * w,
         )
 
     def apply(self, factor: CholeskyFactor, grads: Params, rows: Layers | None = None) -> Params:
         """Two products or solves a layer, of the gradient or of the rows that it is made of."""
 
-        def solve(block: str, gradient: LayerGradient) -> Tensor:
+        def solve(block: str, gradient: LayerGradient) -> LayerGradient:
             left, right = factor.left[block], factor.right[block]
-            return gradient.map(lambda x: self._solve(left, x), lambda x: self._solve(right, x))
+            return gradient.map(
+                lambda x: factor.scale * self._solve(left, x), lambda x: self._solve(right, x)
+            )
 
         return apply_blocks(
             grads,

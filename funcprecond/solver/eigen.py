@@ -72,11 +72,12 @@ class Eigen:
     def apply(self, factor: EigenFactor, grads: Params, rows: Layers | None = None) -> Params:
         """Rotate, divide, rotate back: four products a layer, two of them maybe of rows only."""
 
-        def solve(block: str, gradient: LayerGradient) -> Tensor:
+        def solve(block: str, gradient: LayerGradient) -> LayerGradient:
             left, right = factor.left_vectors.get(block), factor.right_vectors[block]
             lefts, rights = factor.left_values[block], factor.right_values[block]
             values = lefts.unsqueeze(-1) * rights.unsqueeze(-2)
-            return rotate_back(rotate(gradient, left, right) / (values + self.damping), left, right)
+            rotated = rotate(gradient, left, right) / (values + self.damping)
+            return rotate_back(rotated, left, right)
 
         return apply_blocks(
             grads,
@@ -116,12 +117,15 @@ def eigenbases(factors: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str,
 
 def rotate(gradient: LayerGradient, left: Tensor | None, right: Tensor) -> Tensor:
     """``left^T gradient right``; None stands for the identity."""
-    return gradient.map(lambda x: x if left is None else x @ left, lambda x: x @ right)
+    rotated = gradient.map(lambda x: x if left is None else x @ left, lambda x: x @ right)
+    if rotated.outputs is None:
+        return rotated.inputs
+    return rotated.matrix()
 
 
-def rotate_back(matrix: Tensor, left: Tensor | None, right: Tensor) -> Tensor:
+def rotate_back(matrix: Tensor, left: Tensor | None, right: Tensor) -> LayerGradient:
     """``left matrix right^T``."""
-    return (matrix if left is None else left @ matrix) @ right.mT
+    return LayerGradient(None, (matrix if left is None else left @ matrix) @ right.mT)
 
 
 def groups_of(vectors: Tensor) -> int:

@@ -30,17 +30,30 @@ class LayerGradient:
     outputs: Tensor | None
     inputs: Tensor
 
-    def map(self, left: Callable[[Tensor], Tensor], right: Callable[[Tensor], Tensor]) -> Tensor:
+    def map(
+        self, left: Callable[[Tensor], Tensor], right: Callable[[Tensor], Tensor]
+    ) -> "LayerGradient":
         """``L gradient R^T``, where ``left(x) = x L^T`` and ``right(x) = x R^T`` for rows x."""
         if self.outputs is None:
-            return left(right(self.inputs).mT).mT
-        return left(self.outputs).mT @ right(self.inputs)
+            return LayerGradient(None, left(right(self.inputs).mT).mT)
+        return LayerGradient(left(self.outputs), right(self.inputs))
+
+    def matrix(self) -> Tensor:
+        """The gradient, (o, i + 1), with the groups of a convolution one after another."""
+        if self.outputs is None:
+            return self.inputs.flatten(0, -2)
+        return self.outputs.mT @ self.inputs
+
+    def split(self) -> tuple["LayerGradient", Tensor]:
+        """The weight's part, and the bias's (o,)."""
+        last = LayerGradient(self.outputs, self.inputs[..., -1:]).matrix().squeeze(-1)
+        return LayerGradient(self.outputs, self.inputs[..., :-1]), last
 
 
 def apply_blocks(
     grads: Params,
     blocks: Iterable[str],
-    solve: Callable[[str, LayerGradient], Tensor],
+    solve: Callable[[str, LayerGradient], LayerGradient],
     groups: Callable[[str], int],
     unit_inverse: dict[str, Tensor],
     others: dict[str, Tensor],
@@ -107,13 +120,12 @@ def _few_rows(shape: tuple[int, int], block: str, rows: Layers | None) -> LayerU
     return uses[0] if cheaper else None
 
 
-def _split(matrix: Tensor, grads: Params, block: str) -> Params:
+def _split(gradient: LayerGradient, grads: Params, block: str) -> Params:
     """A layer's direction as its weight's and its bias's."""
     weight, bias = split_block(block)
-    matrix = matrix.reshape(grads[weight].shape[0], -1)
     parts = {}
     if bias is not None:
-        matrix, column = matrix[:, :-1], matrix[:, -1]
+        gradient, column = gradient.split()
         parts[bias] = column.to(grads[bias].dtype)
-    parts[weight] = matrix.reshape(grads[weight].shape).to(grads[weight].dtype)
+    parts[weight] = gradient.matrix().reshape(grads[weight].shape).to(grads[weight].dtype)
     return parts
