@@ -102,7 +102,8 @@ def adahessian(
             v = {k: b2 * v[k] + (1 - b2) * squared(diagonal[k].to(v[k].dtype)) for k in grads}
         step = state.step + 1
         m = {k: b1 * state.mean[k] + (1 - b1) * g.to(v[k].dtype) for k, g in grads.items()}
-        correct1, correct2 = 1 - b1**step, 1 - b2**measured
+        # A power of an integer tensor would be taken in torch's default dtype.
+        correct1, correct2 = 1 - b1 ** step.double(), 1 - b2 ** measured.double()
         direction = {
             k: ((m[k] / correct1) / ((v[k] / correct2) ** (power / 2) + damping)).to(g.dtype)
             for k, g in grads.items()
