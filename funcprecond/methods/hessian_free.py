@@ -193,9 +193,7 @@ class _Line:
         def loss_at(factor: Tensor) -> Tensor:
             return step_loss if next(calls, False) else self.loss(tree.mul(step, factor))
 
-        return armijo(
-            loss_at, loss, slope, c1=1e-2, shrink=0.8, trials=trials, plain=self.plain
-        )
+        return armijo(loss_at, loss, slope, c1=1e-2, shrink=0.8, trials=trials, plain=self.plain)
 
 
 def _zero_like(params: Params) -> Tensor:

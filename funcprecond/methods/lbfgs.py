@@ -112,7 +112,9 @@ def lbfgs(
         state: LBFGSState, grads: Params, evidence: Evidence | None = None
     ) -> tuple[LBFGSState, Params]:
         if evidence is None:
-            msg = "lbfgs needs to know the parameters beside the gradient: pass fp.observe's evidence"
+            msg = (
+                "lbfgs needs to know the parameters beside the gradient: pass fp.observe's evidence"
+            )
             raise MissingEvidence(msg)
         state = take_pair(state, grads, evidence)
         dtype = state.history.steps.dtype

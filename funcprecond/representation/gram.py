@@ -159,8 +159,12 @@ class Gram:
             if weight in params and uses[0].call.kind != "norm":
                 pairs.append(_pairs(uses, params[weight], weight, bias if bias in params else None))
             else:
-                found = _norm_rows(uses, weight, bias) if weight in params else _bias_rows(uses, bias)
-                explicit |= {k: x.reshape(-1, *params[k].shape) for k, x in found.items() if k in params}
+                found = (
+                    _norm_rows(uses, weight, bias) if weight in params else _bias_rows(uses, bias)
+                )
+                explicit |= {
+                    k: x.reshape(-1, *params[k].shape) for k, x in found.items() if k in params
+                }
         for name, rows in layers.others.items():
             if name in params:
                 explicit[name] = rows.flatten(0, 1).to(factor_dtype(rows))
@@ -212,7 +216,9 @@ class Gram:
         found = dict(self.explicit)
         for p in self.pairs:
             found |= p.rows()
-        return self.scale.sqrt() * torch.cat([found[k].reshape(self.count, -1) for k in self.names], 1)
+        return self.scale.sqrt() * torch.cat(
+            [found[k].reshape(self.count, -1) for k in self.names], 1
+        )
 
     def to_dense(self) -> Tensor:
         """(P, P): ``U^T U``, all parameters in order."""

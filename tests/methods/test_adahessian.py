@@ -126,9 +126,7 @@ def test_convolutions_share_one_number_a_kernel(shape, average):
 def test_vectors_and_matrices_are_not_averaged_unless_asked():
     d = normal((3, 5), 1)
     assert torch.equal(spatial_average(d, None), d)
-    torch.testing.assert_close(
-        spatial_average(d, "row"), d.mean(1, keepdim=True).expand(3, 5)
-    )
+    torch.testing.assert_close(spatial_average(d, "row"), d.mean(1, keepdim=True).expand(3, 5))
     assert torch.equal(spatial_average(d[0], "row"), d[0])
     assert torch.equal(spatial_average(d[0, 0], "kernel"), d[0, 0])
 

@@ -41,9 +41,7 @@ def test_equals_torchs_on_one_batch(pairs):
     params, state = toy.params, opt.init(toy.params)
     theirs = {k: torch.nn.Parameter(p.clone()) for k, p in params.items()}
     options = {"lr": 0.2, "max_iter": 1, "history_size": 4}
-    peer = torch.optim.LBFGS(
-        theirs.values(), **options, tolerance_grad=0.0, tolerance_change=0.0
-    )
+    peer = torch.optim.LBFGS(theirs.values(), **options, tolerance_grad=0.0, tolerance_change=0.0)
 
     def closure():
         peer.zero_grad()

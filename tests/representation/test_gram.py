@@ -141,7 +141,10 @@ def test_exact_labels_give_the_fisher_matrix(name):
     gram, _ = measured(case, "exact")
     assert gram.count == case.problem(case.params, case.batch[0]).numel()
     torch.testing.assert_close(
-        gram.to_dense(), reference.fisher(case.problem, case.params, case.batch), rtol=1e-9, atol=1e-11
+        gram.to_dense(),
+        reference.fisher(case.problem, case.params, case.batch),
+        rtol=1e-9,
+        atol=1e-11,
     )
 
 
@@ -175,7 +178,13 @@ def test_a_block_of_the_parameters_has_their_columns_only():
     case = convnet()
     whole, evidence = measured(case)
     layers = next(iter(evidence.measured.values()))
-    columns = dict(zip(case.params, whole.rows().split([p.numel() for p in case.params.values()], 1), strict=True))
+    columns = dict(
+        zip(
+            case.params,
+            whole.rows().split([p.numel() for p in case.params.values()], 1),
+            strict=True,
+        )
+    )
     for names in (["0.weight"], ["0.bias", "4.weight"], ["1.bias"], ["1.weight", "4.bias"]):
         part = Gram.from_layers(layers, {k: case.params[k] for k in names})
         torch.testing.assert_close(part.rows(), torch.cat([columns[k] for k in names], 1))

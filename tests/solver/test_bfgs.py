@@ -86,9 +86,9 @@ def test_exact_line_searches_end_at_the_minimum_with_the_inverse_hessian():
         p = r + (r @ r) / (before @ before) * p
         assert (x - cg_x).norm() < 1e-9
     assert (h @ (x - centre)).norm() < 1e-11
-    found = torch.stack([
-        two_loop(history.steps, history.changes, history.rho, one, e) for e in eye(n)
-    ])
+    found = torch.stack(
+        [two_loop(history.steps, history.changes, history.rho, one, e) for e in eye(n)]
+    )
     torch.testing.assert_close(found, torch.linalg.inv(h), rtol=1e-9, atol=1e-10)
 
 

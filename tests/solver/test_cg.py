@@ -208,12 +208,14 @@ def test_the_early_exit_changes_nothing(monkeypatch):
 
 
 def test_vmap_equals_the_loop_where_problems_end_at_different_times():
-    matrices = torch.stack([
-        conditioned(8, 2.0),
-        conditioned(8, 50.0),
-        -torch.eye(8, dtype=torch.float64),
-        torch.diag(torch.tensor([3.0, 2, 2, 1, 1, 1, 1, -1], dtype=torch.float64)),
-    ])
+    matrices = torch.stack(
+        [
+            conditioned(8, 2.0),
+            conditioned(8, 50.0),
+            -torch.eye(8, dtype=torch.float64),
+            torch.diag(torch.tensor([3.0, 2, 2, 1, 1, 1, 1, -1], dtype=torch.float64)),
+        ]
+    )
     b = normal((4, 8), 3)
     options = {"max_iter": 25, "keep": 3}
     together = torch.vmap(functools.partial(solve, **options))(matrices, b)

@@ -53,7 +53,9 @@ def test_wolfe_finds_a_point_with_both_conditions(plain, exponent, power):
     m = 2.0**exponent
 
     def evaluate(a):
-        return (a - m) ** 2 / 2 + power * ((a - m) / m) ** 4, (a - m) + 4 * power * (a - m) ** 3 / m**4
+        return (a - m) ** 2 / 2 + power * ((a - m) / m) ** 4, (a - m) + 4 * power * (
+            a - m
+        ) ** 3 / m**4
 
     loss, slope = evaluate(number(0.0))
     found = wolfe(evaluate, loss, slope, trials=30, plain=plain)

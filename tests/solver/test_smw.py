@@ -15,7 +15,8 @@ from tests.strategies import seeds
 
 def rows(count, shapes, seed=0, scale=0.3, dtype=torch.float64, decay=1.0):
     explicit = {
-        k: normal((count, *shape), seed + i, dtype) * decay for i, (k, shape) in enumerate(shapes.items())
+        k: normal((count, *shape), seed + i, dtype) * decay
+        for i, (k, shape) in enumerate(shapes.items())
     }
     return Gram((), explicit, torch.tensor(scale, dtype=dtype), tuple(shapes))
 
@@ -82,7 +83,9 @@ def test_a_large_damping_is_gradient_descent_and_the_null_space_is_only_divided(
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_equal_rows_and_no_damping_to_speak_of_still_have_a_factor(dtype):
     one = rows(1, SHAPES, dtype=dtype, scale=1.0)
-    u = Gram((), {k: x.expand(40, *x.shape[1:]) for k, x in one.explicit.items()}, one.scale, one.names)
+    u = Gram(
+        (), {k: x.expand(40, *x.shape[1:]) for k, x in one.explicit.items()}, one.scale, one.names
+    )
     factor = SMW(1e-30).prepare(u)
     assert torch.isfinite(factor.cholesky).all()
     floor = torch.finfo(dtype).eps * u.gram().diagonal().double().sum()
