@@ -1,7 +1,7 @@
 """AdaHessian: Adam with the Hessian's diagonal in place of the gradient's square.
 
-Row: |H|, element, division. Yao, Gholami, Shen, Keutzer & Mahoney, arXiv 2006.00719. With a vector z of
-random signs, t counted from 1 and s the number of measurements so far::
+Row: |H|, element, division. Yao, Gholami, Shen, Keutzer & Mahoney, arXiv 2006.00719. With a vector
+z of random signs, t counted from 1 and s the number of measurements so far::
 
     D  = z ⊙ H z,  averaged in absolute value over the kernel of each convolution
     m <- b1 m + (1 - b1) g        v <- b2 v + (1 - b2) D²
@@ -36,8 +36,8 @@ class AdaHessianState:
     """The running means and their counts.
 
     Attributes:
-        mean, second_moment: of the gradient and of the diagonal, shaped like the parameters, in float32
-            or wider.
+        mean, second_moment: of the gradient and of the diagonal, shaped like the parameters, in
+            float32 or wider.
         step, measured: how many gradients and how many diagonals they have seen, 0-d integers.
     """
 
@@ -63,11 +63,11 @@ def adahessian(
         betas: the weights of the old mean and of the old second moment.
         damping: added outside the power.
         power: the Hessian power, 1 for a Newton-like step, down to 0 for momentum SGD.
-        average: what is averaged over a block: absolute values, as all public code does, or the signed
-            diagonal, as the paper writes.
+        average: what is averaged over a block: absolute values, as all public code does, or the
+            signed diagonal, as the paper writes.
         block: what is averaged by a parameter's number of axes: "kernel" is all axes from the third
-            on, "row" all from the second on, a number n is n consecutive entries of a row (the last of
-            a row may be shorter). Axes not named have no averaging.
+            on, "row" all from the second on, a number n is n consecutive entries of a row (the last
+            of a row may be shorter). Axes not named have no averaging.
         every: the diagonal is measured each so many steps.
         samples: probes for one measurement; their signed mean is Hutchinson's estimate.
 

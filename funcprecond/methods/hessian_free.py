@@ -1,16 +1,16 @@
 """Hessian-free: a damped Newton step by conjugate gradients, with no matrix formed.
 
-Row: H or G, full, matrix-free, conjugate gradient. Martens, ICML 2010; Martens & Sutskever, 2012. On one
-batch, with B the Gauss-Newton matrix (or the Hessian) plus λ I::
+Row: H or G, full, matrix-free, conjugate gradient. Martens, ICML 2010; Martens & Sutskever, 2012.
+On one batch, with B the Gauss-Newton matrix (or the Hessian) plus λ I::
 
     p <- CG on  φ(x) = xᵀ B x / 2 + gᵀ x,  from ζ times the last solution, until φ stalls
     ρ = (f(θ + p) - f(θ + x_0)) / (φ(p) - φ(x_0));   λ <- 3/2 λ if ρ < 1/4,  2/3 λ if ρ > 3/4
     p <- the best of the iterates, from the last backwards while the loss decreases
     d = -α p,  α the first of 1, 0.8, 0.8², ... with f(θ + α p) <= f(θ) + 0.01 α gᵀ p, or 0
 
-Needs products and the objective of this batch. At most ``max_iter`` products of about 2 gradients, and a
-dozen losses. State: one copy of the parameters and λ. The learning rate is 1. A zero or non-finite
-gradient has direction 0 and leaves the state as it was.
+Needs products and the objective of this batch. At most ``max_iter`` products of about 2 gradients,
+and a dozen losses. State: one copy of the parameters and λ. The learning rate is 1. A zero or
+non-finite gradient has direction 0 and leaves the state as it was.
 """
 
 import dataclasses
@@ -99,7 +99,7 @@ def hessian_free(
         state: HessianFreeState, grads: Params, evidence: Evidence | None = None
     ) -> tuple[HessianFreeState, Params]:
         if evidence is None:
-            msg = f"hessian_free needs {operator} beside the gradient: pass the evidence of fp.observe"
+            msg = f"hessian_free needs {operator} beside the gradient: pass fp.observe's evidence"
             raise MissingEvidence(msg)
         g = {k: x.to(state.solution[k].dtype) for k, x in grads.items()}
         line = _Line(evidence, unwatched((evidence.params, grads, state)))

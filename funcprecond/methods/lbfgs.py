@@ -7,8 +7,9 @@ Hessian products. With pairs (s, y) kept in two (m, P) windows, ρ = 1 / s.y and
     s = θ_t - θ_{t-1}        y = ∇L_t(θ_t) - ∇L_t(θ_{t-1})        kept if s.y >= min_curvature |s|²
     d = H_m g,   H_i = (I - ρ s yᵀ) H_{i-1} (I - ρ y sᵀ) + ρ s sᵀ,   H_0 = γ I
 
-Needs the objective of this batch at the last step's point: one more gradient a step. 2 m P numbers and
-4 m P operations. A non-finite gradient leaves the history alone; its own direction is not finite.
+Needs the objective of this batch at the last step's point: one more gradient a step. 2 m P numbers
+and 4 m P operations. A non-finite gradient leaves the history alone; its own direction is not
+finite.
 """
 
 from typing import Literal
@@ -68,18 +69,19 @@ def lbfgs(
 
     Args:
         history: m, how many pairs are kept.
-        pairs: where they come from: "same_batch" takes both gradients on this step's batch (oLBFGS),
-            "successive" the gradients of two steps, for full batches (they need no further gradient,
-            and on different batches they measure noise); "hvp" takes the Hessian's product with the
-            difference of two means of iterates (SQN), each ``every`` steps.
+        pairs: where they come from: "same_batch" takes both gradients on this step's batch
+            (oLBFGS), "successive" the gradients of two steps, for full batches (they need no
+            further gradient, and on different batches they measure noise); "hvp" takes the
+            Hessian's product with the difference of two means of iterates (SQN), each ``every``
+            steps.
         curvature_fix: "powell" mixes a ``y`` with little curvature with ``s / γ`` until
             ``s.y >= 0.2 s.s / γ``, where "none" leaves the pair to ``min_curvature``.
         min_curvature: a pair with ``s.y`` below this times ``|s|²`` is not kept, which bounds γ by
             its inverse. In the loss's units.
         every: the steps from one pair to the next, with "hvp" pairs.
-        line_search: "armijo" (c1 1e-4, halving; a loss a trial) or strong "wolfe" (c2 0.9; a gradient
-            a trial), on this step's batch; a direction without an accepted point is 0. Both are for a
-            learning rate of 1.
+        line_search: "armijo" (c1 1e-4, halving; a loss a trial) or strong "wolfe" (c2 0.9; a
+            gradient a trial), on this step's batch; a direction without an accepted point is 0.
+            Both are for a learning rate of 1.
         trials: at most so many points on a line.
 
     Raises:

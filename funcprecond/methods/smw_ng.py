@@ -1,7 +1,7 @@
 """SMW-NG: the natural gradient of one batch, exactly, through a matrix of its examples' size.
 
-Row: F̂_emp, full, Gram, rank reduced, SMW inverse. Ren & Goldfarb, arXiv 1906.02353. With U the (N, P)
-matrix of the examples' gradients times √c, c the loss's reduction constant::
+Row: F̂_emp, full, Gram, rank reduced, SMW inverse. Ren & Goldfarb, arXiv 1906.02353. With U the (N,
+P) matrix of the examples' gradients times √c, c the loss's reduction constant::
 
     K = U Uᵀ                                           by layers, no row of U is formed
     d = (Uᵀ U + λ I)⁻¹ g = (g - Uᵀ (λ I + K)⁻¹ U g) / λ
@@ -14,14 +14,13 @@ Needs the layers' inputs and output gradients, and rows for parameters outside o
 import dataclasses
 from typing import Any, Literal
 
-import torch
 from torch import Tensor
 
 from funcprecond import tree
 from funcprecond.curvature.layers import Labels, Layers, LayerStatistics
 from funcprecond.curvature.objective import Objective
 from funcprecond.evaluation import Evaluation
-from funcprecond.observe import Evidence, MissingEvidence, Need
+from funcprecond.observe import Evidence, MissingEvidence
 from funcprecond.problem import Params
 from funcprecond.representation.diagonal import zero_weight
 from funcprecond.representation.gram import Gram
@@ -70,17 +69,17 @@ def smw_ng(
 
     Args:
         damping: λ, positive, in the loss's units; where ``adapt`` starts from.
-        labels: "empirical" for the data's own, one row an example; "mc" for sampled ones, ``samples``
-            rows an example; "exact" for the whole Fisher matrix, one row for each entry of an example's
-            output.
+        labels: "empirical" for the data's own, one row an example; "mc" for sampled ones,
+            ``samples`` rows an example; "exact" for the whole Fisher matrix, one row for each entry
+            of an example's output.
         samples: sampled labels for each term, with "mc".
         adapt: let λ follow Levenberg and Marquardt's rule, for one more loss a step: of the step
             ``-d``, whose model predicts the change ``-gᵀd / 2``.
         factor: what λ is multiplied or divided by.
 
     Raises:
-        ValueError: an option is out of range. At the first step: a BatchNorm in training mode couples
-            the examples.
+        ValueError: an option is out of range. At the first step: a BatchNorm in training mode
+            couples the examples.
     """
     if not isinstance(damping, Tensor) and not damping > 0:
         msg = f"damping must be positive, not {damping}: it is what makes the inverse exist"

@@ -3,8 +3,8 @@ r"""BFGS: an inverse Hessian from steps ``s`` and the changes ``y`` of the gradi
 .. math:: H \leftarrow (I - \rho s y^T) H (I - \rho y s^T) + \rho s s^T, \quad \rho = 1 / s^T y
 
 as a dense matrix (:func:`bfgs_update`), and limited to the last m pairs without one
-(:class:`History`, Nocedal's two-loop recursion). :math:`H y = s` holds for the newest pair, and H stays
-positive definite as long as every pair has :math:`s^T y > 0`.
+(:class:`History`, Nocedal's two-loop recursion). :math:`H y = s` holds for the newest pair, and H
+stays positive definite as long as every pair has :math:`s^T y > 0`.
 """
 
 import torch
@@ -23,8 +23,8 @@ class History:
         steps: (m, P), the ``s``.
         changes: (m, P), the ``y``.
         rho: (m,), ``1 / s.y`` in float64; 0 for a row not filled yet.
-        gamma: 0-d float64, ``s.y / y.y`` of the newest pair, 1 without one: the scale of H before the
-            pairs act.
+        gamma: 0-d float64, ``s.y / y.y`` of the newest pair, 1 without one: the scale of H before
+            the pairs act.
     """
 
     steps: Tensor
@@ -45,8 +45,8 @@ class History:
     def push(self, s: Tensor, y: Tensor, *, min_curvature: float | Tensor = 1e-4) -> "History":
         """The history with one more pair, or the same if the pair is not fit.
 
-        Fit is a finite pair with ``s.y >= min_curvature |s|^2`` and ``s.y > 0``, which bounds ``gamma`` by
-        ``1 / min_curvature``. The oldest pair leaves.
+        Fit is a finite pair with ``s.y >= min_curvature |s|^2`` and ``s.y > 0``, which bounds
+        ``gamma`` by ``1 / min_curvature``. The oldest pair leaves.
         """
         wide_s, wide_y = s.double(), y.double()
         sy, yy = wide_s.dot(wide_y), wide_y.dot(wide_y)
@@ -100,8 +100,8 @@ def bfgs_update(inverse: Tensor, s: Tensor, y: Tensor) -> Tensor:
 def powell(s: Tensor, y: Tensor, bs: Tensor, *, threshold: float = 0.2) -> Tensor:
     """Powell's damped ``y``, with which ``s.y >= threshold s.Bs``.
 
-    Where ``s.y`` is smaller, ``y <- θ y + (1 - θ) B s`` with the θ that gives equality (Nocedal & Wright,
-    procedure 18.2).
+    Where ``s.y`` is smaller, ``y <- θ y + (1 - θ) B s`` with the θ that gives equality (Nocedal &
+    Wright, procedure 18.2).
 
     Args:
         s, y: (P,), the pair.

@@ -151,9 +151,9 @@ def has_stalled(phi: Sequence[Tensor], rule: Rule = "2012") -> Tensor:
     Args:
         phi: its values at the iterates 0 to i, each 0-d.
         rule: "2010", ``(φ_i - φ_{i-k}) / φ_i < 5e-4 k`` (Martens 2010); "2012",
-            ``(φ_i - φ_{i-k}) / (φ_i - φ_0) < 1e-4`` (Martens & Sutskever 2012, with φ_0 so that a warm
-            start does not look like progress); both with ``k = max(10, i / 10)``, for ``i > k`` and
-            ``φ_i < 0`` only. "none" never stops.
+            ``(φ_i - φ_{i-k}) / (φ_i - φ_0) < 1e-4`` (Martens & Sutskever 2012, with φ_0 so that a
+            warm start does not look like progress); both with ``k = max(10, i / 10)``, for
+            ``i > k`` and ``φ_i < 0`` only. "none" never stops.
     """
     i = len(phi) - 1
     k = max(10, i // 10)
@@ -167,8 +167,8 @@ def has_stalled(phi: Sequence[Tensor], rule: Rule = "2012") -> Tensor:
 def within(operator: Operator, params: Params, names: Sequence[str]) -> Operator:
     """The block of an operator on ``params`` that belongs to some of them.
 
-    What a method in a :func:`funcprecond.partition` works with; all of ``params`` otherwise. Vectors are
-    cast to the parameters' dtypes, and products back.
+    What a method in a :func:`funcprecond.partition` works with; all of ``params`` otherwise.
+    Vectors are cast to the parameters' dtypes, and products back.
     """
 
     def block(vector: Params) -> Params:

@@ -9,8 +9,8 @@ __all__ = ["levenberg_marquardt", "reduction_ratio"]
 def reduction_ratio(change: Tensor, predicted: Tensor) -> Tensor:
     """``change / predicted``: how the loss changed, over how the model said it would.
 
-    1 where the model is exact; -inf where the model promised no descent or the loss is not finite, so
-    that the damping grows.
+    1 where the model is exact; -inf where the model promised no descent or the loss is not finite,
+    so that the damping grows.
     """
     good = (predicted < 0) & torch.isfinite(change)
     return torch.where(good, change / torch.where(good, predicted, -1), -torch.inf)

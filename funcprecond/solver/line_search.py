@@ -1,7 +1,8 @@
 """How far to go along a step: Armijo's condition, strong Wolfe, and CG backtracking.
 
-Pure functions of a loss along a line, or of a table of losses. All candidates are tried in order and
-``where`` keeps the first that is accepted; with ``plain``, where nothing watches, the search ends there.
+Pure functions of a loss along a line, or of a table of losses. All candidates are tried in order
+and ``where`` keeps the first that is accepted; with ``plain``, where nothing watches, the search
+ends there.
 """
 
 from collections.abc import Callable
@@ -55,9 +56,9 @@ def wolfe(
 ) -> Tensor:
     """A factor with Armijo's condition and ``|f'(a)| <= c2 |f'(0)|``, by doubling and bisection.
 
-    The bracket always holds such a factor: its lower end has enough descent and a steep slope, its upper
-    end too little descent or a rising slope. If the trials run out, its lower end, which is 0 if none
-    had enough descent.
+    The bracket always holds such a factor: its lower end has enough descent and a steep slope, its
+    upper end too little descent or a rising slope. If the trials run out, its lower end, which is 0
+    if none had enough descent.
 
     Args:
         evaluate: (loss, derivative) as functions of the 0-d factor ``a``; 1 is tried first.

@@ -1,8 +1,8 @@
 r"""Sherman, Morrison and Woodbury: ``(U^T U + λ I)^-1`` through the small matrix ``λ I + U U^T``.
 
 For any vector, ``x = (v - U^T (λ I + U U^T)^-1 U v) / λ``, which cancels as λ becomes small beside
-``U U^T``. For a vector in the rows' span, ``v = U^T y``, the same is ``x = U^T (λ I + U U^T)^-1 y``: no
-division by λ and no cancellation.
+``U U^T``. For a vector in the rows' span, ``v = U^T y``, the same is
+``x = U^T (λ I + U U^T)^-1 y``: no division by λ and no cancellation.
 """
 
 import dataclasses

@@ -147,7 +147,7 @@ def test_a_network_is_preconditioned_by_its_own_hessian():
     x, y = toy.batch
     h = reference.hessian(lambda p: toy.problem.loss(toy.problem(p, x), y), toy.params)
     opt = fp.adahessian(damping=1e-3)
-    state, direction, evidence = update(toy, opt)
+    _, direction, evidence = update(toy, opt)
     z = reference.ravel({k: v[0] for k, v in evidence[HessianProbes(1)].vectors.items()})
     expected = reference.ravel(evidence.grads) / ((h @ z).abs() + 1e-3)
     torch.testing.assert_close(reference.ravel(direction), expected, rtol=1e-8, atol=1e-10)

@@ -210,7 +210,11 @@ def test_it_says_what_is_missing_or_wrong():
     with pytest.raises(fp.MissingEvidence, match="GGNOperator"):
         opt.update(opt.init(g), g)
     for options in (
-        {"curvature": "fisher"}, {"rule": "2011"}, {"preconditioner": "x"}, {"max_iter": 0}, {"trials": 0},
-    ):  # fmt: skip
-        with pytest.raises(ValueError, match="one of|at least"):
+        {"curvature": "fisher"},
+        {"rule": "2011"},
+        {"preconditioner": "x"},
+        {"max_iter": 0},
+        {"trials": 0},
+    ):
+        with pytest.raises(ValueError, match=r"one of|at least"):
             fp.hessian_free(**options)

@@ -1,5 +1,7 @@
 """L-BFGS against torch's, dense BFGS and quadratics."""
 
+import itertools
+
 import pytest
 import torch
 
@@ -133,7 +135,7 @@ def test_a_line_search_solves_a_quadratic(line_search):
     for t in range(60):
         params, state, _, evidence = step(problem, opt, params, state, t=t)
         losses.append(float(evidence.loss))
-    assert all(b <= a + 1e-15 for a, b in zip(losses, losses[1:], strict=False))
+    assert all(b <= a + 1e-15 for a, b in itertools.pairwise(losses))
     torch.testing.assert_close(params["x"], c, rtol=1e-6, atol=1e-6)
 
 
@@ -183,7 +185,7 @@ def test_zero_gradients_have_zero_directions():
 def test_a_subset_of_the_parameters_moves_alone():
     toy = convnet()
     opt = fp.partition([("4.*", "a"), ("*", "b")], a=fp.lbfgs(history=2), b=fp.sgd())
-    params, state, _ = train(toy, fp.chain(opt, fp.scale(0.1)), 3)
+    _, state, _ = train(toy, fp.chain(opt, fp.scale(0.1)), 3)
     size = sum(toy.params[k].numel() for k in ("4.weight", "4.bias"))
     assert state[0]["a"].history.steps.shape == (2, size)
     assert set(state[0]["a"].point) == {"4.weight", "4.bias"}
@@ -195,7 +197,11 @@ def test_it_says_what_is_missing_or_wrong():
     with pytest.raises(fp.MissingEvidence, match="parameters"):
         opt.update(opt.init(g), g)
     for options in (
-        {"pairs": "overlap"}, {"curvature_fix": "x"}, {"line_search": "x"}, {"history": 0}, {"every": 0},
-    ):  # fmt: skip
-        with pytest.raises(ValueError, match="one of|at least"):
+        {"pairs": "overlap"},
+        {"curvature_fix": "x"},
+        {"line_search": "x"},
+        {"history": 0},
+        {"every": 0},
+    ):
+        with pytest.raises(ValueError, match=r"one of|at least"):
             fp.lbfgs(**options)

@@ -71,6 +71,10 @@ def conv(module, *shape, classes=3):
     return toy(model, normal((4, *shape)), labels((4,)))
 
 
+def batch_norm():
+    return nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 3))
+
+
 CASES = {
     "mlp": mlp,
     "convnet": convnet,
@@ -79,10 +83,7 @@ CASES = {
     "conv2d groups": lambda: conv(nn.Conv2d(4, 6, (1, 3), groups=2, padding="same"), 4, 3, 4),
     "conv2d depthwise": lambda: conv(nn.Conv2d(3, 6, 2, groups=3, bias=False), 3, 4, 3),
     "conv3d": lambda: conv(nn.Conv3d(1, 2, 2), 1, 3, 3, 2),
-    "batch norm": lambda: Toy(
-        fp.problem(initialised(nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 3))).eval(), nn.CrossEntropyLoss()),
-        ((normal((4, 3)), labels((4,))),),
-    ),
+    "batch norm": lambda: toy(batch_norm().eval(), normal((4, 3)), labels((4,))),
     "sequence": lambda: toy(Sequence(), labels((4, 3), 5), labels((4, 3))),
     "long sequence": lambda: toy(Sequence(), labels((2, 40), 5), labels((2, 40))),
     "padding": lambda: toy(Sequence(padding=2), labels((4, 3), 5), labels((4, 3))),
