@@ -153,24 +153,25 @@ def mode_product(matrix: Tensor, x: Tensor, axis: int) -> Tensor:
 def by_shape(
     function: Callable[..., Tensor], *lists: Sequence[Tensor], static: Sequence[Any]
 ) -> list[Tensor]:
-    """Map ``function(*stacks, static)`` over lists of tensors, equal shapes as one stack.
+    """Map ``function(*tensors, static)`` over lists of matrices, equal shapes as one stack.
+
+    The function takes any number of leading axes. A CPU gains nothing from a stack of large matrices
+    and pays for its copies, so there they go one by one.
 
     Entries are grouped by the first list's shape, dtype and device and by ``static``.
     """
     groups: dict[Any, list[int]] = {}
     for i, (x, s) in enumerate(zip(lists[0], static, strict=True)):
-        groups.setdefault((tuple(x.shape), x.dtype, x.device, s), []).append(i)
-    results: list[Tensor] = [lists[0][0]] * len(lists[0]) if lists[0] else []
-    for (*_, s), indices in groups.items():
-        stacks = [
-            torch.stack([tensors[i] for i in indices])
-            if len(indices) > 1
-            else tensors[indices[0]].unsqueeze(0)
-            for tensors in lists
-        ]
-        for i, row in zip(indices, function(*stacks, s).unbind(), strict=True):
-            results[i] = row
-    return results
+        alone = i if x.device.type == "cpu" and x.shape[-1] > 64 else None
+        groups.setdefault((tuple(x.shape), x.dtype, x.device, s, alone), []).append(i)
+    results: dict[int, Tensor] = {}
+    for (*_, s, _), indices in groups.items():
+        if len(indices) == 1:
+            results[indices[0]] = function(*(tensors[indices[0]] for tensors in lists), s)
+        else:
+            stacks = [torch.stack([tensors[i] for i in indices]) for tensors in lists]
+            results |= dict(zip(indices, function(*stacks, s).unbind(), strict=True))
+    return [results[i] for i in range(len(results))]
 
 
 def _factors(representation: KroneckerDim | Dense):
