@@ -89,7 +89,28 @@ _DROPOUTS = {
     F.alpha_dropout: "alpha",
     F.feature_alpha_dropout: "channel alpha",
 }
-_DRAWS = {
+
+
+def _always(args, kwargs) -> bool:
+    return True
+
+
+def _in_training(index: int, name: str) -> Callable:
+    def draws(args, kwargs) -> bool:
+        return bool(args[index] if len(args) > index else kwargs.get(name, False))
+
+    return draws
+
+
+def _between_layers(args, kwargs) -> bool:
+    """A recurrent network's dropout: its options follow the only flag that comes before them."""
+    bias = next(i for i, a in enumerate(args) if isinstance(a, bool))
+    layers, p, training = args[bias + 1 : bias + 4]
+    return layers > 1 and p > 0 and training
+
+
+# Whether a call draws random numbers; functions written in Python hide the draws inside of them.
+_ALWAYS_DRAW = {
     torch.rand_like,
     torch.randn_like,
     torch.randint_like,
@@ -103,8 +124,25 @@ _DRAWS = {
     torch.randperm,
     torch.normal,
     torch.multinomial,
-    F.rrelu,
+    torch.poisson,
+    torch.Tensor.random_,
+    torch.Tensor.exponential_,
+    torch.Tensor.geometric_,
+    torch.Tensor.log_normal_,
+    torch.Tensor.cauchy_,
     F.gumbel_softmax,
+    F.fractional_max_pool2d,
+    F.fractional_max_pool2d_with_indices,
+    F.fractional_max_pool3d,
+    F.fractional_max_pool3d_with_indices,
+}
+_DRAWS = dict.fromkeys(_ALWAYS_DRAW, _always) | {
+    F.rrelu: _in_training(3, "training"),
+    torch.dropout: _in_training(2, "train"),
+    torch.alpha_dropout: _in_training(2, "train"),
+    torch.feature_dropout: _in_training(2, "train"),
+    torch.feature_alpha_dropout: _in_training(2, "train"),
+    **dict.fromkeys((torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu), _between_layers),
 }
 
 
@@ -172,7 +210,7 @@ class Capture(TorchFunctionMode):
         kwargs = kwargs or {}
         if func in _DROPOUTS:
             return self._dropout(func, *args, **kwargs)
-        if func in _DRAWS:
+        if func in _DRAWS and _DRAWS[func](args, kwargs):
             msg = (
                 f"the model draws random numbers by {func.__name__}, which no generator controls "
                 "here: use dropout, or make the random numbers part of the batch"
@@ -193,6 +231,8 @@ class Capture(TorchFunctionMode):
             return args[i] if len(args) > i else kwargs.get(name, default)
 
         def record(kind, x, weight, bias, options):
+            # A parameter that is a layer's input has a use that its own pairs do not tell of.
+            self._report(func, argument(0, "input"))
             out = func(*args, **kwargs)
             call = Call(kind, weight, self._name(bias), options, tuple(out.shape))
             self.calls.append(call)
@@ -235,9 +275,12 @@ class Capture(TorchFunctionMode):
             return out
         if func not in _METADATA:
             for leaf in tree.leaves((args, kwargs)):
-                if isinstance(leaf, Tensor) and (weight := self._name(leaf) or self._view_of(leaf)):
-                    self.unrecorded[weight] = getattr(func, "__name__", str(func))
+                self._report(func, leaf)
         return func(*args, **kwargs)
+
+    def _report(self, func, used: Any) -> None:
+        if isinstance(used, Tensor) and (weight := self._name(used) or self._view_of(used)):
+            self.unrecorded[weight] = getattr(func, "__name__", str(func))
 
     def _name(self, tensor: Any) -> str | None:
         return self._names.get(id(tensor))
@@ -257,6 +300,8 @@ class Capture(TorchFunctionMode):
     def _dropout(self, func, input, p=0.5, training=True, inplace=False):
         if not training or p == 0.0:
             return input
+        if p == 1.0:
+            return input * 0.0
         shape = tuple(input.shape)
         if "channel" in _DROPOUTS[func]:
             shape = shape[:2] + (1,) * (input.ndim - 2)

@@ -49,8 +49,12 @@ class Problem:
     def couples_examples(self) -> str | None:
         """The layer that makes one example's output depend on the others, if a module has one."""
         for name, module in self.module.named_modules() if self.module else ():
-            if module.training and isinstance(module, nn.modules.batchnorm._BatchNorm):
+            if not isinstance(module, nn.modules.batchnorm._BatchNorm):
+                continue
+            if module.training:
                 return f"{type(module).__name__} {name!r} in training mode"
+            if module.running_mean is None:
+                return f"{type(module).__name__} {name!r} without running statistics"
         return None
 
 

@@ -1,0 +1,217 @@
+"""Each loss against torch's own value, and its closed forms against autodiff and enumeration."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.func import grad, jacrev
+
+import funcprecond as fp
+from funcprecond.losses import BCEWithLogits, CrossEntropy, Custom, MSE, as_loss
+from tests.equality import assert_close
+from tests.problems import normal, seeded
+
+N, C = 4, 3
+WEIGHT = torch.tensor([0.5, 2.0, 1.0], dtype=torch.float64)
+POSITIVE = torch.tensor([0.5, 3.0, 1.0], dtype=torch.float64)
+
+
+def labels(*shape, ignore=None):
+    y = torch.randint(0, C, shape, generator=seeded(1))
+    if ignore is not None:
+        y.view(-1)[1] = ignore
+    return y
+
+
+def probabilities(*shape):
+    return normal((*shape, C), 2).softmax(-1)
+
+
+X, SEQUENCE = normal((N, C), 0), normal((N, 2, C), 0)
+CASES = {
+    "cross entropy": (CrossEntropy(), X, labels(N)),
+    "cross entropy, sum": (CrossEntropy(reduction="sum"), X, labels(N)),
+    "cross entropy, ignored": (CrossEntropy(ignore_index=-1), X, labels(N, ignore=-1)),
+    "cross entropy, smoothed": (CrossEntropy(label_smoothing=0.2), X, labels(N)),
+    "cross entropy, weighted": (CrossEntropy(weight=WEIGHT), X, labels(N)),
+    "cross entropy, weighted sum": (CrossEntropy(weight=WEIGHT, reduction="sum"), X, labels(N)),
+    "cross entropy, all options": (
+        CrossEntropy(ignore_index=-1, label_smoothing=0.2, weight=WEIGHT),
+        X,
+        labels(N, ignore=-1),
+    ),
+    "cross entropy, sequences": (CrossEntropy(), SEQUENCE, labels(N, 2)),
+    "cross entropy, ignored in sequences": (
+        CrossEntropy(ignore_index=-1),
+        SEQUENCE,
+        labels(N, 2, ignore=-1),
+    ),
+    "cross entropy, classes on axis 1": (
+        CrossEntropy(class_dim=1),
+        SEQUENCE.movedim(-1, 1),
+        labels(N, 2),
+    ),
+    "cross entropy, probabilities": (CrossEntropy(), X, probabilities(N)),
+    "cross entropy, probabilities, all options": (
+        CrossEntropy(label_smoothing=0.2, weight=WEIGHT),
+        X,
+        probabilities(N),
+    ),
+    "cross entropy, probabilities that sum to two": (
+        CrossEntropy(label_smoothing=0.2),
+        X,
+        2 * probabilities(N),
+    ),
+    "mse": (MSE(), X, normal((N, C), 3)),
+    "mse, sum": (MSE("sum"), X, normal((N, C), 3)),
+    "mse, sequences": (MSE(), SEQUENCE, normal((N, 2, C), 3)),
+    "bce": (BCEWithLogits(), X, labels(N, C).clamp_max(1).double()),
+    "bce, soft": (BCEWithLogits(), X, normal((N, C), 3).sigmoid()),
+    "bce, weighted sum": (
+        BCEWithLogits(POSITIVE, "sum"),
+        X,
+        labels(N, C).clamp_max(1).double(),
+    ),
+}
+every_loss = pytest.mark.parametrize(("loss", "f", "y"), CASES.values(), ids=CASES.keys())
+
+
+def dense_hessian(loss, f, y):
+    return jacrev(grad(lambda v: loss(v.reshape(f.shape), y)))(f.reshape(-1))
+
+
+def outer(rows):
+    rows = rows.reshape(rows.shape[0], -1)
+    return rows.T @ rows
+
+
+@every_loss
+def test_the_closed_form_product_is_the_autodiff_hessians(loss, f, y):
+    v = normal(f.shape, 9)
+    expected = dense_hessian(loss, f, y) @ v.reshape(-1)
+    assert_close(loss.hessian_product(f, y, v).reshape(-1), expected, rtol=1e-10)
+
+
+@every_loss
+def test_the_exact_cotangents_square_to_the_hessian(loss, f, y):
+    """``c U^T U`` is block diagonal in the examples; their pull-backs are summed an example."""
+    total = 0.0
+    for u in loss.exact(f, y):
+        for n in range(N):
+            row = torch.zeros_like(f)
+            row[n] = u[n]
+            total = total + torch.outer(row.reshape(-1), row.reshape(-1))
+    assert_close(loss.constant(f, y) * total, dense_hessian(loss, f, y), rtol=1e-10)
+
+
+@every_loss
+def test_sampled_cotangents_square_to_the_hessian_in_the_mean(loss, f, y):
+    noise = loss.draw(y, 30_000, seeded(5))
+    u = loss.sampled(f, y, noise)
+    assert u.shape == (30_000, *f.shape)
+    total = torch.einsum("sna,snb->nab", *(2 * [u.reshape(30_000, N, -1)]))
+    total = loss.constant(f, y) * torch.block_diag(*total)
+    expected = dense_hessian(loss, f, y)
+    assert_close(total, expected, atol=0.05 * expected.abs().max())
+
+
+@every_loss
+def test_the_empirical_cotangent_times_the_constant_is_the_gradient(loss, f, y):
+    expected = grad(lambda v: loss(v, y))(f)
+    assert_close(loss.constant(f, y) * loss.empirical(f, y), expected, rtol=1e-12)
+
+
+@every_loss
+def test_sampling_is_scaled_by_the_number_of_samples(loss, f, y):
+    noise = loss.draw(y, 1, seeded(5))
+    once, thrice = loss.sampled(f, y, noise), loss.sampled(f, y, noise.expand(3, *noise.shape[1:]))
+    assert_close(thrice[0], once[0] / math.sqrt(3), rtol=1e-12)
+
+
+# ------------------------------------------------------------------------------ against torch's own
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("options", [{}, {"label_smoothing": 0.2}, {"weight": WEIGHT}])
+def test_cross_entropy_is_torchs(reduction, options):
+    x, y = SEQUENCE.movedim(-1, 1), labels(N, 2)
+    torchs = nn.CrossEntropyLoss(reduction=reduction, **options)
+    assert_close(as_loss(torchs)(x, y), torchs(x, y), rtol=1e-13)
+    assert_close(
+        CrossEntropy(reduction=reduction, **options)(SEQUENCE, y), torchs(x, y), rtol=1e-13
+    )
+
+
+def test_cross_entropy_ignores_what_torch_ignores():
+    y = labels(N, ignore=-100)
+    assert_close(fp.losses.cross_entropy(X, y), F.cross_entropy(X, y), rtol=1e-13)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_mse_and_bce_are_torchs(reduction):
+    y = labels(N, C).clamp_max(1).double()
+    for torchs in (
+        nn.MSELoss(reduction=reduction),
+        nn.BCEWithLogitsLoss(reduction=reduction),
+        nn.BCEWithLogitsLoss(pos_weight=POSITIVE, reduction=reduction),
+    ):
+        assert_close(as_loss(torchs)(X, y), torchs(X, y), rtol=1e-13)
+
+
+def test_torchs_functions_become_our_losses():
+    assert as_loss(F.cross_entropy).class_dim == 1
+    assert isinstance(as_loss(F.mse_loss), MSE)
+    assert isinstance(as_loss(F.binary_cross_entropy_with_logits), BCEWithLogits)
+
+
+def test_a_loss_of_ours_stays_itself():
+    assert as_loss(fp.losses.mse) is fp.losses.mse
+
+
+# ------------------------------------------------------------------------------------------ custom
+def test_a_callable_has_gradient_hessian_product_and_empirical_cotangents():
+    loss, y, v = as_loss(lambda f, y: (f - y).cosh().sum() / len(f)), normal((N, C), 1), X
+    assert isinstance(loss, Custom)
+    expected = dense_hessian(loss, X, y) @ v.reshape(-1)
+    assert_close(loss.hessian_product(X, y, v).reshape(-1), expected, rtol=1e-12)
+    assert_close(loss.empirical(X, y), (X - y).sinh(), rtol=1e-12)
+
+
+def test_a_callable_says_that_it_has_no_likelihood():
+    loss = as_loss(lambda f, y: (f - y).square().sum())
+    for ask in (
+        lambda: loss.draw(X, 1, seeded(0)),
+        lambda: loss.sampled(X, X, X),
+        lambda: loss.exact(X, X),
+    ):
+        with pytest.raises(TypeError, match="likelihood.*labels='empirical'"):
+            ask()
+
+
+# ------------------------------------------------------------------------------------------ errors
+def test_what_is_not_callable_is_no_loss():
+    with pytest.raises(TypeError, match="callable as loss"):
+        as_loss("cross_entropy")
+
+
+@pytest.mark.parametrize("loss", [nn.CrossEntropyLoss, nn.MSELoss, nn.BCEWithLogitsLoss])
+def test_a_torch_loss_without_reduction_is_refused(loss):
+    with pytest.raises(ValueError, match="'mean' or 'sum'"):
+        as_loss(loss(reduction="none"))
+
+
+def test_targets_of_the_wrong_shape_are_explained():
+    with pytest.raises(ValueError, match=r"expect targets \(4, 2\), not \(4,\).*class_dim=1"):
+        fp.losses.cross_entropy(SEQUENCE, labels(N))
+    with pytest.raises(ValueError, match="must agree"):
+        fp.losses.mse(X, X[:, :1])
+    with pytest.raises(ValueError, match="must agree"):
+        fp.losses.bce_with_logits(X, X[0])
+
+
+def test_sampling_reaches_the_last_class_and_the_first():
+    """A uniform number next to 1 must not fall off the end of the cumulative sum."""
+    f = torch.zeros(1, 3)
+    u = fp.losses.cross_entropy.sampled(f, labels(1), torch.tensor([[0.0], [0.9999999]]))
+    drawn = (f.softmax(-1) - u * math.sqrt(2)).argmax(-1)
+    assert drawn.flatten().tolist() == [0, 2]
