@@ -204,11 +204,11 @@ class Evaluation:
     # -------------------------------------------------------------------------- second derivatives
     def hvp(self, vector: Params) -> Params:
         """The loss's Hessian times a vector. The first call opens the second-order graph."""
-        return self._run.hvp(vector)
+        return self._run.hvp(self, vector)
 
     def jvp(self, vector: Params) -> Any:
         """``J vector``, shaped like the outputs, with the masks and kernels of the forward run."""
-        return self._run.jvp(vector)
+        return self._run.jvp(self, vector)
 
     def ggn_mv(self, vector: Params) -> Params:
         """The Gauss-Newton matrix ``J^T H_L J`` of the loss times a vector."""
@@ -229,10 +229,17 @@ class Evaluation:
 
 
 class _GraphRun:
-    """The run as an autograd graph on leaves of its own."""
+    """The run as an autograd graph on leaves of its own.
+
+    It does not refer back to its evaluation: the graph is freed when the last user lets go, not when
+    a garbage collector comes by.
+    """
 
     def __init__(self, evaluation: Evaluation, params: Params | None = None):
-        self.evaluation = evaluation
+        self._twice, self._keep = evaluation._twice, evaluation._keep
+        if torch.is_inference_mode_enabled():
+            msg = "nothing can be differentiated under torch.inference_mode: use torch.no_grad there"
+            raise RuntimeError(msg)
         taps = evaluation._taps and params is None
         source = evaluation.params if params is None else params
         # New leaves, so that no flag and no .grad of the caller's tensors is touched.
@@ -253,9 +260,8 @@ class _GraphRun:
 
     @_opened_once
     def grads(self):
-        twice = self.evaluation._twice
         inputs = [*self.leaves.values(), *self.edges]
-        everything = self._gradient(self.loss, None, inputs, twice, self.evaluation._keep)
+        everything = self._gradient(self.loss, None, inputs, self._twice, self._keep)
         n = len(self.leaves)
         self._graph_of_grads = dict(zip(self.leaves, everything[:n], strict=True))
         grads = {k: g.detach() for k, g in self._graph_of_grads.items()}
@@ -267,11 +273,14 @@ class _GraphRun:
     def pull_layers(self, cotangents):
         return self._pull(cotangents, self.edges)
 
-    def hvp(self, vector):
+    def hvp(self, evaluation, vector):
+        if not self._twice:
+            msg = "products with the Hessian need twice=True, in the Evaluation or in the Need"
+            raise RuntimeError(msg)
         self.grads  # noqa: B018 - opens the graph of the gradient
         return self._through(self._graph_of_grads, vector, self.leaves)
 
-    def jvp(self, vector):
+    def jvp(self, evaluation, vector):
         seed, pulled = self._transposed
         flat, spec = tree.flatten(self.outputs)
         result = self._through(pulled, vector, dict(enumerate(seed)))
@@ -329,7 +338,7 @@ class _FunctionRun:
     """The run built from ``torch.func.vjp``, for use inside other transforms."""
 
     def __init__(self, evaluation: Evaluation):
-        self.evaluation = evaluation
+        self._hessian = self._jacobian = None
         self.calls: list[Call] = []
         self.unrecorded: dict[str, str] = {}
         if evaluation._taps:
@@ -371,20 +380,17 @@ class _FunctionRun:
     def pull_layers(self, cotangents):
         return self._vjp(cotangents)[1]
 
-    @_opened_once
-    def _hessian(self):
-        return vjp(grad(lambda p: self.evaluation._loss(p)[0]), self.evaluation.params)[1]
-
-    def hvp(self, vector):
+    def hvp(self, evaluation, vector):
+        if self._hessian is None:
+            self._hessian = vjp(grad(lambda p: evaluation._loss(p)[0]), evaluation.params)[1]
         return self._hessian(vector)[0]
 
-    @_opened_once
-    def _jacobian(self):
-        # A pull-back of its own: the one with zeros would be transposed together with them.
-        pull = vjp(lambda p: self.evaluation._forward(p, None)[0], self.evaluation.params)[1]
-        return vjp(lambda u: pull(u)[0], tree.map(torch.zeros_like, self.outputs))[1]
-
-    def jvp(self, vector):
+    def jvp(self, evaluation, vector):
+        if self._jacobian is None:
+            # A pull-back of its own: the one with zeros would be transposed together with them.
+            pull = vjp(lambda p: evaluation._forward(p, None)[0], evaluation.params)[1]
+            zeros = tree.map(torch.zeros_like, self.outputs)
+            self._jacobian = vjp(lambda u: pull(u)[0], zeros)[1]
         return self._jacobian(vector)[0]
 
 

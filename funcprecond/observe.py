@@ -142,6 +142,8 @@ def draw(
     Raises:
         ValueError: random numbers are needed and there is no generator.
     """
+    # In the order of ``observe``, so that one seed means one observation either way.
+    drawn = _draw(problem, params, batch, needs, generator)
     training = problem.module is None or problem.module.training
     masks = ()
     if problem.draws.get(training, True):
@@ -151,7 +153,7 @@ def draw(
             problem.forward(params, start, problem.split(batch)[0])
         masks = tuple(capture.masks)
         problem.draws[training] = bool(masks)
-    return Noise(masks, _draw(problem, params, batch, needs, generator))
+    return Noise(masks, drawn)
 
 
 def observe(
