@@ -145,7 +145,7 @@ CARDS = (
         "element",
         "G direct, element-wise division",
         adahessian,
-        learning_rate=0.03,
+        learning_rate=0.15,
         momentum=True,
     ),
 )

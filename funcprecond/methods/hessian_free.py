@@ -211,6 +211,6 @@ CARDS = (
         hessian_free,
         learning_rate=1.0,
         momentum=True,
-        options={"max_iter": 20, "trials": 20},
+        options={"damping": 10.0, "max_iter": 10, "trials": 20},
     ),
 )

@@ -208,5 +208,6 @@ CARDS = (
         lbfgs,
         learning_rate=0.3,
         momentum=True,
+        options={"curvature_fix": "powell"},
     ),
 )

@@ -59,7 +59,7 @@ class SMWNGState:
 
 def smw_ng(
     *,
-    damping: float | Tensor = 1e-2,
+    damping: float | Tensor = 1e-1,
     labels: Labels = "empirical",
     samples: int = 1,
     adapt: bool = False,
@@ -126,6 +126,7 @@ CARDS = (
         "full, Gram, rank reduced",
         "L direct, SMW inverse",
         smw_ng,
-        learning_rate=0.1,
+        learning_rate=0.3,
+        options={"damping": 1.0},
     ),
 )

@@ -1,8 +1,8 @@
 r"""The Gram form of a curvature matrix: ``C = U^T U`` kept as its rows, U with one row an example.
 
 All that a solver of Woodbury's kind asks for is :math:`U U^T`, :math:`U v` and :math:`U^T w`, and
-the layers' inputs and output gradients give the three without any per-example gradient. Entry (n,
-m) is
+the layers' inputs and output gradients give the three without any per-example gradient. Its entries
+are
 
 .. math:: (U U^T)_{nm} = c \sum_l \sum_{ts} (a_{nt} \cdot a_{ms}) (g_{nt} \cdot g_{ms})
 
