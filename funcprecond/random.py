@@ -1,8 +1,8 @@
 """Randomness: drawn eagerly from an explicit generator, into tensors.
 
-A ``torch.Generator`` cannot enter a compiled function and has no meaning under ``vmap``; the tensors
-it yields can and do. Every draw of the library goes through this file, lands on the generator's
-device first, and so gives the same numbers whatever device the parameters are on.
+A ``torch.Generator`` cannot enter a compiled function and has no meaning under ``vmap``; the
+tensors it yields can and do. Every draw of the library goes through this file, lands on the
+generator's device first, and so gives the same numbers whatever device the parameters are on.
 """
 
 from collections.abc import Sequence

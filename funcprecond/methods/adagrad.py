@@ -1,7 +1,7 @@
 """AdaGrad, diagonal and full-matrix: the root of the sum of all gradients' outer products.
 
-Rows: (F̂_emp^batch)^½; element, division; and full, dense, eigendecomposition. Duchi, Hazan & Singer,
-JMLR 2011. With S (elementwise) and H = sum g gᵀ (a matrix for each parameter tensor)::
+Rows: (F̂_emp^batch)^½; element, division; and full, dense, eigendecomposition. Duchi, Hazan &
+Singer, JMLR 2011. With S (elementwise) and H = sum g gᵀ (a matrix for each parameter tensor)::
 
     d = g / (sqrt(S) + damping)              diagonal
     d = (H + epsilon λ_max(H) I)^(-1/2) g    full

@@ -1,14 +1,14 @@
 """CASPR: axis preconditioners combined by a Kronecker sum instead of a Kronecker product.
 
-Row: (F̂_emp^batch)^½, layer, KF-dim, eigendecomposition. Duvvuri, Devvrit, Anil, Hsieh & Dhillon, ICLR
-2024. With Shampoo's factors S_i and k axes::
+Row: (F̂_emp^batch)^½, layer, KF-dim, eigendecomposition. Duvvuri, Devvrit, Anil, Hsieh & Dhillon,
+ICLR 2024. With Shampoo's factors S_i and k axes::
 
     X = ( (1/k) Σ_i S_i^(-1/2p) )^p,    d = X G,    p = k
 
 for a matrix ``U = (L^(-1/4) G + G R^(-1/4)) / 2``, then the same of ``U``: the square of
-``(L^(-1/4) ⊗ I + I ⊗ R^(-1/4)) / 2``. X lies between Shampoo's preconditioner (p → ∞) and the one of
-full-matrix AdaGrad. Vectors and scalars get diagonal AdaGrad. Needs the gradient only; Shampoo's memory
-and refresh; p k products a step where Shampoo takes k.
+``(L^(-1/4) ⊗ I + I ⊗ R^(-1/4)) / 2``. X lies between Shampoo's preconditioner (p → ∞) and the one
+of full-matrix AdaGrad. Vectors and scalars get diagonal AdaGrad. Needs the gradient only; Shampoo's
+memory and refresh; p k products a step where Shampoo takes k.
 """
 
 import torch
@@ -38,8 +38,8 @@ def caspr(
     """CASPR's direction.
 
     Args:
-        epsilon: the ridge, relative to each factor's largest eigenvalue; CASPR is more sensitive to it
-            than Shampoo, see :class:`funcprecond.solver.kronecker_sum.KroneckerSum`.
+        epsilon: the ridge, relative to each factor's largest eigenvalue; CASPR is more sensitive to
+            it than Shampoo, see :class:`funcprecond.solver.kronecker_sum.KroneckerSum`.
         decay: "sum", or the weight of the old value of a bias-corrected moving average.
         p: the number of passes, the number of axes by default; 1 averages the one-sided
             preconditioners.
@@ -65,7 +65,7 @@ CARDS = (
         "layer, KF-dim, Kronecker sum",
         "G direct, eigendecomposition",
         caspr,
-        learning_rate=0.1,
+        learning_rate=0.02,
         intervals=True,
     ),
 )

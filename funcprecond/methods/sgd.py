@@ -1,7 +1,7 @@
 """SGD: no preconditioning.
 
-The row that every other is compared with, and a method like the others, so that no script changes to
-switch preconditioning off: ``chain(sgd(), momentum(0.9), scale(0.1))``.
+The row that every other is compared with, and a method like the others, so that no script changes
+to switch preconditioning off: ``chain(sgd(), momentum(0.9), scale(0.1))``.
 """
 
 from funcprecond.taxonomy import Card

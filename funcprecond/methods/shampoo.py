@@ -1,13 +1,14 @@
 """Shampoo: one factor for each dimension of a parameter, and a root of each.
 
-Row: (F̂_emp^batch)^½, layer, KF-dim, eigendecomposition. Gupta, Koren & Singer, arXiv 1802.09568. For
-a parameter with k axes longer than 1, with C_i(G) the Gram matrix of the slices along axis i::
+Row: (F̂_emp^batch)^½, layer, KF-dim, eigendecomposition. Gupta, Koren & Singer, arXiv 1802.09568.
+For a parameter with k axes longer than 1, with C_i(G) the Gram matrix of the slices along axis i::
 
     S_i <- S_i + C_i(G)
     d    = G ×_1 S_1^(-1/2k) ×_2 S_2^(-1/2k) … ×_k S_k^(-1/2k)
 
-for a matrix ``L^(-1/4) G R^(-1/4)``. Vectors and scalars get diagonal AdaGrad. Needs the gradient only;
-2 Σ n_i² numbers a parameter; each step two products an axis, each refresh an eigendecomposition an axis.
+for a matrix ``L^(-1/4) G R^(-1/4)``. Vectors and scalars get diagonal AdaGrad. Needs the gradient
+only; 2 Σ n_i² numbers a parameter; each step two products an axis, each refresh an
+eigendecomposition an axis.
 """
 
 import torch
@@ -41,8 +42,8 @@ def shampoo(
         decay: "sum", or the weight of the old value of a bias-corrected moving average.
         exponent: of each factor, 1 / (2 k) by default; 1/2 for "Shampoo squared".
         every, refresh_every, start: the intervals, see :func:`funcprecond.compose`. With
-            ``refresh_every`` above 1 give ``start`` a few steps: the first statistic has the rank of one
-            gradient, and its root is a poor one to keep.
+            ``refresh_every`` above 1 give ``start`` a few steps: the first statistic has the rank
+            of one gradient, and its root is a poor one to keep.
         dtype: what the decompositions run in, see :mod:`funcprecond.solver.inverse_root`.
     """
     return compose(
@@ -64,7 +65,7 @@ CARDS = (
         "layer, KF-dim",
         "G direct, eigendecomposition",
         shampoo,
-        learning_rate=0.1,
+        learning_rate=0.02,
         intervals=True,
         starred=True,
     ),
