@@ -24,7 +24,7 @@ from funcprecond import tree
 from funcprecond.capture import Call, Capture
 from funcprecond.problem import Buffers, Params, Problem, detach, example_count
 
-__all__ = ["Evaluation"]
+__all__ = ["Evaluation", "untransformed"]
 
 
 def _opened_once(method: Callable) -> property:
@@ -76,7 +76,7 @@ class Evaluation:
         self._generator = generator
         self._taps = taps
         self._keep = keep
-        plain = _untransformed((params, self._buffers, batch))
+        plain = untransformed((params, self._buffers, batch))
         self._twice = twice or not plain
         self._run = (_GraphRun if plain else _FunctionRun)(self)
 
@@ -189,7 +189,7 @@ class Evaluation:
     def objective(self, params: Params) -> tuple[Tensor, Params]:
         """(loss, gradient) at another point: the same batch, buffers and dropout masks."""
         self._run.loss  # noqa: B018 - the masks are drawn by the first run
-        if _untransformed((params, self._buffers, self.inputs_batch)):
+        if untransformed((params, self._buffers, self.inputs_batch)):
             run = _GraphRun(self, params)
             return run.loss.detach(), run.grads[0]
         gradient, value = grad_and_value(lambda p: self._loss(p)[0])(params)
@@ -231,14 +231,16 @@ class Evaluation:
 class _GraphRun:
     """The run as an autograd graph on leaves of its own.
 
-    It does not refer back to its evaluation: the graph is freed when the last user lets go, not when
-    a garbage collector comes by.
+    It does not refer back to its evaluation: the graph is freed when the last user lets go, not
+    when a garbage collector comes by.
     """
 
     def __init__(self, evaluation: Evaluation, params: Params | None = None):
         self._twice, self._keep = evaluation._twice, evaluation._keep
         if torch.is_inference_mode_enabled():
-            msg = "nothing can be differentiated under torch.inference_mode: use torch.no_grad there"
+            msg = (
+                "nothing can be differentiated under torch.inference_mode: use torch.no_grad there"
+            )
             raise RuntimeError(msg)
         taps = evaluation._taps and params is None
         source = evaluation.params if params is None else params
@@ -399,7 +401,7 @@ def _renamed(params: Params) -> Params:
     return {k: p.view_as(p) for k, p in params.items()}
 
 
-def _untransformed(tensors: Any) -> bool:
+def untransformed(tensors: Any) -> bool:
     """Whether nothing watches: no compiler, no transform, no outer graph."""
     if torch.compiler.is_compiling():
         return False

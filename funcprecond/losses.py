@@ -5,8 +5,8 @@ A loss is :math:`L = c \sum_n \sum_r \omega_{nr}\, \ell(f_{nr}, y_{nr})`: a *red
 Curvature needs more than its value: how a label is sampled from the model's own prediction, a
 square root of the terms' Hessian in the outputs, and ``c`` itself, so that every curvature matrix
 has the scale of the loss as the user computes it. The losses here have all three in closed form.
-Any other callable ``(outputs, targets) -> 0-d tensor`` becomes a :class:`Custom` loss: gradient, Hessian, Gauss-Newton
-product and empirical Fisher work, sampling raises a sentence.
+Any other callable ``(outputs, targets) -> 0-d tensor`` becomes a :class:`Custom` loss: gradient,
+Hessian, Gauss-Newton product and empirical Fisher work, sampling raises a sentence.
 
 *Cotangents* below are gradients with respect to the outputs of the terms without ``c``, shaped like
 the outputs: pulled back through the model, they give rows whose outer products, summed and

@@ -5,7 +5,6 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
@@ -124,7 +123,8 @@ def _from_module(model: nn.Module, loss: Loss, split: Callable) -> Problem:
     frozen = {k: p.detach() for k, p in named.items() if not p.requires_grad}
     start = _trainable({k: p for k, p in named.items() if p.requires_grad})
     start_buffers = {k: b.detach().clone() for k, b in model.named_buffers()}
-    # A set of its own: a compiler would guard on ``params is start``, and compile the second step anew.
+    # A set of its own: a compiler would guard on ``params is start``, and compile the second step
+    # anew.
     names = frozenset(start)
     first = {id(x): k for k, x in (*named.items(), *model.named_buffers())}
     tied = {k: first[id(x)] for k, x in _slots(model).items() if first[id(x)] != k}
@@ -137,12 +137,14 @@ def _from_module(model: nn.Module, loss: Loss, split: Callable) -> Problem:
                 f"unknown {sorted(unknown) or 'none'}"
             )
             raise KeyError(msg)
-        # Layers write into the buffers they are given: into clones, made where a transform sees them.
+        # Layers write into the buffers they are given: into clones, made where a transform sees
+        # them.
         fresh = {k: b.clone() for k, b in buffers.items()}
         tensors = {**frozen, **params, **fresh}
         tensors |= {k: tensors[owner] for k, owner in tied.items()}
         args, kwargs = _arguments(inputs)
-        # Names and ties are settled above, once; torch would search the module for them at each call.
+        # Names and ties are settled above, once; torch would search the module for them at each
+        # call.
         return functional_call(model, tensors, args, kwargs, tie_weights=False), fresh
 
     return Problem(forward, loss, start, start_buffers, split, model)

@@ -48,8 +48,8 @@ class Card:
     starred: bool = False
 
 
-# The rows in the order of the literature's table: a bare name is a method file's own row, the others
-# have no file yet.
+# The rows in the order of the literature's table: a bare name is a method file's own row, the
+# others have no file yet.
 _ROWS = r"""
 lissa | LiSSA (Agarwal 2017) | H | full, dense | G iter, Neumann series
 psgd | PSGD (Li 2018) | \|H\| | full, dense | G iter, triangular solve & SGD

@@ -8,7 +8,7 @@ only file that touches torch's pytree registry.
 
 import dataclasses
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, TypeVar, dataclass_transform
 
 import torch

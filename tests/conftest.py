@@ -1,7 +1,8 @@
 """What every test can rely on: one thread, no chance, and torch's default dtype as users have it.
 
-Tests build float64 tensors explicitly. A default of float64 would hide exactly the errors that only a
-float64 user under torch's own default sees, such as a scalar that was rounded to float32 on the way.
+Tests build float64 tensors explicitly. A default of float64 would hide exactly the errors that only
+a float64 user under torch's own default sees, such as a scalar that was rounded to float32 on the
+way.
 """
 
 import os

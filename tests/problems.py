@@ -38,7 +38,7 @@ def normal(shape, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
 
 
 def initialised(module: nn.Module, seed: int = 0, dtype=torch.float64, scale=0.5) -> nn.Module:
-    """The module with every parameter drawn anew from the seed; no bias is zero, no scale is one."""
+    """The module with every parameter drawn anew; no bias is zero, no scale is one."""
     g = seeded(seed)
     module = module.to(dtype)
     with torch.no_grad():

@@ -22,7 +22,7 @@ def unravel(vector: Tensor, like: dict[str, Tensor]) -> dict[str, Tensor]:
 
 # ---------------------------------------------------------------------------------- derivatives
 def difference(f, params: dict[str, Tensor], vector: dict[str, Tensor], step: float = 1e-5):
-    """The derivative of ``f`` (to tensors, or dicts of them) along ``vector``, central differences."""
+    """The derivative of ``f`` (to tensors, or dicts) along ``vector``, by central differences."""
     plus = f({k: p + step * vector[k] for k, p in params.items()})
     minus = f({k: p - step * vector[k] for k, p in params.items()})
     if isinstance(plus, dict):

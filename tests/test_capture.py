@@ -72,7 +72,13 @@ def test_an_embedding_is_seen_with_its_tokens():
 
 @pytest.mark.parametrize(
     "norm",
-    [nn.LayerNorm(4), nn.GroupNorm(2, 4), nn.RMSNorm(4), nn.BatchNorm1d(4), nn.BatchNorm1d(4).eval()],
+    [
+        nn.LayerNorm(4),
+        nn.GroupNorm(2, 4),
+        nn.RMSNorm(4),
+        nn.BatchNorm1d(4),
+        nn.BatchNorm1d(4).eval(),
+    ],
 )
 def test_a_norm_layers_input_is_the_normalised_one_even_where_its_scale_is_zero(norm):
     norm, x = initialised(norm), normal((5, 4))

@@ -17,7 +17,7 @@ from tests.problems import initialised, normal, seeded
 def route(request, monkeypatch):
     """Both routes lead to the same numbers."""
     if request.param == "function":
-        monkeypatch.setattr(module_under_test, "_untransformed", lambda tree: False)
+        monkeypatch.setattr(module_under_test, "untransformed", lambda tree: False)
     return request.param
 
 
@@ -53,7 +53,11 @@ def test_the_gradient_is_that_of_central_differences(route):
 def test_pull_is_the_jacobians_transpose_and_jvp_its_product(route):
     toy = problems.mlp()
     j = reference.jacobian(lambda p: toy.problem(p, toy.batch[0]), toy.params)
-    e, u, v = Evaluation(toy.problem, toy.params, toy.batch, twice=True), normal((5, 3), 3), vector(toy)
+    e, u, v = (
+        Evaluation(toy.problem, toy.params, toy.batch, twice=True),
+        normal((5, 3), 3),
+        vector(toy),
+    )
     assert_close(reference.ravel(e.pull(u)), j.T @ u.reshape(-1), rtol=1e-10)
     assert_close(e.jvp(v).reshape(-1), j @ reference.ravel(v), rtol=1e-10)
 
@@ -149,7 +153,9 @@ def test_all_that_is_asked_of_one_evaluation_sees_one_mask(route):
 
     v = {k: normal(p.shape, i) for i, (k, p) in enumerate(problem.params.items())}
     assert_close(e.grads, torch.func.grad(loss)(problem.params), rtol=1e-10)
-    assert_close(e.hvp(v), reference.difference(torch.func.grad(loss), problem.params, v), rtol=1e-7)
+    assert_close(
+        e.hvp(v), reference.difference(torch.func.grad(loss), problem.params, v), rtol=1e-7
+    )
     assert_close(e.jvp(v), reference.difference(masked, problem.params, v), rtol=1e-7)
     assert_close(e.value(problem.params), e.loss, rtol=1e-12)
     assert_close(e.objective(problem.params)[1], e.grads, rtol=1e-12)
@@ -176,7 +182,10 @@ def test_nothing_of_the_callers_is_touched(route):
     with torch.no_grad():
         results = (e.grads, e.hvp(vector(toy)), e.ggn_mv(vector(toy)), e.layer_grads, e.loss)
     del results
-    assert_same({k: p.detach() for k, p in params.items()}, copy({k: p.detach() for k, p in before[0].items()}))
+    assert_same(
+        {k: p.detach() for k, p in params.items()},
+        copy({k: p.detach() for k, p in before[0].items()}),
+    )
     assert [p.requires_grad for p in params.values()] == [False, True, False, False]
     assert all(p.grad is None for p in params.values())
 
@@ -184,7 +193,14 @@ def test_nothing_of_the_callers_is_touched(route):
 def test_results_carry_no_graph_in_plain_eager():
     toy = problems.mlp()
     e = Evaluation(toy.problem, toy.params, toy.batch, taps=True, twice=True)
-    results = [e.loss, e.outputs, e.grads, e.hvp(vector(toy)), e.jvp(vector(toy)), e.ggn_mv(vector(toy))]
+    results = [
+        e.loss,
+        e.outputs,
+        e.grads,
+        e.hvp(vector(toy)),
+        e.jvp(vector(toy)),
+        e.ggn_mv(vector(toy)),
+    ]
     results += [list(e.layer_grads), list(e.layer_inputs), e.objective(toy.params)]
     leaves = torch.utils._pytree.tree_leaves(results)
     assert not any(x.requires_grad for x in leaves)
@@ -233,7 +249,9 @@ def test_vmap_over_params_is_the_loop():
         assert_close(single, measure(p), rtol=1e-9)
 
 
-@pytest.mark.parametrize("norm", [nn.BatchNorm1d(4), nn.BatchNorm1d(4, track_running_stats=False).eval()])
+@pytest.mark.parametrize(
+    "norm", [nn.BatchNorm1d(4), nn.BatchNorm1d(4, track_running_stats=False).eval()]
+)
 def test_per_example_gradients_of_coupled_examples_are_refused(norm):
     module = initialised(nn.Sequential(nn.Linear(3, 4), norm, nn.Linear(4, 3)))
     problem = fp.problem(module, fp.losses.cross_entropy)
@@ -242,7 +260,9 @@ def test_per_example_gradients_of_coupled_examples_are_refused(norm):
         e.pull_each(normal((5, 3)), ["0.weight"])
 
 
-@pytest.mark.parametrize("outputs", [lambda p, x: (p["w"] * x).sum(), lambda p, x: (p["w"] * x)[:0]])
+@pytest.mark.parametrize(
+    "outputs", [lambda p, x: (p["w"] * x).sum(), lambda p, x: (p["w"] * x)[:0]]
+)
 def test_outputs_without_examples_are_refused(outputs, route):
     problem = fp.problem(outputs, lambda f, y: f.sum(), params={"w": normal((3,))})
     with pytest.raises(ValueError, match="axis 0 must count"):

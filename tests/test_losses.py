@@ -9,7 +9,7 @@ from torch import nn
 from torch.func import grad, jacrev
 
 import funcprecond as fp
-from funcprecond.losses import BCEWithLogits, CrossEntropy, Custom, MSE, as_loss
+from funcprecond.losses import MSE, BCEWithLogits, CrossEntropy, Custom, as_loss
 from tests.equality import assert_close
 from tests.problems import normal, seeded
 

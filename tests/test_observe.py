@@ -90,7 +90,7 @@ def test_objectives_run_it_once_a_call():
     assert len(calls) == 3
 
 
-# ------------------------------------------------------------------------------------- the evidence
+# ------------------------------------------------------------------------------------ the evidence
 def test_evidence_holds_the_point_the_loss_the_outputs_and_the_gradient():
     toy = problems.mlp()
     evidence = fp.observe(toy.problem, toy.params, toy.batch)
@@ -104,16 +104,18 @@ def test_evidence_holds_the_point_the_loss_the_outputs_and_the_gradient():
 def test_asking_for_more_changes_nothing_else():
     toy = problems.convnet()
     alone = fp.observe(toy.problem, toy.params, toy.batch)
-    more = fp.observe(
-        toy.problem, toy.params, toy.batch, NEEDS["all at once"], generator=seeded(0)
-    )
+    more = fp.observe(toy.problem, toy.params, toy.batch, NEEDS["all at once"], generator=seeded(0))
     assert_close((more.loss, more.outputs, more.grads), (alone.loss, alone.outputs, alone.grads))
 
 
 def test_equal_needs_are_measured_once():
     toy = problems.mlp()
     evidence = fp.observe(
-        toy.problem, toy.params, toy.batch, [HessianProbes(2), HessianProbes(2)], generator=seeded(0)
+        toy.problem,
+        toy.params,
+        toy.batch,
+        [HessianProbes(2), HessianProbes(2)],
+        generator=seeded(0),
     )
     assert list(evidence.measured) == [HessianProbes(2)]
 
@@ -159,7 +161,7 @@ def test_a_need_of_ones_own_may_pull_anything_back():
     assert_close(evidence[OutputSum()], expected, rtol=1e-10)
 
 
-# ---------------------------------------------------------------------------------------- randomness
+# -------------------------------------------------------------------------------------- randomness
 def dropout() -> Toy:
     module = nn.Sequential(nn.Linear(3, 8), nn.Dropout(0.5), nn.Linear(8, 3))
     toy = problems.mlp()
@@ -172,7 +174,8 @@ RANDOM = (HessianProbes(2), LayerStatistics("mc", 2))
 def test_one_seed_gives_one_observation():
     toy = dropout()
     first, second = (
-        fp.observe(toy.problem, toy.params, toy.batch, RANDOM, generator=seeded(3)) for _ in range(2)
+        fp.observe(toy.problem, toy.params, toy.batch, RANDOM, generator=seeded(3))
+        for _ in range(2)
     )
     assert_same(first, second)
     other = fp.observe(toy.problem, toy.params, toy.batch, RANDOM, generator=seeded(4))
@@ -248,7 +251,7 @@ def test_observing_changes_none_of_its_arguments():
     assert_same(arguments, before)
 
 
-# -------------------------------------------------------------------------------------------- marks
+# ------------------------------------------------------------------------------------------- marks
 @pytest.mark.parametrize(
     ("mark", "expected"),
     [
@@ -276,7 +279,7 @@ def test_a_mark_out_of_range_is_refused(options):
         fp.Every("x", **options)
 
 
-# ------------------------------------------------------------------------------------------- batches
+# ----------------------------------------------------------------------------------------- batches
 def test_an_empty_batch_is_explained():
     toy = problems.mlp()
     x, y = toy.batch

@@ -10,7 +10,9 @@ from tests.problems import initialised, normal, seeded
 
 
 def snapshot(module):
-    return copy(dict(module.state_dict())), [id(x) for x in (*module.parameters(), *module.buffers())]
+    return copy(dict(module.state_dict())), [
+        id(x) for x in (*module.parameters(), *module.buffers())
+    ]
 
 
 def assert_untouched(module, before):
@@ -20,7 +22,7 @@ def assert_untouched(module, before):
     assert all(p.grad is None for p in module.parameters())
 
 
-# ------------------------------------------------------------------------------------------ modules
+# ----------------------------------------------------------------------------------------- modules
 def test_params_are_copies_by_name():
     module = problems.mlp_module()
     problem = fp.problem(module, fp.losses.mse)
@@ -40,7 +42,9 @@ def test_calling_a_problem_runs_the_model_at_the_params_given():
     assert_close(problem(doubled, x), F.linear(h, doubled["2.weight"], doubled["2.bias"]))
 
 
-@pytest.mark.parametrize("change", [lambda p: {k: p[k] for k in list(p)[1:]}, lambda p: {**p, "no": p["0.bias"]}])
+@pytest.mark.parametrize(
+    "change", [lambda p: {k: p[k] for k in list(p)[1:]}, lambda p: {**p, "no": p["0.bias"]}]
+)
 def test_params_that_do_not_fit_the_model_are_named(change):
     problem = problems.mlp().problem
     with pytest.raises((KeyError, RuntimeError), match=r"0\.weight|no"):
@@ -157,7 +161,7 @@ def test_outputs_may_be_any_tree():
     assert set(evidence.outputs) == {"logits", "aux"}
 
 
-# ------------------------------------------------------------------------------------------- batches
+# ----------------------------------------------------------------------------------------- batches
 def test_a_batch_is_opaque_with_a_split_of_its_own():
     toy = problems.mlp()
     problem = fp.problem(
@@ -175,7 +179,7 @@ def test_a_batch_that_is_no_pair_is_explained(batch):
         fp.observe(toy.problem, toy.params, batch)
 
 
-# -------------------------------------------------------------------------------------------- errors
+# ------------------------------------------------------------------------------------------ errors
 def test_a_module_with_params_is_refused():
     with pytest.raises(TypeError, match="brings its own params"):
         fp.problem(nn.Linear(2, 2), fp.losses.mse, params={})
@@ -205,7 +209,11 @@ def test_a_lazy_module_is_told_to_run_once():
 # ------------------------------------------------------------------------------- coupled examples
 @pytest.mark.parametrize(
     "norm",
-    [nn.BatchNorm1d(4), nn.BatchNorm1d(4, affine=False), nn.BatchNorm1d(4, track_running_stats=False).eval()],
+    [
+        nn.BatchNorm1d(4),
+        nn.BatchNorm1d(4, affine=False),
+        nn.BatchNorm1d(4, track_running_stats=False).eval(),
+    ],
 )
 def test_a_layer_that_couples_the_examples_is_named(norm):
     module = nn.Sequential(nn.Linear(3, 4), norm).double()

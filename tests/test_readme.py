@@ -26,8 +26,6 @@ def test_the_table_is_the_generated_one():
     assert shown[1] == table(), "run: python -m funcprecond list-methods, and paste its output"
 
 
-@pytest.mark.parametrize(
-    "path", sorted((ROOT / "tutorials").glob("*.py")), ids=lambda p: p.stem
-)
+@pytest.mark.parametrize("path", sorted((ROOT / "tutorials").glob("*.py")), ids=lambda p: p.stem)
 def test_tutorials_run_and_their_assertions_hold(path):
     runpy.run_path(str(path), run_name="__main__")

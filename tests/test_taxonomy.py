@@ -25,7 +25,9 @@ def test_a_card_builds_with_its_own_options(name):
     assert isinstance(card.build(**card.options), fp.Transform)
     assert card.learning_rate > 0
     if card.intervals:
-        assert isinstance(card.build(**{**card.options, "every": 2, "refresh_every": 4}), fp.Transform)
+        assert isinstance(
+            card.build(**{**card.options, "every": 2, "refresh_every": 4}), fp.Transform
+        )
 
 
 def test_the_table_has_a_row_for_every_card_and_marks_it():

@@ -90,10 +90,13 @@ def test_empty_vectors_are_vectors():
 def test_operations_have_batching_rules(randn):
     x, y = {"a": randn(3, 2)}, {"a": randn(3, 2)}
     for op in (tree.add, tree.sub, lambda x, y: tree.mul(x, 2.0), tree.dot):
-        assert_close(torch.vmap(op)(x, y), torch.utils._pytree.tree_map(
-            lambda *rows: torch.stack(rows),
-            *[op({"a": x["a"][i]}, {"a": y["a"][i]}) for i in range(3)],
-        ))
+        assert_close(
+            torch.vmap(op)(x, y),
+            torch.utils._pytree.tree_map(
+                lambda *rows: torch.stack(rows),
+                *[op({"a": x["a"][i]}, {"a": y["a"][i]}) for i in range(3)],
+            ),
+        )
 
 
 # -------------------------------------------------------------------------------------- flat format
@@ -124,7 +127,9 @@ def test_two_leaves_of_one_path_are_an_error():
 
 def test_missing_and_unknown_names_are_listed():
     with pytest.raises(KeyError, match=r"missing \['b'\], unknown \['c'\]"):
-        tree.from_dict({"a": torch.ones(1), "b": torch.ones(1)}, {"a": torch.ones(1), "c": torch.ones(1)})
+        tree.from_dict(
+            {"a": torch.ones(1), "b": torch.ones(1)}, {"a": torch.ones(1), "c": torch.ones(1)}
+        )
 
 
 @pytest.mark.parametrize("saved", [torch.ones(3), torch.ones(2, dtype=torch.float64)])

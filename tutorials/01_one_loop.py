@@ -1,8 +1,8 @@
 # %% [markdown]
 # # One loop, five methods
 #
-# A training step is `θ ← θ − η P g`: a learning rate, a preconditioner and a gradient. Methods differ
-# in `P` alone, so one loop serves them all, and one line changes.
+# A training step is `θ ← θ − η P g`: a learning rate, a preconditioner and a gradient. Methods
+# differ in `P` alone, so one loop serves them all, and one line changes.
 
 # %%
 import tempfile
@@ -19,8 +19,8 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 # %% [markdown]
-# Real data that comes with scikit-learn: 1797 handwritten digits of 8 × 8 pixels. 1400 to learn from,
-# the rest to be tested on.
+# Real data that comes with scikit-learn: 1797 handwritten digits of 8 × 8 pixels. 1400 to learn
+# from, the rest to be tested on.
 
 # %%
 torch.set_num_threads(1)
@@ -43,8 +43,8 @@ print({name: tuple(p.shape) for name, p in problem.params.items()})
 # %% [markdown]
 # The loop. `opt.needs(t)` is what the method wants to know of this batch: nothing for Adam, layer
 # statistics for K-FAC. `observe` measures exactly that, with the gradient, from one forward run.
-# `update` is tensor algebra on the result, and `apply` is the subtraction. All randomness, the batches
-# and the labels that K-FAC samples, comes from one generator.
+# `update` is tensor algebra on the result, and `apply` is the subtraction. All randomness, the
+# batches and the labels that K-FAC samples, comes from one generator.
 
 
 # %%
@@ -64,8 +64,9 @@ def train_with(opt: fp.Transform, steps: int = 120, batch_size: int = 128):
 
 
 # %% [markdown]
-# Five methods. The preconditioner comes first, then momentum, then the learning rate. CASPR is grafted
-# to Adam here: its direction with the length of Adam's step, so that Adam's learning rate serves both.
+# Five methods. The preconditioner comes first, then momentum, then the learning rate. CASPR is
+# grafted to Adam here: its direction with the length of Adam's step, so that Adam's learning rate
+# serves both.
 
 # %%
 methods = {

@@ -10,7 +10,7 @@ Letters: V cotangents, N examples, T positions, J groups, i and o input and outp
 """
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -248,10 +248,10 @@ def unfold(x: Tensor, kernel, stride, padding, dilation) -> Tensor:
     # (N, C, *out, *kernel) -> (N, C, *kernel, *out)
     order = [0, 1, *range(2 + dims, 2 + 2 * dims), *range(2, 2 + dims)]
     x = x.permute(order)
-    return x.reshape(x.shape[0], x.shape[1] * x.shape[2 : 2 + dims].numel(), -1)
+    return x.flatten(1, 1 + dims).flatten(2)
 
 
-def _stack(tensors: tuple[Tensor, ...]) -> Tensor:
+def _stack(tensors: Sequence[Tensor]) -> Tensor:
     return torch.stack(tensors) if len(tensors) > 1 else tensors[0].unsqueeze(0)
 
 
@@ -272,7 +272,9 @@ def _with_shape(call: Call, params: Params) -> Call:
     if call.kind == "conv":
         return dataclasses.replace(call, options=(*call.options, shape[2:]))
     if call.kind == "embedding":
-        return dataclasses.replace(call, options=(*call.options, shape[0]))
+        (padding,) = call.options
+        padding = None if padding is None else padding % shape[0]
+        return dataclasses.replace(call, options=(padding, shape[0]))
     return call
 
 

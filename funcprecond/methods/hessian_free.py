@@ -24,7 +24,7 @@ from funcprecond.curvature.ggn import GGNOperator
 from funcprecond.curvature.hessian import HessianOperator
 from funcprecond.curvature.objective import Objective
 from funcprecond.curvature.per_sample import PerSampleGrads
-from funcprecond.evaluation import _untransformed as unwatched
+from funcprecond.evaluation import untransformed
 from funcprecond.observe import Evidence, MissingEvidence, Need
 from funcprecond.problem import Params
 from funcprecond.representation.diagonal import factor_dtype
@@ -102,7 +102,7 @@ def hessian_free(
             msg = f"hessian_free needs {operator} beside the gradient: pass fp.observe's evidence"
             raise MissingEvidence(msg)
         g = {k: x.to(state.solution[k].dtype) for k, x in grads.items()}
-        line = _Line(evidence, unwatched((evidence.params, grads, state)))
+        line = _Line(evidence, untransformed((evidence.params, grads, state)))
         size = tree.norm(g)
         usable = (size > 0) & torch.isfinite(size)
         # Nothing to solve for otherwise: CG on a zero right-hand side from zero ends at once.

@@ -20,7 +20,7 @@ from torch import Tensor
 from funcprecond import tree
 from funcprecond.curvature.hessian import HessianOperator
 from funcprecond.curvature.objective import Objective
-from funcprecond.evaluation import _untransformed as unwatched
+from funcprecond.evaluation import untransformed
 from funcprecond.observe import Every, Evidence, MissingEvidence, Need
 from funcprecond.problem import Params
 from funcprecond.representation.diagonal import factor_dtype
@@ -158,7 +158,7 @@ def lbfgs(
 
     def search(direction: Params, slope: Tensor, evidence: Evidence) -> Tensor:
         functions, params = evidence[objective], evidence.params
-        plain = unwatched((params, direction))
+        plain = untransformed((params, direction))
 
         def at(factor: Tensor) -> Params:
             return {

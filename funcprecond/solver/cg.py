@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from funcprecond import tree
-from funcprecond.evaluation import _untransformed as unwatched
+from funcprecond.evaluation import untransformed
 from funcprecond.problem import Params
 from funcprecond.tree import state
 
@@ -92,7 +92,7 @@ def cg(
     descent, if that is the first iteration. Memory: four vectors and ``keep`` more.
     """
     precondition = precondition or (lambda r: r)
-    plain = unwatched((b, x0))
+    plain = untransformed((b, x0))
     x = {k: torch.zeros_like(v) for k, v in b.items()} if x0 is None else x0
     r = b if x0 is None else tree.sub(b, matvec(x0))
     p = precondition(r)

@@ -47,8 +47,8 @@ class Cholesky:
         split: "pi" chooses π² as the ratio of the factors' mean eigenvalues, which makes the cross
             terms' trace least and the result blind to how scale is shared between the factors;
             "equal" is π = 1.
-        invert: form the inverses, which makes a refresh about three times as dear and a step on dense
-            gradients half as dear; or keep the triangular factors.
+        invert: form the inverses, which makes a refresh about three times as dear and a step on
+            dense gradients half as dear; or keep the triangular factors.
     """
 
     damping: float | Tensor = 1e-3

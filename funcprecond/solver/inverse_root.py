@@ -155,8 +155,8 @@ def by_shape(
 ) -> list[Tensor]:
     """Map ``function(*tensors, static)`` over lists of matrices, equal shapes as one stack.
 
-    The function takes any number of leading axes. A CPU gains nothing from a stack of large matrices
-    and pays for its copies, so there they go one by one.
+    The function takes any number of leading axes. A CPU gains nothing from a stack of large
+    matrices and pays for its copies, so there they go one by one.
 
     Entries are grouped by the first list's shape, dtype and device and by ``static``.
     """

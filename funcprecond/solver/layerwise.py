@@ -80,7 +80,7 @@ def apply_blocks(
 
 
 def gradient_rows(grads: Params, evidence: Evidence | None) -> Layers | None:
-    """The rows of ``grads``, if they are the observed gradient itself and its rows were measured."""
+    """The rows of ``grads``, if they are the observed gradient itself and were measured."""
     if evidence is None or GRADIENT_ROWS not in evidence:
         return None
     untouched = all(g is evidence.grads.get(k) for k, g in grads.items())

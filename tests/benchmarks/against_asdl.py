@@ -7,6 +7,7 @@ contenders take turns, and a sample is one whole interval. The ratios of medians
 """
 
 import argparse
+import itertools
 import os
 import statistics
 import time
@@ -22,7 +23,7 @@ from torch.nn import functional as F
 import funcprecond as fp
 
 DIMS, BATCH = (784, 512, 512, 10), 128
-# What each method is compared at: the same curvature, damping convention and intervals on both sides.
+# The same curvature, damping convention and intervals on both sides.
 OURS = {
     "sgd": lambda T: fp.sgd(),
     "kfac mc": lambda T: fp.kfac(
@@ -44,7 +45,7 @@ OURS = {
 def model():
     torch.manual_seed(0)
     layers = []
-    for i, o in zip(DIMS[:-1], DIMS[1:], strict=True):
+    for i, o in itertools.pairwise(DIMS):
         layers += [nn.Linear(i, o), nn.ReLU()]
     return nn.Sequential(*layers[:-1])
 
@@ -155,7 +156,8 @@ def main():
             over = f"{median['compiled'] / median['theirs']:.2f}" if args.compiled else ""
             print(
                 f"| {name} | {interval} | {median['ours'] * 1e3:.2f} | "
-                f"{median['theirs'] * 1e3:.2f} | {median['ours'] / median['theirs']:.2f} | {over} |",
+                f"{median['theirs'] * 1e3:.2f} | "
+                f"{median['ours'] / median['theirs']:.2f} | {over} |",
                 flush=True,
             )
 

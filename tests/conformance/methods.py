@@ -20,8 +20,8 @@ class Line:
     """One method under test.
 
     Attributes:
-        reference: ``(problem, params, batch) -> P x P matrix`` that the first direction is, times the
-            gradient; None where a test of the method itself holds more.
+        reference: ``(problem, params, batch) -> P x P matrix`` that the first direction is, times
+            the gradient; None where a test of the method itself holds more.
         options: the builder's arguments.
         dense: further arguments where the reference is compared, to take the chance out of it.
         learns_layers: the state is empty until the first evidence, so the first step has a graph of

@@ -1,7 +1,7 @@
 """Dense references of first directions: ``(problem, params, batch) -> (P, P)``.
 
-What a method's first direction is, as a matrix times the gradient, from :mod:`tests.reference` alone.
-The hyperparameters are the builders' defaults, written out.
+What a method's first direction is, as a matrix times the gradient, from :mod:`tests.reference`
+alone. The hyperparameters are the builders' defaults, written out.
 """
 
 import torch

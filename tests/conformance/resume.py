@@ -26,7 +26,7 @@ def main(folder: pathlib.Path) -> None:
             run = fp.load(folder / f"{name}.saved", like)
             params, state, _ = problems.train(toy, opt, STEPS, **run, start=SAVED)
             fp.save(folder / f"{name}.resumed", {"params": params, "state": state})
-        except Exception:  # noqa: BLE001 - the parent shows it
+        except Exception:
             (folder / f"{name}.error").write_text(traceback.format_exc())
 
 

@@ -1,5 +1,7 @@
 """CA-1 to CA-10 and X-1 to X-4, X-9, X-11."""
 
+import itertools
+
 import pytest
 import torch
 from hypothesis import given
@@ -119,7 +121,7 @@ def test_shampoo_is_below_caspr_is_below_its_lower_powers_is_below_full_adagrad(
     shampoo = matrix(InverseRoot(1e-14))
     powers = [matrix(KroneckerSum(1e-14, p)) for p in (4, 2, 1)]
     chain = [shampoo, *powers, full]
-    assert all(below(x, y) for x, y in zip(chain[:-1], chain[1:], strict=True))
+    assert all(below(x, y) for x, y in itertools.pairwise(chain))
 
 
 @given(strategies.seeds)

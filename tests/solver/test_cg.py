@@ -203,7 +203,7 @@ def test_the_early_exit_changes_nothing(monkeypatch):
     matrix, b = conditioned(10, 100.0), normal((10,), 2)
     early = solve(matrix, b, max_iter=60)
     assert int(early.iterations) < 60
-    monkeypatch.setattr(module, "unwatched", lambda x: False)
+    monkeypatch.setattr(module, "untransformed", lambda x: False)
     assert_same(solve(matrix, b, max_iter=60), early)
 
 

@@ -43,7 +43,11 @@ def test_each_method_gets_its_own_parameters_only():
     state, direction, evidence = problems.update(toy, opt)
     assert list(direction) == list(toy.params)
     for label, method in (("first", fp.shampoo()), ("small", fp.adam())):
-        part = {k: g for k, g in evidence.grads.items() if fp.assign(RULES, toy.params).labels[k] == label}
+        part = {
+            k: g
+            for k, g in evidence.grads.items()
+            if fp.assign(RULES, toy.params).labels[k] == label
+        }
         alone, expected = method.update(method.init(part), part)
         assert_close({k: direction[k] for k in part}, expected, rtol=1e-13)
         assert_close(state[label], alone, rtol=1e-13)
