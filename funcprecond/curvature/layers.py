@@ -252,7 +252,7 @@ def unfold(x: Tensor, kernel, stride, padding, dilation) -> Tensor:
 
 
 def _stack(tensors: Sequence[Tensor]) -> Tensor:
-    return torch.stack(tensors) if len(tensors) > 1 else tensors[0].unsqueeze(0)
+    return torch.stack(list(tensors)) if len(tensors) > 1 else tensors[0].unsqueeze(0)
 
 
 def _pads(kernel, padding, dilation) -> list[int]:

@@ -9,6 +9,7 @@ from torch import Tensor
 from funcprecond.evaluation import Evaluation
 from funcprecond.observe import Need, observe
 from funcprecond.problem import Params, Problem
+from funcprecond.representation.diagonal import factor_dtype
 from funcprecond.tree import state
 
 __all__ = ["PerSample", "PerSampleGrads", "per_sample_grads"]
@@ -28,7 +29,11 @@ class PerSample:
 
     def diagonal(self) -> Params:
         """The diagonal of the empirical Fisher matrix ``c sum_n g_n g_n^T``."""
-        return {k: self.scale * g.square().sum(0) for k, g in self.grads.items()}
+        # In float32 or wider: the squares of half-precision gradients vanish.
+        return {
+            k: self.scale * torch.linalg.vector_norm(g, dim=0, dtype=factor_dtype(g)).square()
+            for k, g in self.grads.items()
+        }
 
 
 @dataclasses.dataclass(frozen=True)

@@ -20,6 +20,8 @@ Decay = float | Tensor | Literal["sum"] | None
 
 def accumulate(total: Tensor | None, new: Tensor, decay: Decay) -> Tensor:
     """The total after a new measurement, None before the first; see the module's docstring."""
+    if total is not None:
+        new = new.to(total.dtype)
     if decay is None or (total is None and isinstance(decay, str)):
         return new
     if total is None:
