@@ -78,6 +78,11 @@ class Evaluation:
         self._keep = keep
         plain = untransformed((params, self._buffers, batch))
         self._twice = twice or not plain
+        if not plain:
+            # A compiler would guard on the identity of a batch that the layers are asked about.
+            self.inputs_batch = tree.map(
+                lambda x: x.view_as(x) if isinstance(x, Tensor) else x, self.inputs_batch
+            )
         self._run = (_GraphRun if plain else _FunctionRun)(self)
 
     # --------------------------------------------------------------------------- the forward run
