@@ -156,12 +156,7 @@ class Evaluation:
         Raises:
             ValueError: the model couples the examples of a batch.
         """
-        if coupling := self.problem.couples_examples():
-            msg = (
-                f"per-example gradients are not defined: {coupling} couples the examples of a "
-                "batch; put it in eval mode, or use GroupNorm"
-            )
-            raise ValueError(msg)
+        self._refuse_coupling()
         count = self.count
         chosen = {k: self.params[k] for k in names}
 
@@ -190,6 +185,33 @@ class Evaluation:
                 "leave these parameters to another method with fp.partition"
             )
             raise RuntimeError(msg) from error
+
+    def examples_lead(self) -> list[bool]:
+        """For each call, whether axis 0 of its output counts the examples.
+
+        Its length tells, unless the inputs have another axis that is N long: inside of attention
+        the first axis may be the position. Then the model is run once more, without gradient, on
+        the first example alone. Where it couples the examples, as a BatchNorm in training mode
+        does, the length has to do.
+        """
+        count = self.count
+        shapes = [x.shape for x in tree.leaves(self.inputs_batch) if isinstance(x, Tensor)]
+        if not any(count in shape[1:] for shape in shapes) or self.problem.couples_examples():
+            return [call.shape[0] == count for call in self.calls]
+        inputs = tree.map(
+            lambda x: x[:1] if isinstance(x, Tensor) and x.ndim and x.shape[0] == count else x,
+            self.inputs_batch,
+        )
+        params = _renamed(self.params)
+        capture = Capture(params, lambda z: z, tuple(m[:1] for m in self.masks))
+        with torch.no_grad(), capture:
+            self.problem.forward(params, self._buffers, inputs)
+        if len(capture.calls) != len(self.calls):
+            return [False] * len(self.calls)
+        return [
+            whole.shape[0] == count and one.shape == (1, *whole.shape[1:])
+            for whole, one in zip(self.calls, capture.calls, strict=True)
+        ]
 
     def objective(self, params: Params) -> tuple[Tensor, Params]:
         """(loss, gradient) at another point: the same batch, buffers and dropout masks."""
@@ -221,6 +243,14 @@ class Evaluation:
         return self.pull(product)
 
     # ------------------------------------------------------------------------------------ internals
+    def _refuse_coupling(self) -> None:
+        if coupling := self.problem.couples_examples():
+            msg = (
+                f"per-example gradients are not defined: {coupling} couples the examples of a "
+                "batch; put it in eval mode, or use GroupNorm"
+            )
+            raise ValueError(msg)
+
     def _forward(self, params: Params, tap: Callable | None) -> tuple[Any, Buffers, Capture]:
         capture = Capture(params, tap, self.masks, self._generator, self._twice)
         with capture:

@@ -55,11 +55,6 @@ class LayerUse:
     call: Call = static()
     count: int = static()
 
-    @property
-    def by_example(self) -> bool:
-        """Whether axis 0 of the layer's output counts the examples."""
-        return self.call.shape[0] == self.count
-
     def input_rows(self) -> Tensor:
         """(N, T, i) inputs, (J, N, T, i / J * kernel) patches of a convolution, (N, T) ids."""
         x, call = self.inputs, self.call
@@ -289,13 +284,15 @@ def _blocks(evaluation: Evaluation, by_example: bool) -> dict[str, list[int]]:
             if part:
                 owners.setdefault(part, set()).add(name)
 
+    leading = evaluation.examples_lead() if by_example else [True] * len(evaluation.calls)
+
     def usable(name, indices):
         calls = [evaluation.calls[i] for i in indices]
         parts = [part for part in split_block(name) if part]
         return (
             not any(part in evaluation.unrecorded or len(owners[part]) > 1 for part in parts)
             and len({(c.kind, c.options) for c in calls}) == 1
-            and not (by_example and any(c.shape[0] != evaluation.count for c in calls))
+            and all(leading[i] for i in indices)
         )
 
     return {name: indices for name, indices in blocks.items() if usable(name, indices)}

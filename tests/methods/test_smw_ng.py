@@ -10,6 +10,7 @@ from tests.equality import assert_close, assert_same
 from tests.problems import (
     Toy,
     convnet,
+    initialised,
     labelled,
     mlp,
     normal,
@@ -189,3 +190,26 @@ def test_it_says_what_is_missing_or_wrong():
     ):
         with pytest.raises(ValueError, match=match):
             fp.smw_ng(**options)
+
+
+def test_positions_are_not_taken_for_examples_inside_of_attention():
+    """As many positions as examples, and the layers inside put the positions first."""
+
+    class Model(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.attention = torch.nn.MultiheadAttention(4, 2, batch_first=True)
+            self.head = torch.nn.Linear(4, 3)
+
+        def forward(self, x):
+            return self.head(self.attention(x, x, x, need_weights=False)[0].mean(1))
+
+    problem = fp.problem(initialised(Model()), fp.losses.cross_entropy)
+    batch = (normal((4, 4, 4)), torch.tensor([0, 1, 2, 0]))
+    rows = reference.per_example(problem, problem.params, batch)
+    opt = fp.smw_ng(damping=0.1)
+    evidence = fp.observe(problem, problem.params, batch, opt.needs(0))
+    _, direction = opt.update(opt.init(problem.params), evidence.grads, evidence)
+    matrix = rows.T @ rows / 4 + 0.1 * reference.eye(rows.shape[1])
+    expected = torch.linalg.solve(matrix, reference.ravel(evidence.grads))
+    torch.testing.assert_close(reference.ravel(direction), expected)
