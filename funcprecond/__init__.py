@@ -19,6 +19,7 @@ from funcprecond.methods.ekfac import ekfac
 from funcprecond.methods.hessian_free import hessian_free
 from funcprecond.methods.kfac import kfac, kflr
 from funcprecond.methods.lbfgs import lbfgs
+from funcprecond.methods.muon import muon, muon_rules
 from funcprecond.methods.sgd import sgd
 from funcprecond.methods.shampoo import shampoo
 from funcprecond.methods.smw_ng import smw_ng

@@ -84,7 +84,7 @@ adam
 adamw
 soap | SOAP (Vyas 2025) | (F̂_emp^batch)^½ | layer, KF-dim eigenbasis | G direct, division
 kl_shampoo | KL-Shampoo (Lin 2026) | (F̂_emp^batch)^½ | layer, KF-dim | G direct, eigendecomposition
-muon | Muon (Jordan 2024) | none | layer | L iter, Newton-Schulz
+muon
 sophia | Sophia (Liu 2023) | H, G | element | G direct, clipped division
 foof | FOOF (Benzing 2022) | input covariance | layer, KF-io | L/G direct, Cholesky inverse
 eva | Eva (Zhang 2023) | F̂_emp | layer, rank-one KF-io | G direct, Sherman-Morrison
