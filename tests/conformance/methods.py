@@ -47,6 +47,7 @@ METHODS: dict[str, Line] = {
     "kflr": Line(references.kfac, {"damping": 1e-2}, learns_layers=True),
     "ekfac": Line(references.ekfac, {"damping": 1e-2}, EXACT, learns_layers=True),
     "adahessian": Line(None),
+    "muon": Line(references.orthogonal_factor, dense={"polynomial": "svd"}),
     "smw_ng": Line(references.damped_empirical, {"damping": 1e-2}),
     "lbfgs": Line(references.unit_norm, {"history": 3}),
     "hessian_free": Line(

@@ -121,3 +121,17 @@ def damped_empirical(problem, params, batch):
     rows = reference.per_example(problem, params, batch)
     matrix = rows.T @ rows / len(rows)
     return torch.linalg.inv(matrix + DAMPING * reference.eye(len(matrix)))
+
+
+def orthogonal_factor(problem, params, batch):
+    """Muon's first step with momentum 0.95 and Nesterov: ``(G G^T)^(-1/2) G`` on its own scale."""
+    share = (1 - 0.95) * (1 + 0.95)
+
+    def matrix(g):
+        u, s, _ = torch.linalg.svd(g, full_matrices=False)
+        scale = max(1.0, g.shape[0] / g.shape[1]) ** 0.5
+        # The gradient of a softmax layer has a singular value of zero, whose factor is zero.
+        inverse = torch.where(s > 1e-8 * s[0], 1 / s, 0.0)
+        return scale * reference.kron(u @ torch.diag(inverse) @ u.T, reference.eye(g.shape[1]))
+
+    return _blocks(problem, params, batch, matrix, lambda g: share * reference.eye(len(g)))
