@@ -1,9 +1,10 @@
 """A method from its three choices: which curvature, how it is stored, how it is solved with."""
 
+from collections.abc import Callable
 from typing import Any
 
 from funcprecond.curvature.gradient import BatchGradient, OuterProduct
-from funcprecond.observe import Every, Evidence, MissingEvidence, Need
+from funcprecond.observe import Every, Evidence, MissingEvidence, Need, Turn
 from funcprecond.problem import Params
 from funcprecond.representation.average import Decay, check_decay
 from funcprecond.solver.layerwise import gradient_rows
@@ -39,6 +40,8 @@ def compose(
     every: int = 1,
     refresh_every: int = 1,
     start: int = 0,
+    stagger: bool = False,
+    initial: Callable[[Params], Any] | None = None,
 ) -> Transform:
     """Put a curvature, a representation and a solver together.
 
@@ -54,6 +57,9 @@ def compose(
             value) or "sum".
         every, refresh_every: the two intervals, in steps.
         start: both are due at every step before this one.
+        stagger: spread a refresh over its interval, a share of the factors at each step, so that
+            no step is a spike. The solver must know how to take turns.
+        initial: makes the representation of the parameters; its own ``init`` by default.
 
     Raises:
         NoSolver: the solver does not accept the representation.
@@ -66,12 +72,13 @@ def compose(
         raise NoSolver(msg)
     check_decay(decay)
     measure, refresh = Every("measure", every, start), Every("refresh", refresh_every, start)
+    turns = [Turn("refresh", refresh_every, i) for i in range(refresh_every)] if stagger else []
     from_gradient = isinstance(curvature, BatchGradient)
     # A solver that can use the gradient's own rows says so by the need that measures them.
     rows: Need | None = getattr(solver, "rows", None)
 
     def init(params: Params) -> Composed:
-        rep = representation.init(params)
+        rep = (initial or representation.init)(params)
         return Composed(rep, solver.init(rep))
 
     def update(
@@ -86,6 +93,8 @@ def compose(
             rep = rep.accumulate(value, decay)
         if evidence is None or refresh in evidence:
             factor = solver.prepare(rep, factor)
+        elif turn := next((n for n in turns if n in evidence), None):
+            factor = solver.prepare(rep, factor, turn)
         if rows is None:
             return Composed(rep, factor), solver.apply(factor, grads)
         return Composed(rep, factor), solver.apply(factor, grads, gradient_rows(grads, evidence))
@@ -93,6 +102,9 @@ def compose(
     def needs(t: int) -> tuple[Need, ...]:
         due = measure.due(t)
         wanted = (curvature,) if due and not from_gradient else ()
-        return (*(() if rows is None else (rows,)), *wanted, *due, *refresh.due(t))
+        mark = refresh.due(t)
+        if turns and t >= max(start, 1):
+            mark = (turns[t % refresh_every],)
+        return (*(() if rows is None else (rows,)), *wanted, *due, *mark)
 
     return Transform(init, update, needs)

@@ -6,7 +6,7 @@ new, write a :class:`Need`: nothing else changes.
 """
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -18,7 +18,7 @@ from funcprecond.evaluation import Evaluation
 from funcprecond.problem import Buffers, Params, Problem
 from funcprecond.tree import state
 
-__all__ = ["Every", "Evidence", "MissingEvidence", "Need", "Noise", "draw", "observe"]
+__all__ = ["Every", "Evidence", "MissingEvidence", "Need", "Noise", "Turn", "draw", "observe"]
 
 
 class Need:
@@ -71,6 +71,31 @@ class Every(Need):
     def due(self, t: int) -> tuple[Need, ...]:
         """``(self,)`` if it is due at step ``t``, a host integer counted from 0; else ``()``."""
         return (self,) if t < self.start or t % self.steps == 0 else ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Turn(Need):
+    """The mark of a staggered interval: at each step the ``slot``-th share of the work is due.
+
+    Attributes:
+        what: what is due, such as "refresh".
+        steps: the interval, which is also the number of shares.
+        slot: whose turn it is, from 0.
+    """
+
+    what: str
+    steps: int
+    slot: int
+
+    def share(self, costs: Sequence[float]) -> list[int]:
+        """The items of this slot, when all are dealt out so that the slots cost about the same."""
+        loads, mine = [0.0] * self.steps, []
+        for i in sorted(range(len(costs)), key=lambda i: -costs[i]):
+            slot = min(range(self.steps), key=loads.__getitem__)
+            loads[slot] += costs[i]
+            if slot == self.slot:
+                mine.append(i)
+        return sorted(mine)
 
 
 class MissingEvidence(LookupError):
@@ -194,7 +219,7 @@ def observe(
         generator=generator,
         taps=any(n.taps for n in needs),
         twice=any(n.twice for n in needs),
-        keep=any(not isinstance(n, Every) for n in needs),
+        keep=any(not isinstance(n, (Every, Turn)) for n in needs),
     )
     grads = evaluation.grads
     return Evidence(

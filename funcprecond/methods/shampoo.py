@@ -17,6 +17,7 @@ from torch import Tensor
 from funcprecond.compose import compose
 from funcprecond.curvature.gradient import BatchGradient
 from funcprecond.representation.average import Decay
+from funcprecond.representation.blocks import Blocking
 from funcprecond.representation.kronecker_dim import KroneckerDim
 from funcprecond.solver.inverse_root import InverseRoot
 from funcprecond.taxonomy import Card
@@ -33,6 +34,10 @@ def shampoo(
     every: int = 1,
     refresh_every: int = 1,
     start: int = 0,
+    stagger: bool = False,
+    merge: int = 0,
+    block: int = 0,
+    max_dim: int = 0,
     dtype: torch.dtype | None = None,
 ) -> Transform:
     """Shampoo's direction.
@@ -44,8 +49,13 @@ def shampoo(
         every, refresh_every, start: the intervals, see :func:`funcprecond.compose`. With
             ``refresh_every`` above 1 give ``start`` a few steps: the first statistic has the rank
             of one gradient, and its root is a poor one to keep.
+        stagger: refresh a few factors at each step instead of all at one, see
+            :func:`funcprecond.compose`.
+        merge, block, max_dim: how parameters are cut into blocks, see
+            :class:`funcprecond.representation.blocks.Blocking`; by default they are whole.
         dtype: what the decompositions run in, see :mod:`funcprecond.solver.inverse_root`.
     """
+    blocking = Blocking(merge, block, max_dim)
     return compose(
         BatchGradient(),
         KroneckerDim,
@@ -54,6 +64,8 @@ def shampoo(
         every=every,
         refresh_every=refresh_every,
         start=start,
+        stagger=stagger,
+        initial=lambda params: KroneckerDim.init(params, blocking),
     )
 
 

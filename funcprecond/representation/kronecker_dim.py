@@ -8,59 +8,64 @@ from torch import Tensor
 from funcprecond.curvature.gradient import unfold_mode
 from funcprecond.problem import Params
 from funcprecond.representation import average
+from funcprecond.representation.blocks import Blocking
 from funcprecond.representation.diagonal import factor_dtype, zero_weight
-from funcprecond.tree import state
+from funcprecond.tree import state, static
 
 __all__ = ["KroneckerDim", "axes_of"]
 
 
 @state
 class KroneckerDim:
-    """``S_i = sum unfold_i(G) unfold_i(G)^T`` for the axes i of every parameter.
+    """``S_i = sum unfold_i(G) unfold_i(G)^T`` for the axes i of every block of every parameter.
 
-    Which axes have a factor follows from the shape alone (:func:`axes_of`). A parameter without any
-    (a vector, a scalar) keeps the diagonal of its second moment instead.
+    Blocks and their axes follow from the shapes alone, see
+    :class:`funcprecond.representation.blocks.Blocking`. A parameter without factors (a vector, a
+    scalar) keeps the diagonal of its second moment instead.
 
     Attributes:
-        totals: for each parameter a tuple of (n_i, n_i) matrices; divided by ``weight``, the
-            factors.
+        totals: for each block a tuple of (n_i, n_i) matrices; divided by ``weight``, the factors.
         diagonals: for the other parameters the squares of the entries; divided by ``weight``.
         weight: 0-d, see :mod:`funcprecond.representation.average`.
+        blocking: how parameters are cut into blocks.
     """
 
     totals: dict[str, tuple[Tensor, ...]]
     diagonals: dict[str, Tensor]
     weight: Tensor
+    blocking: Blocking = static(default=Blocking())
 
     @classmethod
-    def init(cls, params: Params) -> "KroneckerDim":
+    def init(cls, params: Params, blocking: Blocking | None = None) -> "KroneckerDim":
         """Zero."""
+        blocking = Blocking() if blocking is None else blocking
         totals, diagonals = {}, {}
         for name, p in params.items():
             dtype = factor_dtype(p)
-            if axes := axes_of(p.shape):
-                totals[name] = tuple(
-                    p.new_zeros((p.shape[i], p.shape[i]), dtype=dtype) for i in axes
-                )
-            else:
+            if not blocking.has_factors(p.shape):
                 diagonals[name] = torch.zeros_like(p, dtype=dtype)
-        return cls(totals, diagonals, zero_weight(params))
+                continue
+            for block, x in blocking.split(name, p).items():
+                sizes = [x.shape[i] for i in blocking.axes(x.shape)]
+                totals[block] = tuple(p.new_zeros((n, n), dtype=dtype) for n in sizes)
+        return cls(totals, diagonals, zero_weight(params), blocking)
 
     def accumulate(self, value: Any, decay: average.Decay) -> "KroneckerDim":
         """Take in a measurement that has ``grads`` (an outer product)."""
-        totals = {}
-        for name, factors in self.totals.items():
+        totals, diagonals = {}, {}
+        for name, g in value.grads.items():
             # Upcast before the product: a Gram matrix in bfloat16 has lost its small eigenvalues.
-            g = value.grads[name].to(factors[0].dtype)
-            totals[name] = tuple(
-                average.accumulate(s, mode_gram(g, axis), decay)
-                for axis, s in zip(axes_of(g.shape), factors, strict=True)
-            )
-        diagonals = {
-            k: average.accumulate(d, value.grads[k].to(d.dtype).square(), decay)
-            for k, d in self.diagonals.items()
-        }
-        return KroneckerDim(totals, diagonals, average.weight(self.weight, decay))
+            g = g.to(factor_dtype(g))
+            if name in self.diagonals:
+                diagonals[name] = average.accumulate(self.diagonals[name], g.square(), decay)
+                continue
+            for block, x in self.blocking.split(name, g).items():
+                pairs = zip(self.blocking.axes(x.shape), self.totals[block], strict=True)
+                totals[block] = tuple(
+                    average.accumulate(s, mode_gram(x, axis), decay) for axis, s in pairs
+                )
+        weight = average.weight(self.weight, decay)
+        return KroneckerDim(totals, diagonals, weight, self.blocking)
 
     def factors(self) -> dict[str, tuple[Tensor, ...]]:
         """The averaged factors."""

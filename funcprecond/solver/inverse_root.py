@@ -7,18 +7,26 @@ its previous root.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from funcprecond.observe import Turn
 from funcprecond.problem import Params
+from funcprecond.representation.blocks import Blocking
 from funcprecond.representation.dense import Dense
-from funcprecond.representation.kronecker_dim import KroneckerDim, axes_of
-from funcprecond.tree import state
+from funcprecond.representation.diagonal import factor_dtype
+from funcprecond.representation.kronecker_dim import KroneckerDim
+from funcprecond.tree import state, static
 
 __all__ = ["InverseRoot", "Roots", "by_shape", "inverse_root", "mode_product"]
+
+
+# A dense matrix acts on the whole parameter as one axis.
+WHOLE = Blocking(merge=2**62)
 
 
 def inverse_root(
@@ -64,12 +72,28 @@ class Roots:
     """Inverse roots, ready to be applied.
 
     Attributes:
-        roots: for each parameter a tuple of (n_i, n_i) matrices, one an axis with a factor.
+        roots: for each block a tuple of (n_i, n_i) matrices, one an axis with a factor.
         diagonals: for the other parameters the inverse root, entry by entry.
+        kept: how many roots could not be taken so far and stayed as they were, 0-d.
+        blocking: how parameters are cut into blocks.
     """
 
     roots: dict[str, tuple[Tensor, ...]]
     diagonals: dict[str, Tensor]
+    kept: Tensor
+    blocking: Blocking = static(default=Blocking())
+
+    def apply(self, grads: Params, solve: Callable[[tuple[Tensor, ...], Tensor], Tensor]) -> Params:
+        """``solve(roots, block)`` for each block, and a product with the rest's diagonal."""
+        direction = {}
+        for name, g in grads.items():
+            if name in self.diagonals:
+                direction[name] = (g * self.diagonals[name]).to(g.dtype)
+                continue
+            blocks = self.blocking.split(name, g.to(factor_dtype(g)))
+            solved = {block: solve(self.roots[block], x) for block, x in blocks.items()}
+            direction[name] = self.blocking.join(name, solved, g).to(g.dtype)
+        return direction
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,47 +113,54 @@ class InverseRoot:
 
     def init(self, representation: KroneckerDim | Dense) -> Roots:
         """Identity: what stays where no root can be taken yet."""
-        factors, diagonals = _factors(representation)
+        factors, diagonals, blocking = _factors(representation)
         eye = {
             k: tuple(torch.eye(s.shape[-1], dtype=s.dtype, device=s.device) for s in f)
             for k, f in factors.items()
         }
-        return Roots(eye, {k: torch.ones_like(d) for k, d in diagonals.items()})
+        kept = torch.zeros_like(representation.weight, dtype=torch.int64)
+        return Roots(eye, {k: torch.ones_like(d) for k, d in diagonals.items()}, kept, blocking)
 
-    def prepare(self, representation: KroneckerDim | Dense, previous: Roots) -> Roots:
-        """Take the roots: one batched eigendecomposition for each size of matrix."""
-        factors, diagonals = _factors(representation)
+    def prepare(
+        self, representation: KroneckerDim | Dense, previous: Roots, turn: Turn | None = None
+    ) -> Roots:
+        """Take the roots, all of them or those whose turn it is."""
+        factors, diagonals, blocking = _factors(representation)
         flat = [s for f in factors.values() for s in f]
-        old = [r for f in previous.roots.values() for r in f]
+        roots = [r for f in previous.roots.values() for r in f]
         powers = [1 / (self.exponent or 0.5 / len(f)) for f in factors.values() for _ in f]
+        due = range(len(flat)) if turn is None else turn.share([s.shape[-1] ** 3 for s in flat])
+        failures = []
 
         def take(stack: Tensor, before: Tensor, p: float) -> Tensor:
             root, ok = inverse_root(
                 stack / representation.weight, p, epsilon=self.epsilon, dtype=self.dtype
             )
+            failures.append((~ok).sum())
             return torch.where(ok[..., None, None], root, before)
 
-        new = iter(by_shape(take, flat, old, static=powers))
-        roots = {k: tuple(next(new) for _ in f) for k, f in factors.items()}
-        return Roots(roots, self._diagonals(representation, diagonals, previous))
+        new = by_shape(
+            take, [flat[i] for i in due], [roots[i] for i in due], static=[powers[i] for i in due]
+        )
+        for i, root in zip(due, new, strict=True):
+            roots[i] = root
+        rest = iter(roots)
+        return Roots(
+            {k: tuple(next(rest) for _ in f) for k, f in factors.items()},
+            self._diagonals(representation, diagonals, previous),
+            functools.reduce(torch.add, failures, previous.kept),
+            blocking,
+        )
 
     def apply(self, factor: Roots, grads: Params) -> Params:
-        """Two products a matrix, one along each axis."""
-        direction = {}
-        for name, g in grads.items():
-            if name in factor.diagonals:
-                direction[name] = (g * factor.diagonals[name]).to(g.dtype)
-                continue
-            roots = factor.roots[name]
-            if len(roots) == 1:
-                x = roots[0] @ g.reshape(-1).to(roots[0].dtype)
-                direction[name] = x.reshape(g.shape).to(g.dtype)
-                continue
-            x = g.to(roots[0].dtype)
-            for axis, root in zip(axes_of(g.shape), roots, strict=True):
+        """One product an axis."""
+
+        def solve(roots: tuple[Tensor, ...], x: Tensor) -> Tensor:
+            for axis, root in zip(factor.blocking.axes(x.shape), roots, strict=True):
                 x = mode_product(root, x, axis)
-            direction[name] = x.to(g.dtype)
-        return direction
+            return x
+
+        return factor.apply(grads, solve)
 
     def _diagonals(self, representation, diagonals, previous: Roots) -> dict[str, Tensor]:
         new = {}
@@ -176,5 +207,5 @@ def by_shape(
 
 def _factors(representation: KroneckerDim | Dense):
     if isinstance(representation, Dense):
-        return {k: (t,) for k, t in representation.total.items()}, {}
-    return representation.totals, representation.diagonals
+        return {k: (t,) for k, t in representation.total.items()}, {}, WHOLE
+    return representation.totals, representation.diagonals, representation.blocking

@@ -13,8 +13,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from funcprecond.observe import Turn
 from funcprecond.problem import Params
-from funcprecond.representation.kronecker_dim import KroneckerDim, axes_of
+from funcprecond.representation.kronecker_dim import KroneckerDim
 from funcprecond.solver.inverse_root import InverseRoot, Roots, mode_product
 
 __all__ = ["KroneckerSum"]
@@ -41,32 +42,30 @@ class KroneckerSum:
         """Identity."""
         return self._root.init(representation)
 
-    def prepare(self, representation: KroneckerDim, previous: Roots) -> Roots:
-        """Take the roots: one batched eigendecomposition for each size of matrix."""
-        return self._root.prepare(representation, previous)
+    def prepare(
+        self, representation: KroneckerDim, previous: Roots, turn: Turn | None = None
+    ) -> Roots:
+        """Take the roots, all of them or those whose turn it is."""
+        return self._root.prepare(representation, previous, turn)
 
     def apply(self, factor: Roots, grads: Params) -> Params:
-        """``p k`` products a parameter of k axes: four for a matrix, where Shampoo takes two."""
-        direction = self._root.apply(
-            Roots({}, factor.diagonals), {k: grads[k] for k in grads if k in factor.diagonals}
-        )
-        for name, roots in factor.roots.items():
-            g = grads[name]
-            x = g.to(roots[0].dtype)
+        """``p k`` products a block of k axes: four for a matrix, where Shampoo takes two."""
+
+        def solve(roots: tuple[Tensor, ...], x: Tensor) -> Tensor:
             for _ in range(self.p or len(roots)):
-                x = _mean_over_axes(roots, x)
-            direction[name] = x.to(g.dtype)
-        return {name: direction[name] for name in grads}
+                x = _mean_over_axes(roots, factor.blocking.axes(x.shape), x)
+            return x
+
+        return factor.apply(grads, solve)
 
     @property
     def _root(self) -> InverseRoot:
         return InverseRoot(self.epsilon, None if self.p is None else 0.5 / self.p, self.dtype)
 
 
-def _mean_over_axes(roots: tuple[Tensor, ...], x: Tensor) -> Tensor:
-    if x.ndim == 2:
+def _mean_over_axes(roots: tuple[Tensor, ...], axes: tuple[int, ...], x: Tensor) -> Tensor:
+    if axes == (0, 1) and x.ndim == 2:
         left, right = roots
         return torch.addmm(x @ right.mT, left, x, beta=0.5, alpha=0.5)
-    axes = axes_of(x.shape)
     total = sum(mode_product(r, x, axis) for axis, r in zip(axes, roots, strict=True))
     return total / len(roots)  # pyright: ignore[reportReturnType]

@@ -190,13 +190,14 @@ def test_before_any_measurement_the_factor_is_the_identity():
     assert_close(solver.apply(solver.prepare(rep, solver.init(rep)), g), g)
 
 
-def test_a_measurement_that_is_not_finite_keeps_the_previous_root():
+def test_a_measurement_that_is_not_finite_keeps_the_previous_root_and_says_so():
     solver, g = InverseRoot(), {"w": normal((3, 4)), "v": normal((2,))}
     rep = KroneckerDim.init(g).accumulate(OuterProduct(g), None)
     before = solver.prepare(rep, solver.init(rep))
     bad = {k: x * float("nan") for k, x in g.items()}
     after = solver.prepare(rep.accumulate(OuterProduct(bad), None), before)
-    assert_same(after, before)
+    assert_same((after.roots, after.diagonals), (before.roots, before.diagonals))
+    assert (int(before.kept), int(after.kept)) == (0, 2)
 
 
 def test_preparing_in_float32_is_close_and_keeps_the_dtype():
