@@ -82,7 +82,7 @@ adagrad
 adagrad_full
 adam
 adamw
-soap | SOAP (Vyas 2025) | (F̂_emp^batch)^½ | layer, KF-dim eigenbasis | G direct, division
+soap
 kl_shampoo | KL-Shampoo (Lin 2026) | (F̂_emp^batch)^½ | layer, KF-dim | G direct, eigendecomposition
 muon
 sophia | Sophia (Liu 2023) | H, G | element | G direct, clipped division

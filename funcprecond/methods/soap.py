@@ -1,0 +1,177 @@
+"""SOAP: Adam in the slowly turning eigenbasis of Shampoo's factors.
+
+Row: (F̂_emp^batch)^½; layer, KF-dim eigenbasis; division. Vyas et al., ICLR 2025, arXiv 2409.11321.
+For a parameter with axes i longer than 1, Q_i the basis of its factor S_i, t counted from 1::
+
+    G' = G ×_i Q_iᵀ
+    m <- b1 m + (1 - b1) G'       v <- b2 v + (1 - b2) G'²
+    d  = ( m / (sqrt(v) + damping) ×_i Q_i ) · sqrt(1 - b2^t) / (1 - b1^t)
+    S_i <- bs S_i + (1 - bs) C_i(G)
+    now and then  Q_i <- qr(S_i Q_i),  by descending diag(Q_iᵀ S_i Q_i)
+
+The basis is turned after the step, so no gradient is inside its own basis. m is kept in the
+rotated coordinates and turned with the basis; v only follows the columns' order. Vectors and
+scalars have no basis: Adam. Needs the gradient only; 2 Σ n_i² numbers and two copies a parameter;
+each step three products an axis, each refresh a product and a QR decomposition.
+"""
+
+import sys
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from funcprecond.observe import Every, Evidence, Need
+from funcprecond.problem import Params
+from funcprecond.representation.diagonal import factor_dtype
+from funcprecond.representation.kronecker_dim import mode_gram
+from funcprecond.solver.eigenbasis import (
+    Bases,
+    axes_below,
+    decomposed,
+    followed,
+    identities,
+    permute,
+    rotate,
+    rotate_back,
+    turns,
+)
+from funcprecond.taxonomy import Card
+from funcprecond.transform import Transform, counter
+from funcprecond.tree import state
+
+__all__ = ["SOAPState", "soap"]
+
+
+@state
+class SOAPState:
+    """What SOAP keeps, in float32 or wider.
+
+    Attributes:
+        statistics, bases: for each parameter a tuple of S_i and one of Q_i, one an axis.
+        mean, second_moment: m and v, shaped like the parameters, in rotated coordinates.
+        step: the number of updates.
+    """
+
+    statistics: Bases
+    bases: Bases
+    mean: Params
+    second_moment: Params
+    step: Tensor
+
+
+def soap(
+    *,
+    betas: tuple[float | Tensor, float | Tensor] = (0.95, 0.95),
+    damping: float | Tensor = 1e-8,
+    decay: float | Tensor | None = None,
+    first: Literal["identity", "skip"] = "identity",
+    refresh: Literal["qr", "eigh"] = "qr",
+    epsilon: float | Tensor = 1e-6,
+    max_dim: int = 10000,
+    every: int = 1,
+    refresh_every: int = 10,
+    start: int = 0,
+) -> Transform:
+    """SOAP's direction.
+
+    Args:
+        betas: the weights of the old mean and of the old second moment.
+        damping: added to the root of v before the bias correction, as in the authors' code.
+        decay: bs, the weight of the old statistics; b2 by default.
+        first: the first step is Adam's ("identity"), or it is only used to find the first bases
+            ("skip", the authors' code).
+        refresh: how bases are followed. The first ones, those before ``start``, and all of an
+            ``update`` without evidence come from a full decomposition ("eigh") in any case. After
+            it v is the diagonal of the old ``diag(v)`` in the new basis; after "qr" it is
+            reordered.
+        epsilon: the QR step's shift, see :func:`funcprecond.solver.eigenbasis.orthogonal_step`; 0
+            in the authors' code.
+        max_dim: a longer axis has no basis.
+        every, refresh_every, start: the intervals of the statistics and of the bases, see
+            :func:`funcprecond.compose`.
+    """
+    b1, b2 = betas
+    bs = b2 if decay is None else decay
+    measure, turn = Every("measure", every, start), Every("refresh", refresh_every, start)
+    afresh = Every("decompose", refresh_every if refresh == "eigh" else sys.maxsize, start)
+
+    def init(params: Params) -> SOAPState:
+        axes = {k: axes_below(p.shape, max_dim) for k, p in params.items()}
+        dtypes = {k: factor_dtype(p) for k, p in params.items()}
+        eyes = {k: identities(p, axes[k], dtypes[k]) for k, p in params.items()}
+        return SOAPState(
+            {k: tuple(torch.zeros_like(x) for x in e) for k, e in eyes.items()},
+            eyes,
+            {k: torch.zeros_like(p, dtype=dtypes[k]) for k, p in params.items()},
+            {k: torch.zeros_like(p, dtype=dtypes[k]) for k, p in params.items()},
+            counter(params),
+        )
+
+    def update(
+        state: SOAPState, grads: Params, evidence: Evidence | None = None
+    ) -> tuple[SOAPState, Params]:
+        step = state.step + 1
+        begun = step > 1
+        # In float64, as in adam: in float32 the first correction is off by 1e-5.
+        t = (step - 1).clamp_min(1).double() if first == "skip" else step.double()
+        correction = (1 - b2**t) ** 0.5 / (1 - b1**t)
+        statistics, mean, second_moment, direction = {}, {}, {}, {}
+        for name, old in state.mean.items():
+            bases, axes = state.bases[name], axes_below(old.shape, max_dim)
+            g = grads[name].to(old.dtype)
+            x = rotate(g, bases, axes)
+            m = b1 * old + (1 - b1) * x
+            v = b2 * state.second_moment[name] + (1 - b2) * x * x
+            d = m / (v.sqrt() + damping) * correction
+            if first == "skip":
+                m, v = torch.where(begun, m, old), torch.where(begun, v, 0.0)
+                d = torch.where(begun, d, 0.0)
+            mean[name], second_moment[name] = m, v
+            direction[name] = rotate_back(d, bases, axes).to(grads[name].dtype)
+            factors = state.statistics[name]
+            if evidence is None or measure in evidence:
+                factors = tuple(
+                    bs * s + (1 - bs) * mode_gram(g, i) for i, s in zip(axes, factors, strict=True)
+                )
+            statistics[name] = factors
+        new = SOAPState(statistics, state.bases, mean, second_moment, step)
+        if evidence is None or afresh in evidence:
+            new = _turned(new, decomposed(statistics, state.bases), None, max_dim)
+        elif turn in evidence:
+            new = _turned(new, *followed(statistics, state.bases, epsilon), max_dim)
+        return new, {k: direction[k] for k in grads}
+
+    def needs(t: int) -> tuple[Need, ...]:
+        return (*measure.due(t), *turn.due(t), *afresh.due(t))
+
+    return Transform(init, update, needs)
+
+
+def _turned(state: SOAPState, bases: Bases, orders: Bases | None, max_dim: int) -> SOAPState:
+    """The state in other bases; without orders their columns have no counterparts among the old."""
+    mean, second_moment = {}, {}
+    for name, m in state.mean.items():
+        old, new, v = state.bases[name], bases[name], state.second_moment[name]
+        axes, turn = axes_below(m.shape, max_dim), turns(old, new)
+        mean[name] = rotate_back(m, turn, axes)
+        if orders is None:
+            second_moment[name] = rotate_back(v, tuple(x.square() for x in turn), axes)
+        else:
+            second_moment[name] = permute(v, orders[name], axes)
+    return SOAPState(state.statistics, bases, mean, second_moment, state.step)
+
+
+CARDS = (
+    Card(
+        "soap",
+        "SOAP (Vyas 2025)",
+        "(F̂_emp^batch)^½",
+        "layer, KF-dim eigenbasis",
+        "G direct, division",
+        soap,
+        learning_rate=3e-3,
+        intervals=True,
+        momentum=True,
+    ),
+)

@@ -1,0 +1,147 @@
+r"""Orthogonal bases of symmetric matrices, and tensors in them.
+
+What SOAP, KL-Shampoo and SPlus keep of Shampoo's factors: one basis an axis, columns by descending
+eigenvalue, found by decomposition (:func:`eigenvectors`) or followed by one QR decomposition a
+refresh (:func:`orthogonal_step`). To a derivative, bases are constants.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from funcprecond.representation.kronecker_dim import axes_of
+from funcprecond.solver.inverse_root import by_shape, mode_product
+
+__all__ = ["axes_below", "eigenvectors", "identities", "orthogonal_step", "rotate", "rotate_back"]
+
+Bases = dict[str, tuple[Tensor, ...]]
+
+# Eigenvalues below this many roundings of the largest one are rounding themselves.
+NULL = 10
+
+
+def eigenvectors(matrices: Tensor, previous: Tensor) -> Tensor:
+    """The eigenvectors of each matrix of a stack as columns, by descending eigenvalue.
+
+    In the null space, where every basis is one of eigenvectors, it is the one in which diag(1..2)
+    is diagonal. Left to rounding it would be another one in each dtype, under ``vmap``, or
+    compiled; methods that divide by magnitudes make that a visible difference.
+
+    Args:
+        matrices: (..., n, n), symmetric positive semi-definite up to rounding.
+        previous: what stays where a matrix is zero or not finite.
+    """
+    dtype = torch.float64 if matrices.device.type == "cpu" else torch.float32
+    dtype = torch.promote_types(matrices.dtype, dtype)
+    a = matrices.detach()
+    rounding = NULL * torch.finfo(a.dtype).eps
+    a = (a + a.mT).to(dtype) / 2
+    scale = a.diagonal(dim1=-2, dim2=-1).amax(-1)
+    ok = torch.isfinite(a).all(-1).all(-1) & (scale > 0)
+    ok, scale = ok[..., None, None], torch.where(ok, scale, 1.0)[..., None, None]
+    eye = torch.eye(a.shape[-1], dtype=dtype, device=a.device)
+    a = torch.where(ok, a / scale, eye)
+    values, vectors = torch.linalg.eigh(a)
+    null = vectors * (values <= rounding * values[..., -1:]).to(dtype).unsqueeze(-2)
+    null = null @ null.mT
+    ramp = torch.linspace(1, 2, a.shape[-1], dtype=dtype, device=a.device)
+    # Eigenvalues of the range are positive, those of the null space now in [-2, -1] and apart.
+    seen = a - null @ a @ null
+    _, vectors = torch.linalg.eigh(seen - (null * ramp.unsqueeze(-2)) @ null)
+    # LAPACK returns columns; a state that changes its strides would be compiled anew.
+    return torch.where(ok, vectors.flip(-1).to(matrices.dtype), previous).contiguous()
+
+
+def orthogonal_step(
+    matrices: Tensor, bases: Tensor, epsilon: float | Tensor = 0.0
+) -> tuple[Tensor, Tensor]:
+    """One step of orthogonal iteration: ``qr(S Q)``, after sorting the columns.
+
+    Args:
+        matrices: (..., n, n), symmetric positive semi-definite up to rounding.
+        bases: (..., n, n), orthogonal. Where a matrix is zero or not finite they stay.
+        epsilon: S is shifted by this much of its largest eigenvalue, which leaves its eigenvectors
+            as they are and keeps the old columns where S has seen nothing, instead of rounding.
+
+    Returns:
+        The new bases, on the side of the old ones (the triangular factor's diagonal is positive),
+        and (..., n) indices: column i comes from the old column ``order[i]``.
+    """
+    s, q = matrices.detach(), bases.detach()
+    ok = torch.isfinite(s).all(-1, keepdim=True).all(-2, keepdim=True)
+    product = torch.where(ok, s, 0.0) @ q
+    estimates = (q * product).sum(-2)
+    largest = estimates.amax(-1)[..., None, None]
+    ok = ok & (largest > 0)
+    count = torch.arange(q.shape[-1], device=q.device)
+    order = torch.sort(estimates, dim=-1, descending=True, stable=True).indices
+    order = torch.where(ok.squeeze(-1), order, count)
+    scaled = torch.where(ok, product / torch.where(ok, largest, 1.0) + epsilon * q, q)
+    new, triangle = torch.linalg.qr(torch.take_along_dim(scaled, order.unsqueeze(-2), -1))
+    sign = torch.where(triangle.diagonal(dim1=-2, dim2=-1) < 0, -1.0, 1.0).to(new.dtype)
+    return torch.where(ok, new * sign.unsqueeze(-2), q).contiguous(), order
+
+
+def map_bases(function: Callable[..., Tensor], *trees: Bases) -> Bases:
+    """``function(stack, stack, ...)`` over all matrices, equal sizes as one stack."""
+    flat = [[x for factors in t.values() for x in factors] for t in trees]
+    found = iter(by_shape(lambda *x: function(*x[:-1]), *flat, static=[None] * len(flat[0])))
+    return {k: tuple(next(found) for _ in factors) for k, factors in trees[0].items()}
+
+
+def decomposed(statistics: Bases, bases: Bases) -> Bases:
+    """:func:`eigenvectors` of every factor."""
+    return map_bases(eigenvectors, statistics, bases)
+
+
+def followed(
+    statistics: Bases, bases: Bases, epsilon: float | Tensor
+) -> tuple[Bases, dict[str, tuple[Tensor, ...]]]:
+    """:func:`orthogonal_step` of every factor: the new bases, and the orders."""
+
+    def step(s: Tensor, q: Tensor) -> Tensor:
+        new, order = orthogonal_step(s, q, epsilon)
+        return torch.cat([order.unsqueeze(-2).to(new.dtype), new], -2)
+
+    packed = map_bases(step, statistics, bases)
+    new = {k: tuple(x[1:] for x in factors) for k, factors in packed.items()}
+    return new, {k: tuple(x[0].long() for x in factors) for k, factors in packed.items()}
+
+
+def identities(p: Tensor, axes: tuple[int, ...], dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """An identity for each of the axes of a parameter."""
+    return tuple(torch.eye(p.shape[i], dtype=dtype, device=p.device) for i in axes)
+
+
+def axes_below(shape: torch.Size, max_dim: int) -> tuple[int, ...]:
+    """The axes with a factor: those longer than 1, if there are two, and not above ``max_dim``."""
+    return tuple(i for i in axes_of(shape) if shape[i] <= max_dim)
+
+
+def rotate(x: Tensor, bases: tuple[Tensor, ...], axes: tuple[int, ...]) -> Tensor:
+    """The coordinates of x in the bases: ``x ×_i Q_i^T``."""
+    for q, axis in zip(bases, axes, strict=True):
+        x = mode_product(q.mT, x, axis)
+    return x
+
+
+def rotate_back(x: Tensor, bases: tuple[Tensor, ...], axes: tuple[int, ...]) -> Tensor:
+    """The tensor whose coordinates are x: ``x ×_i Q_i``."""
+    for q, axis in zip(bases, axes, strict=True):
+        x = mode_product(q, x, axis)
+    return x
+
+
+def turns(old: tuple[Tensor, ...], new: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """``Q_new^T Q_old``: what takes old coordinates to new ones."""
+    return tuple(n.mT @ o for o, n in zip(old, new, strict=True))
+
+
+def permute(x: Tensor, orders: tuple[Tensor, ...], axes: tuple[int, ...]) -> Tensor:
+    """The entries of x along each axis in the given order."""
+    for order, axis in zip(orders, axes, strict=True):
+        shape = [1] * x.ndim
+        shape[axis] = -1
+        x = torch.take_along_dim(x, order.reshape(shape), axis)
+    return x
