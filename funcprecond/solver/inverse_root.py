@@ -25,6 +25,19 @@ from funcprecond.tree import state, static
 __all__ = ["InverseRoot", "Roots", "by_shape", "inverse_root", "mode_product"]
 
 
+def _eigh(a: Tensor, eye: Tensor) -> tuple[Tensor, Tensor, bool]:
+    """Eigenvalues and vectors, and whether LAPACK found them, if not in ``a``'s dtype in float64."""
+    try:
+        return *torch.linalg.eigh(a), True
+    except torch.linalg.LinAlgError:
+        pass
+    try:
+        values, vectors = torch.linalg.eigh(a.double())
+        return values.to(a.dtype), vectors.to(a.dtype), True
+    except torch.linalg.LinAlgError:
+        return torch.ones_like(a[..., 0]), eye.expand_as(a), False
+
+
 # A dense matrix acts on the whole parameter as one axis.
 WHOLE = Blocking(merge=2**62)
 
@@ -59,7 +72,8 @@ def inverse_root(
     scale = torch.where(ok, scale, 1.0)
     eye = torch.eye(a.shape[-1], dtype=dtype, device=a.device)
     a = torch.where(ok[..., None, None], a / scale[..., None, None], eye)
-    eigenvalues, vectors = torch.linalg.eigh(a)
+    eigenvalues, vectors, converged = _eigh(a, eye)
+    ok = ok & converged
     ridge = epsilon * eigenvalues[..., -1:]
     half = (eigenvalues.clamp_min(0.0) + ridge) ** (-0.5 / p)
     half = vectors * half.unsqueeze(-2)

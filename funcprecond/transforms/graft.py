@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from funcprecond.observe import Evidence
+from funcprecond.observe import Every, Evidence
 from funcprecond.problem import Params
 from funcprecond.representation.diagonal import factor_dtype
 from funcprecond.transform import Transform
@@ -24,13 +24,19 @@ class Grafted:
     magnitude: Any
 
 
-def graft(direction: Transform, magnitude: Transform) -> Transform:
+def graft(direction: Transform, magnitude: Transform, *, start: int = 0) -> Transform:
     """Take each parameter's direction from one method and its length from another.
 
     ``d <- d * |m| / |d|`` per parameter, so that a learning rate tuned for ``magnitude`` carries
     over and every global scale of ``direction`` is irrelevant (Anil et al., arXiv 2002.09018).
     Where the direction is zero the result is zero.
+
+    Args:
+        direction, magnitude: the two methods; both see every gradient from the first step on.
+        start: until this step the direction is ``magnitude``'s as well, while the statistics of
+            ``direction`` fill.
     """
+    begun = Every(f"graft from step {start}")
 
     def init(params: Params) -> Grafted:
         return Grafted(direction.init(params), magnitude.init(params))
@@ -40,13 +46,16 @@ def graft(direction: Transform, magnitude: Transform) -> Transform:
     ) -> tuple[Grafted, Params]:
         first, d = direction.update(state.direction, grads, evidence)
         second, m = magnitude.update(state.magnitude, grads, evidence)
+        if start and evidence is not None and begun not in evidence:
+            return Grafted(first, second), m
         grafted = {
             k: (x * (_norm(m[k]) / _norm(x).clamp_min(TINY))).to(x.dtype) for k, x in d.items()
         }
         return Grafted(first, second), grafted
 
     def needs(t: int) -> tuple:
-        return tuple(dict.fromkeys((*direction.needs(t), *magnitude.needs(t))))
+        marks = (begun,) if start and t >= start else ()
+        return tuple(dict.fromkeys((*marks, *direction.needs(t), *magnitude.needs(t))))
 
     return Transform(init, update, needs)
 

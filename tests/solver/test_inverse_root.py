@@ -239,3 +239,35 @@ def test_by_shape_maps_stacks_and_keeps_the_order():
 
 def test_by_shape_of_nothing_is_nothing():
     assert by_shape(lambda stack, s: stack, [], static=[]) == []
+
+
+def failing_eigh(*dtypes):
+    decompose = torch.linalg.eigh
+
+    def eigh(a):
+        if a.dtype in dtypes:
+            raise torch.linalg.LinAlgError
+        return decompose(a)
+
+    return eigh
+
+
+def test_what_does_not_converge_is_tried_again_in_float64(monkeypatch):
+    g = {"w": normal((6, 5), dtype=torch.float32)}
+    solver = InverseRoot(dtype=torch.float32)
+    rep = KroneckerDim.init(g).accumulate(OuterProduct(g), None)
+    expected = InverseRoot(dtype=torch.float64).prepare(rep, solver.init(rep))
+    monkeypatch.setattr(torch.linalg, "eigh", failing_eigh(torch.float32))
+    found = solver.prepare(rep, solver.init(rep))
+    assert_close(found.roots, expected.roots, rtol=1e-4)
+    assert int(found.kept) == 0
+
+
+def test_what_never_converges_keeps_its_root_and_is_counted(monkeypatch):
+    g = {"w": normal((6, 5))}
+    rep = KroneckerDim.init(g).accumulate(OuterProduct(g), None)
+    before = InverseRoot().init(rep)
+    monkeypatch.setattr(torch.linalg, "eigh", failing_eigh(torch.float64))
+    found = InverseRoot().prepare(rep, before)
+    assert_same(found.roots, before.roots)
+    assert int(found.kept) == 2

@@ -5,6 +5,7 @@ from hypothesis import given
 import funcprecond as fp
 from tests import strategies
 from tests.equality import assert_close, assert_same, finite
+from tests.problems import mlp
 
 
 @given(strategies.vectors())
@@ -48,3 +49,16 @@ def test_half_precision_lengths_neither_overflow_nor_vanish():
 def test_it_needs_what_both_need():
     opt = fp.graft(fp.shampoo(refresh_every=2), fp.shampoo(refresh_every=3))
     assert {n.steps for n in opt.needs(0) if n.what == "refresh"} == {2, 3}
+
+
+def test_before_its_start_it_is_the_other_method():
+    toy = mlp()
+    opt = fp.graft(fp.shampoo(), fp.adam(), start=2)
+    state, adam = opt.init(toy.params), fp.adam().init(toy.params)
+    same = []
+    for t in range(3):
+        evidence = fp.observe(toy.problem, toy.params, toy.at(t), opt.needs(t))
+        state, direction = opt.update(state, evidence.grads, evidence)
+        adam, expected = fp.adam().update(adam, evidence.grads)
+        same.append(torch.equal(direction["0.weight"], expected["0.weight"]))
+    assert same == [True, True, False]
