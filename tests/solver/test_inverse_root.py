@@ -253,9 +253,11 @@ def failing_eigh(*dtypes):
 
 
 def test_what_does_not_converge_is_tried_again_in_float64(monkeypatch):
-    g = {"w": normal((6, 5), dtype=torch.float32)}
     solver = InverseRoot(dtype=torch.float32)
-    rep = KroneckerDim.init(g).accumulate(OuterProduct(g), None)
+    rep = KroneckerDim.init({"w": normal((6, 5), dtype=torch.float32)})
+    for seed in range(20):
+        g = {"w": normal((6, 5), seed, dtype=torch.float32)}
+        rep = rep.accumulate(OuterProduct(g), "sum")
     expected = InverseRoot(dtype=torch.float64).prepare(rep, solver.init(rep))
     monkeypatch.setattr(torch.linalg, "eigh", failing_eigh(torch.float32))
     found = solver.prepare(rep, solver.init(rep))
