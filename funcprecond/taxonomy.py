@@ -74,6 +74,7 @@ seng | ★ SENG (Yang 2021) | F̂_emp | layer, Gram | L/G direct, SMW inverse & 
 tnt | TNT (Ren & Goldfarb 2021) | F̂_nmc, F̂_emp | layer, KF-dim | L direct, Cholesky inverse
 shampoo
 caspr
+one_sided_shampoo
 unit_ng | Unit-wise NG (Ollivier 2015) | F̂_nmc, F̂_emp | unit, dense | L/G direct, Cholesky inverse
 adahessian
 sfn | SFN (Dauphin 2014) | \|H\| | element; full, low-rank | L/G direct, division; L iter, Lanczos

@@ -48,6 +48,7 @@ METHODS: dict[str, Line] = {
     "ekfac": Line(references.ekfac, {"damping": 1e-2}, EXACT, learns_layers=True),
     "adahessian": Line(None),
     "muon": Line(references.orthogonal_factor, dense={"polynomial": "svd"}),
+    "one_sided_shampoo": Line(None),
     "soap": Line(None),
     "smw_ng": Line(references.damped_empirical, {"damping": 1e-2}),
     "lbfgs": Line(references.unit_norm, {"history": 3}),
