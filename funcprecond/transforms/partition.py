@@ -3,14 +3,16 @@
 import dataclasses
 from collections.abc import Callable, Sequence
 from fnmatch import fnmatchcase
+from typing import Any
 
 from torch import Tensor
 
 from funcprecond.observe import Evidence
 from funcprecond.problem import Params
 from funcprecond.transform import Transform
+from funcprecond.tree import state, static
 
-__all__ = ["Assignment", "assign", "partition"]
+__all__ = ["Assignment", "Partitioned", "assign", "partition"]
 
 Rule = tuple[str | Callable[[str, Tensor], bool], str]
 Rules = Sequence[Rule] | Callable[[str, Tensor], str | None]
@@ -52,12 +54,6 @@ def assign(rules: Rules, params: Params, labels: Sequence[str] | None = None) ->
         ValueError: a parameter matches no rule, a name is written out in two rules with different
             labels, one tensor has two names with different labels, or a label does not exist.
     """
-    assigned = _labels(rules, params, labels)
-    _check_claims(rules, params, assigned)
-    return Assignment(assigned, {k: tuple(p.shape) for k, p in params.items()})
-
-
-def _labels(rules: Rules, params: Params, labels: Sequence[str] | None) -> dict[str, str]:
     found = {name: _label(rules, name, p) for name, p in params.items()}
     unmatched = [name for name, label in found.items() if label is None]
     if unmatched:
@@ -67,7 +63,21 @@ def _labels(rules: Rules, params: Params, labels: Sequence[str] | None) -> dict[
     if labels is not None and (extra := sorted(set(assigned.values()) - set(labels))):
         msg = f"the rules give the labels {extra}, but there are methods for {sorted(labels)} only"
         raise ValueError(msg)
-    return assigned
+    _check_claims(rules, params, assigned)
+    return Assignment(assigned, {k: tuple(p.shape) for k, p in params.items()})
+
+
+@state
+class Partitioned:
+    """The methods' states.
+
+    Attributes:
+        inner: by label.
+        names: (label, its parameters), settled once: the rules have no part in a step.
+    """
+
+    inner: dict[str, Any]
+    names: tuple[tuple[str, tuple[str, ...]], ...] = static()
 
 
 def partition(rules: Rules, **transforms: Transform) -> Transform:
@@ -78,29 +88,29 @@ def partition(rules: Rules, **transforms: Transform) -> Transform:
         **transforms: a method for each label.
 
     Returns:
-        A transform; its state is a dict of the methods' states by label.
+        A transform; its state is a :class:`Partitioned`.
 
     Example: Muon's usual routing is ``[(lambda name, p: p.ndim == 2 and "embed" not in name,
     "matrix"), ("*", "rest")]``.
     """
 
-    def split(params: Params, labels: dict[str, str]) -> dict[str, Params]:
-        return {
-            label: {k: p for k, p in params.items() if labels[k] == label} for label in transforms
-        }
+    def init(params: Params) -> Partitioned:
+        labels = assign(rules, params, list(transforms)).labels
+        names = tuple(
+            (label, tuple(k for k in params if labels[k] == label)) for label in transforms
+        )
+        inner = {label: transforms[label].init({k: params[k] for k in ks}) for label, ks in names}
+        return Partitioned(inner, names)
 
-    def init(params: Params) -> dict:
-        parts = split(params, assign(rules, params, list(transforms)).labels)
-        return {label: transforms[label].init(part) for label, part in parts.items()}
-
-    def update(state: dict, grads: Params, evidence: Evidence | None = None) -> tuple[dict, Params]:
+    def update(
+        state: Partitioned, grads: Params, evidence: Evidence | None = None
+    ) -> tuple[Partitioned, Params]:
         new, direction = {}, {}
-        # Two parameters may share the tensor of their gradient; only parameters must not be tied.
-        parts = split(grads, _labels(rules, grads, list(transforms)))
-        for label, part in parts.items():
-            new[label], d = transforms[label].update(state[label], part, evidence)
+        for label, names in state.names:
+            part = {k: grads[k] for k in names}
+            new[label], d = transforms[label].update(state.inner[label], part, evidence)
             direction |= d
-        return new, {k: direction[k] for k in grads}
+        return Partitioned(new, state.names), {k: direction[k] for k in grads}
 
     def needs(t: int) -> tuple:
         return tuple(dict.fromkeys(n for x in transforms.values() for n in x.needs(t)))

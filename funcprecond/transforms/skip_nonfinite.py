@@ -51,4 +51,6 @@ def skip_nonfinite(transform: Transform) -> Transform:
 
 
 def _finite(values: Params) -> Tensor:
+    if not values:
+        return torch.ones((), dtype=torch.bool)
     return torch.stack([torch.isfinite(v).all() for v in values.values()]).all()

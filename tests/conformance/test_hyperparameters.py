@@ -1,4 +1,4 @@
-"""Numbers among the hyperparameters may be 0-d tensors: for vmap, gradients, and no recompilation."""
+"""Numbers among the hyperparameters may be 0-d tensors, so that an ensemble can be vmapped."""
 
 import inspect
 

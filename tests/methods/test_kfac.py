@@ -129,7 +129,7 @@ def test_a_partition_gives_it_some_of_the_layers():
     toy = problems.mlp()
     opt = fp.partition([("0.*", "kfac"), ("*", "sgd")], kfac=fp.kfac(), sgd=fp.sgd())
     state, direction, evidence = problems.update(toy, opt)
-    assert list(state["kfac"].representation.left) == ["0.weight+0.bias"]
+    assert list(state.inner["kfac"].representation.left) == ["0.weight+0.bias"]
     assert direction["2.weight"] is evidence.grads["2.weight"]
 
 

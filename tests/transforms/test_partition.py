@@ -50,7 +50,7 @@ def test_each_method_gets_its_own_parameters_only():
         }
         alone, expected = method.update(method.init(part), part)
         assert_close({k: direction[k] for k in part}, expected, rtol=1e-13)
-        assert_close(state[label], alone, rtol=1e-13)
+        assert_close(state.inner[label], alone, rtol=1e-13)
 
 
 def test_an_unmatched_parameter_is_named():
@@ -110,7 +110,14 @@ def test_a_layer_method_measures_its_own_layers_as_if_they_were_alone():
 
 def test_a_method_without_parameters_is_idle():
     toy = problems.mlp()
-    for idle in (fp.adam(), fp.shampoo(), fp.adagrad_full(), fp.momentum(), fp.clip_norm(1.0)):
+    for idle in (
+        fp.adam(),
+        fp.shampoo(),
+        fp.adagrad_full(),
+        fp.momentum(),
+        fp.clip_norm(1.0),
+        fp.skip_nonfinite(fp.adam()),
+    ):
         opt = fp.partition([("*", "all")], all=fp.sgd(), idle=idle)
         _, direction, evidence = problems.update(toy, opt)
         assert_same(direction, evidence.grads)
