@@ -64,8 +64,13 @@ def chain(*transforms: Transform) -> Transform:
     return Transform(init, update, needs)
 
 
-def apply(params: Params, direction: Params) -> Params:
-    """``params - direction``, as new tensors of the parameters' dtypes.
+def apply(params: Params, direction: Params, rate: float | Tensor = 1.0) -> Params:
+    """``params - rate * direction``, as new tensors of the parameters' dtypes.
+
+    Args:
+        params, direction: with the same names.
+        rate: a learning rate; here it saves the pass over memory that :func:`funcprecond.scale`
+            takes.
 
     Raises:
         KeyError: the direction lacks a parameter.
@@ -74,15 +79,18 @@ def apply(params: Params, direction: Params) -> Params:
     if missing:
         msg = f"the direction has no entry for {sorted(missing)}"
         raise KeyError(msg)
-    return tree.sub(params, {k: direction[k].to(p.dtype) for k, p in params.items()})
+    return tree.add(params, {k: direction[k].to(p.dtype) for k, p in params.items()}, -rate)
 
 
-def make_step(problem: Problem, opt: Transform, *, compile: bool = False) -> Callable:
+def make_step(
+    problem: Problem, opt: Transform, *, rate: float | Tensor = 1.0, compile: bool = False
+) -> Callable:
     """One whole training step as a pure function: observe, update, apply.
 
     Args:
         problem: what is minimised.
-        opt: the method, with its learning rate.
+        opt: the method, with its learning rate, unless that is ``rate``.
+        rate: see :func:`apply`.
         compile: compile it, full graph, once for each distinct set of needs.
 
     Returns:
@@ -98,7 +106,7 @@ def make_step(problem: Problem, opt: Transform, *, compile: bool = False) -> Cal
         seen = Evidence(
             params, evidence.loss, evidence.outputs, evidence.grads, evidence.buffers, {}
         )
-        return apply(params, direction), state, seen
+        return apply(params, direction, rate), state, seen
 
     compiled: dict[tuple, Callable] = {}
 

@@ -137,3 +137,20 @@ def test_buffers_go_in_and_come_out_of_a_step():
         buffers = evidence.buffers
     assert buffers["1.num_batches_tracked"] == 3
     assert problem.buffers["1.num_batches_tracked"] == 0
+
+
+@pytest.mark.parametrize("rate", [0.25, torch.tensor(0.25, dtype=torch.float64)])
+def test_a_rate_multiplies_while_it_subtracts(rate):
+    toy = problems.mlp()
+    direction = {k: torch.ones_like(p) for k, p in toy.params.items()}
+    moved = fp.apply(toy.params, direction, rate)
+    for k, p in toy.params.items():
+        torch.testing.assert_close(moved[k], p - 0.25)
+    ends = [
+        fp.make_step(toy.problem, opt, **options)(toy.params, state, toy.batch, 0)[0]
+        for opt, state, options in (
+            (fp.sgd(), (), {"rate": rate}),
+            (fp.chain(fp.sgd(), fp.scale(rate)), ((), ()), {}),
+        )
+    ]
+    assert_close(*ends)

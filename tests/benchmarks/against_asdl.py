@@ -38,7 +38,9 @@ OURS = {
         refresh_every=T,
         start=0,
     ),
-    "shampoo": lambda T: fp.shampoo(every=T, refresh_every=T),
+    # ASDL takes its roots in float32; ours are in float64 on a CPU unless told otherwise.
+    "shampoo": lambda T: fp.shampoo(every=T, refresh_every=T, dtype=torch.float32),
+    "shampoo float64": lambda T: fp.shampoo(every=T, refresh_every=T),
 }
 
 
@@ -63,8 +65,8 @@ def batches(count):
 
 def ours(name, interval, compiled=False):
     problem = fp.problem(model(), fp.losses.cross_entropy)
-    opt = fp.chain(OURS[name](interval), fp.momentum(0.9), fp.scale(1e-6))
-    step = fp.make_step(problem, opt, compile=compiled)
+    opt = fp.chain(OURS[name](interval), fp.momentum(0.9))
+    step = fp.make_step(problem, opt, rate=1e-6, compile=compiled)
     generator = torch.Generator().manual_seed(0)
     params, state, t = problem.params, opt.init(problem.params), 0
 
@@ -85,7 +87,7 @@ def theirs(name, interval):
     net = model()
     config = asdl.PreconditioningConfig(
         data_size=BATCH,
-        damping=1e-12 if name == "shampoo" else 1e-3,
+        damping=1e-12 if "shampoo" in name else 1e-3,
         preconditioner_upd_interval=interval,
         curvature_upd_interval=interval,
     )
@@ -93,6 +95,7 @@ def theirs(name, interval):
         "kfac mc": lambda: asdl.KfacGradientMaker(net, config, fisher_type=asdl.FISHER_MC),
         "kfac emp": lambda: asdl.KfacGradientMaker(net, config, fisher_type=asdl.FISHER_EMP),
         "shampoo": lambda: asdl.ShampooGradientMaker(net, config),
+        "shampoo float64": lambda: asdl.ShampooGradientMaker(net, config),
     }
     maker = makers[name]() if name in makers else None
     optimizer = torch.optim.SGD(net.parameters(), lr=1e-6, momentum=0.9)

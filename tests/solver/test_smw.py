@@ -39,7 +39,8 @@ def test_any_vector_equals_the_dense_solve(count, damping, seed):
     assert (found - expected).norm() <= 1e-9 * expected.norm()
 
 
-@given(st.integers(1, 15), st.sampled_from([1e-6, 0.1, 10.0]), seeds)
+# More rows than the 11 parameters depend on each other, and their part without a gradient cancels.
+@given(st.integers(1, 9), st.sampled_from([1e-6, 0.1, 10.0]), seeds)
 def test_a_vector_in_the_span_equals_the_dense_solve_without_cancellation(count, damping, seed):
     u, y = rows(count, SHAPES, seed), normal((count,), seed + 9)
     solver = SMW(damping)
