@@ -84,6 +84,7 @@ adagrad_full
 adam
 adamw
 soap
+splus
 kl_shampoo | KL-Shampoo (Lin 2026) | (F̂_emp^batch)^½ | layer, KF-dim | G direct, eigendecomposition
 muon
 sophia | Sophia (Liu 2023) | H, G | element | G direct, clipped division

@@ -49,6 +49,7 @@ METHODS: dict[str, Line] = {
     "adahessian": Line(None),
     "muon": Line(references.orthogonal_factor, dense={"polynomial": "svd"}),
     "one_sided_shampoo": Line(None),
+    "splus": Line(None),
     "soap": Line(None),
     "smw_ng": Line(references.damped_empirical, {"damping": 1e-2}),
     "lbfgs": Line(references.unit_norm, {"history": 3}),
