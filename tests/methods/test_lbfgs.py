@@ -187,8 +187,8 @@ def test_a_subset_of_the_parameters_moves_alone():
     opt = fp.partition([("4.*", "a"), ("*", "b")], a=fp.lbfgs(history=2), b=fp.sgd())
     _, state, _ = train(toy, fp.chain(opt, fp.scale(0.1)), 3)
     size = sum(toy.params[k].numel() for k in ("4.weight", "4.bias"))
-    assert state[0]["a"].history.steps.shape == (2, size)
-    assert set(state[0]["a"].point) == {"4.weight", "4.bias"}
+    assert state[0].inner["a"].history.steps.shape == (2, size)
+    assert set(state[0].inner["a"].point) == {"4.weight", "4.bias"}
 
 
 def test_it_says_what_is_missing_or_wrong():
