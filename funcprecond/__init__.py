@@ -6,9 +6,13 @@ A method is a choice of curvature (what to measure), representation (how to stor
 
 from funcprecond import curvature, losses, methods, representation, solver, tree
 from funcprecond.compose import compose
+from funcprecond.curvature.fisher import fisher_mv
 from funcprecond.curvature.ggn import ggn_mv
 from funcprecond.curvature.hessian import hvp
+from funcprecond.curvature.jacobian import jvp, linearise, vjp
 from funcprecond.curvature.layers import layer_statistics
+from funcprecond.curvature.matrices import GGN, Fisher, Hessian
+from funcprecond.curvature.operator import Operator
 from funcprecond.curvature.per_sample import per_sample_grads
 from funcprecond.evaluation import Evaluation
 from funcprecond.methods.adagrad import adagrad, adagrad_full
@@ -20,9 +24,12 @@ from funcprecond.methods.hessian_free import hessian_free
 from funcprecond.methods.kfac import kfac, kflr
 from funcprecond.methods.lbfgs import lbfgs
 from funcprecond.methods.muon import muon, muon_rules
+from funcprecond.methods.one_sided_shampoo import one_sided_shampoo
 from funcprecond.methods.sgd import sgd
 from funcprecond.methods.shampoo import shampoo
 from funcprecond.methods.smw_ng import smw_ng
+from funcprecond.methods.soap import soap
+from funcprecond.methods.splus import splus
 from funcprecond.observe import Every, Evidence, MissingEvidence, Need, Noise, draw, observe
 from funcprecond.problem import Problem, problem
 from funcprecond.transform import Transform, apply, chain, make_step

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from torch.func import grad, vjp
 
-from funcprecond import random
-from funcprecond.evaluation import Evaluation
+from funcprecond import random, tree
+from funcprecond.evaluation import Evaluation, untransformed
 from funcprecond.observe import Need
 from funcprecond.problem import Params, Problem
 from funcprecond.tree import state
@@ -30,10 +30,30 @@ def hvp(f: Callable[[Params], Tensor], params: Params, vector: Params) -> Params
         params: where.
         vector: a tree like ``params``.
 
-    Costs about 2.5 to 3.5 gradients of ``f``. For many products at one point open a
-    :class:`funcprecond.Evaluation` and call its ``hvp``.
+    Costs about 2.5 to 3.2 gradients of ``f``. For many products at one point open
+    :func:`funcprecond.linearise`, or make a :class:`funcprecond.Hessian`.
     """
-    return vjp(grad(f), params)[1](vector)[0]
+    if not untransformed((params, vector)):
+        return vjp(grad(f), params)[1](vector)[0]
+    # Outside of transforms an ordinary graph does the same for a tenth less.
+    flat, structure = tree.flatten(params)
+    flat = [p.detach().requires_grad_() for p in flat]
+    with torch.enable_grad():
+        value = f(tree.unflatten(flat, structure))
+        if not value.requires_grad:
+            return tree.map(torch.zeros_like, params)
+        first = torch.autograd.grad(value, flat, create_graph=True, allow_unused=True)
+    pairs = [
+        (g, v)
+        for g, v in zip(first, tree.leaves(vector), strict=True)
+        if g is not None and g.requires_grad
+    ]
+    second = [None] * len(flat)
+    if pairs:
+        outputs, cotangents = zip(*pairs, strict=True)
+        second = torch.autograd.grad(outputs, flat, cotangents, allow_unused=True)
+    found = [torch.zeros_like(p) if h is None else h for h, p in zip(second, flat, strict=True)]
+    return tree.unflatten([h.detach() for h in found], structure)
 
 
 @state

@@ -20,7 +20,17 @@ from funcprecond.evaluation import untransformed
 from funcprecond.problem import Params
 from funcprecond.tree import state
 
-__all__ = ["CGResult", "Operator", "Stop", "cg", "has_stalled", "within"]
+__all__ = [
+    "CGResult",
+    "NotConverged",
+    "Operator",
+    "Solution",
+    "Stop",
+    "cg",
+    "has_stalled",
+    "truncated_cg",
+    "within",
+]
 
 Operator = Callable[[Params], Params]
 Rule = Literal["2010", "2012", "none"]
@@ -38,6 +48,45 @@ class Stop(enum.IntEnum):
     """``p^T B p <= 0``: the matrix is not positive definite along a search direction."""
     NOT_FINITE = 4
     """A product or the right-hand side has a NaN or an inf; the solution is the last finite one."""
+    BOUNDARY = 5
+    """The solution is on the boundary of the trust region."""
+    DIVERGED = 6
+    """The residual grew beyond the right-hand side."""
+
+
+@state
+class Solution:
+    """What an iterative solver returns.
+
+    Attributes:
+        solution: the last iterate, shaped like ``b``.
+        residual: ``b - B x`` there.
+        iterations: a 0-d integer.
+        reason: a :class:`Stop`, as a 0-d integer.
+    """
+
+    solution: Params
+    residual: Params
+    iterations: Tensor
+    reason: Tensor
+
+
+class NotConverged(RuntimeError):
+    """A solver ended before the residual was small enough; ``result`` is what it had.
+
+    Args:
+        result: the solver's last iterate, residual, iterations and reason.
+        b: the right-hand side.
+    """
+
+    def __init__(self, result: Solution, b: Params):
+        self.result = result
+        size = float(tree.norm(result.residual) / tree.norm(b))
+        super().__init__(
+            f"the solve ended after {int(result.iterations)} iterations with "
+            f"{Stop(int(result.reason)).name} and a relative residual of {size:.2g}: raise "
+            "max_iter, damping or tol, pass precondition=, or take the result with throw=False"
+        )
 
 
 @state
@@ -143,6 +192,70 @@ def cg(
 
     phis += [phis[-1]] * (max_iter + 1 - len(phis))
     return CGResult(x, r, iterations, reason, torch.stack(phis), stored, stored_at)
+
+
+def truncated_cg(
+    matvec: Operator,
+    b: Params,
+    *,
+    radius: float | Tensor,
+    tol: float | Tensor | None = None,
+    max_iter: int = 250,
+) -> Solution:
+    """Minimise ``x^T B x / 2 - b^T x`` within ``|x| <= radius``: Steihaug's truncated CG.
+
+    For any symmetric ``B``. On negative curvature it goes along the search direction to the
+    boundary; an iterate that would leave ends on the boundary too. The model's value is never above
+    that of the best point along ``b``.
+
+    Args:
+        matvec: ``v -> B v``.
+        b: a dict of tensors.
+        radius: of the trust region, positive.
+        tol: stop at ``|r| <= tol |b|``; ``min(0.5, |b|^(1/2))`` by default, with which Newton's
+            method converges superlinearly.
+        max_iter: at most so many products.
+
+    Returns:
+        A :class:`Solution` whose reason is RESIDUAL, BOUNDARY, MAX_ITERATIONS or NOT_FINITE.
+    """
+    plain = untransformed((b, radius, tol))
+    x, r, p = {k: torch.zeros_like(v) for k, v in b.items()}, b, b
+    rr = tree.dot(r, r)
+    size = rr.sqrt()
+    limit = size * (size.sqrt().clamp_max(0.5) if tol is None else tol)
+    finite = torch.isfinite(rr)
+    small = finite & (size <= limit)
+    reason = torch.full_like(rr, Stop.MAX_ITERATIONS.value, dtype=torch.int64)
+    reason = torch.where(finite, reason, Stop.NOT_FINITE.value)
+    reason = torch.where(small, Stop.RESIDUAL.value, reason)
+    active, iterations = finite & ~small, torch.zeros_like(reason)
+    for _ in range(max_iter):
+        if plain and not bool(active):
+            break
+        product = matvec(p)
+        curvature = tree.dot(p, product)
+        alpha = rr / torch.where(curvature > 0, curvature, 1)
+        xx, xp, pp = tree.dot(x, x), tree.dot(x, p), tree.dot(p, p)
+        leaves = (curvature <= 0) | (xx + 2 * alpha * xp + alpha**2 * pp >= radius**2)
+        # The positive root of |x + tau p| = radius, in the form without cancellation.
+        gap = (radius**2 - xx).clamp_min(0)
+        tau = gap / (xp + (xp**2 + pp * gap).sqrt()).clamp_min(torch.finfo(rr.dtype).tiny)
+        step = torch.where(leaves, tau, alpha)
+        new_x, new_r = tree.add(x, p, step), tree.add(r, product, -step)
+        new_rr = tree.dot(new_r, new_r)
+        finite = torch.isfinite(curvature) & torch.isfinite(new_rr)
+        moves = active & finite
+        x, r = _where(moves, new_x, x), _where(moves, new_r, r)
+        iterations = iterations + moves.long()
+        small = new_rr.sqrt() <= limit
+        reason = torch.where(moves & small, Stop.RESIDUAL.value, reason)
+        reason = torch.where(moves & leaves, Stop.BOUNDARY.value, reason)
+        reason = torch.where(active & ~finite, Stop.NOT_FINITE.value, reason)
+        active = moves & ~small & ~leaves
+        p = tree.add(new_r, p, new_rr / torch.where(rr == 0, 1, rr))
+        rr = new_rr
+    return Solution(x, r, iterations, reason)
 
 
 def has_stalled(phi: Sequence[Tensor], rule: Rule = "2012") -> Tensor:

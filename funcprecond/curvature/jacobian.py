@@ -1,0 +1,65 @@
+"""The model linearised: opened once for many products, or one product with J or its transpose."""
+
+from typing import Any
+
+import torch
+
+from funcprecond.evaluation import Evaluation
+from funcprecond.problem import Buffers, Params, Problem
+
+__all__ = ["jvp", "linearise", "vjp"]
+
+
+def linearise(
+    problem: Problem,
+    params: Params,
+    batch: Any,
+    *,
+    buffers: Buffers | None = None,
+    generator: torch.Generator | None = None,
+) -> Evaluation:
+    """One batch at one point, opened for many products.
+
+    ``hvp``, ``ggn_mv``, ``jvp`` and ``pull`` (``J^T u``) of the result share one forward run, one
+    set of dropout masks, and graphs that are kept until the result is let go: a Hessian product
+    then costs 1.4 to 2.6 gradients and a Gauss-Newton product 1.0 to 1.6.
+
+    Args:
+        problem, params, batch: what is linearised, and where.
+        buffers: the model's buffers; the problem's own by default.
+        generator: draws the dropout masks, if there are any.
+    """
+    return Evaluation(problem, params, batch, buffers=buffers, generator=generator, twice=True)
+
+
+def jvp(
+    problem: Problem,
+    params: Params,
+    batch: Any,
+    vector: Params,
+    *,
+    buffers: Buffers | None = None,
+    generator: torch.Generator | None = None,
+) -> Any:
+    """``J vector``: the derivative of the model's outputs along a vector shaped like ``params``.
+
+    Returns:
+        A tree shaped like the outputs. Costs about one gradient, in forward mode; where an
+        operation has no forward rule, two pull-backs, 1.7 gradients.
+    """
+    options = {"buffers": buffers, "generator": generator}
+    return Evaluation(problem, params, batch, along=vector, **options).jvp(vector)
+
+
+def vjp(
+    problem: Problem,
+    params: Params,
+    batch: Any,
+    cotangents: Any,
+    *,
+    buffers: Buffers | None = None,
+    generator: torch.Generator | None = None,
+) -> Params:
+    """``J^T cotangents``: cotangents shaped like the model's outputs, pulled back to ``params``."""
+    options = {"buffers": buffers, "generator": generator}
+    return Evaluation(problem, params, batch, **options).pull(cotangents)
