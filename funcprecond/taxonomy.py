@@ -85,7 +85,7 @@ adam
 adamw
 soap
 splus
-kl_shampoo | KL-Shampoo (Lin 2026) | (F̂_emp^batch)^½ | layer, KF-dim | G direct, eigendecomposition
+kl_shampoo
 muon
 sophia | Sophia (Liu 2023) | H, G | element | G direct, clipped division
 foof | FOOF (Benzing 2022) | input covariance | layer, KF-io | L/G direct, Cholesky inverse

@@ -54,15 +54,16 @@ def eigenvectors(matrices: Tensor, previous: Tensor) -> Tensor:
 
 
 def orthogonal_step(
-    matrices: Tensor, bases: Tensor, epsilon: float | Tensor = 0.0
+    matrices: Tensor, bases: Tensor, epsilon: float | Tensor = 0.0, *, sort: bool = True
 ) -> tuple[Tensor, Tensor]:
-    """One step of orthogonal iteration: ``qr(S Q)``, after sorting the columns.
+    """One step of orthogonal iteration: ``qr(S Q)``.
 
     Args:
         matrices: (..., n, n), symmetric positive semi-definite up to rounding.
         bases: (..., n, n), orthogonal. Where a matrix is zero or not finite they stay.
         epsilon: S is shifted by this much of its largest eigenvalue, which leaves its eigenvectors
             as they are and keeps the old columns where S has seen nothing, instead of rounding.
+        sort: put the columns in the order of descending ``q_i^T S q_i`` first.
 
     Returns:
         The new bases, on the side of the old ones (the triangular factor's diagonal is positive),
@@ -76,7 +77,7 @@ def orthogonal_step(
     ok = ok & (largest > 0)
     count = torch.arange(q.shape[-1], device=q.device)
     order = torch.sort(estimates, dim=-1, descending=True, stable=True).indices
-    order = torch.where(ok.squeeze(-1), order, count)
+    order = torch.where(ok.squeeze(-1) & sort, order, count)
     scaled = torch.where(ok, product / torch.where(ok, largest, 1.0) + epsilon * q, q)
     new, triangle = torch.linalg.qr(torch.take_along_dim(scaled, order.unsqueeze(-2), -1))
     sign = torch.where(triangle.diagonal(dim1=-2, dim2=-1) < 0, -1.0, 1.0).to(new.dtype)
@@ -96,12 +97,12 @@ def decomposed(statistics: Bases, bases: Bases) -> Bases:
 
 
 def followed(
-    statistics: Bases, bases: Bases, epsilon: float | Tensor
+    statistics: Bases, bases: Bases, epsilon: float | Tensor, *, sort: bool = True
 ) -> tuple[Bases, dict[str, tuple[Tensor, ...]]]:
     """:func:`orthogonal_step` of every factor: the new bases, and the orders."""
 
     def step(s: Tensor, q: Tensor) -> Tensor:
-        new, order = orthogonal_step(s, q, epsilon)
+        new, order = orthogonal_step(s, q, epsilon, sort=sort)
         return torch.cat([order.unsqueeze(-2).to(new.dtype), new], -2)
 
     packed = map_bases(step, statistics, bases)

@@ -50,6 +50,7 @@ METHODS: dict[str, Line] = {
     "muon": Line(references.orthogonal_factor, dense={"polynomial": "svd"}),
     "one_sided_shampoo": Line(None),
     "splus": Line(None),
+    "kl_shampoo": Line(None),
     "soap": Line(None),
     "smw_ng": Line(references.damped_empirical, {"damping": 1e-2}),
     "lbfgs": Line(references.unit_norm, {"history": 3}),
