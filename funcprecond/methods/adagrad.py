@@ -51,7 +51,7 @@ def adagrad_full(
         epsilon: the ridge, relative to each matrix's largest eigenvalue.
         decay: "sum", or the weight of the old value of a moving average.
         every, refresh_every, start: the intervals, see :func:`funcprecond.compose`.
-        dtype: what the decomposition runs in, see :mod:`funcprecond.solver.inverse_root`.
+        dtype: what the decomposition runs in, see :mod:`funcprecond.solver.root`.
     """
     solver = InverseRoot(epsilon, dtype=dtype)
     return compose(

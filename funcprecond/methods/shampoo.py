@@ -20,6 +20,7 @@ from funcprecond.representation.average import Decay
 from funcprecond.representation.blocks import Blocking
 from funcprecond.representation.kronecker_dim import KroneckerDim
 from funcprecond.solver.inverse_root import InverseRoot
+from funcprecond.solver.root import Method
 from funcprecond.taxonomy import Card
 from funcprecond.transform import Transform
 
@@ -39,6 +40,7 @@ def shampoo(
     block: int = 0,
     max_dim: int = 0,
     dtype: torch.dtype | None = None,
+    method: Method = "auto",
 ) -> Transform:
     """Shampoo's direction.
 
@@ -53,13 +55,13 @@ def shampoo(
             :func:`funcprecond.compose`.
         merge, block, max_dim: how parameters are cut into blocks, see
             :class:`funcprecond.representation.blocks.Blocking`; by default they are whole.
-        dtype: what the decompositions run in, see :mod:`funcprecond.solver.inverse_root`.
+        dtype, method: what roots are computed in and how, see :mod:`funcprecond.solver.root`.
     """
     blocking = Blocking(merge, block, max_dim)
     return compose(
         BatchGradient(),
         KroneckerDim,
-        InverseRoot(epsilon, exponent, dtype),
+        InverseRoot(epsilon, exponent, dtype, method),
         decay=decay,
         every=every,
         refresh_every=refresh_every,

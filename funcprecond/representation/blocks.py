@@ -24,7 +24,8 @@ class Blocking:
         merge: neighbouring axes are multiplied together while their product is at most this; 0 for
             never.
         block: longer axes are cut into pieces of this length, the last one shorter; 0 for never.
-        max_dim: longer axes, after that, have no factor: the identity stands for it; 0 for no limit.
+        max_dim: longer axes, after that, have no factor: the identity stands for it; 0 for no
+            limit.
     """
 
     merge: int = 0

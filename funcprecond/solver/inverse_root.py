@@ -1,9 +1,6 @@
-r"""Inverse roots :math:`(A + \epsilon \lambda_{max} I)^{-1/p}` of positive semi-definite matrices.
+"""Axis preconditioners by inverse roots: Shampoo's product of one root for each axis.
 
-By eigendecomposition, of stacks of equal-sized matrices at once. In float64 on a CPU, where it
-costs about twice float32 and is exact to 3e-8 on every spectrum; in float32 the smallest
-eigenvalues carry an error of about 6e-8 / (p epsilon). A matrix that is zero or not finite keeps
-its previous root.
+A factor that is zero or not finite, or whose root does not converge, keeps its previous root.
 """
 
 import dataclasses
@@ -20,65 +17,14 @@ from funcprecond.representation.blocks import Blocking
 from funcprecond.representation.dense import Dense
 from funcprecond.representation.diagonal import factor_dtype
 from funcprecond.representation.kronecker_dim import KroneckerDim
+from funcprecond.solver.root import Method, inverse_root
 from funcprecond.tree import state, static
 
-__all__ = ["InverseRoot", "Roots", "by_shape", "inverse_root", "mode_product"]
-
-
-def _eigh(a: Tensor, eye: Tensor) -> tuple[Tensor, Tensor, bool]:
-    """Eigenvalues and vectors, and whether LAPACK found them, if not in ``a``'s dtype in float64."""
-    try:
-        return *torch.linalg.eigh(a), True
-    except torch.linalg.LinAlgError:
-        pass
-    try:
-        values, vectors = torch.linalg.eigh(a.double())
-        return values.to(a.dtype), vectors.to(a.dtype), True
-    except torch.linalg.LinAlgError:
-        return torch.ones_like(a[..., 0]), eye.expand_as(a), False
+__all__ = ["InverseRoot", "Roots", "by_shape", "mode_product"]
 
 
 # A dense matrix acts on the whole parameter as one axis.
 WHOLE = Blocking(merge=2**62)
-
-
-def inverse_root(
-    matrices: Tensor,
-    p: float | Tensor,
-    *,
-    epsilon: float | Tensor,
-    dtype: torch.dtype | None = None,
-) -> tuple[Tensor, Tensor]:
-    """``(A + epsilon lambda_max I)^(-1/p)`` of each matrix of a stack.
-
-    Args:
-        matrices: (..., n, n), symmetric positive semi-definite up to rounding.
-        p: any positive number.
-        epsilon: the ridge, relative to each matrix's largest eigenvalue.
-        dtype: what to decompose in; float64 on a CPU and float32 elsewhere by default.
-
-    Returns:
-        The roots, in the dtype of ``matrices``, and (...,) booleans: False where the matrix was
-        zero or not finite, and the root is meaningless.
-    """
-    if dtype is None:
-        dtype = torch.float64 if matrices.device.type == "cpu" else torch.float32
-    dtype = torch.promote_types(matrices.dtype, dtype)
-    a = (matrices + matrices.mT).to(dtype) / 2
-    # One scale for all magnitudes, so that neither the decomposition nor a root over- or
-    # underflows.
-    scale = a.diagonal(dim1=-2, dim2=-1).mean(-1)
-    ok = torch.isfinite(a).all(-1).all(-1) & (scale > 0)
-    scale = torch.where(ok, scale, 1.0)
-    eye = torch.eye(a.shape[-1], dtype=dtype, device=a.device)
-    a = torch.where(ok[..., None, None], a / scale[..., None, None], eye)
-    eigenvalues, vectors, converged = _eigh(a, eye)
-    ok = ok & converged
-    ridge = epsilon * eigenvalues[..., -1:]
-    half = (eigenvalues.clamp_min(0.0) + ridge) ** (-0.5 / p)
-    half = vectors * half.unsqueeze(-2)
-    root = (half @ half.mT) * (scale ** (-1.0 / p))[..., None, None]
-    return root.to(matrices.dtype), ok
 
 
 @state
@@ -117,12 +63,13 @@ class InverseRoot:
     Attributes:
         epsilon: the ridge, relative to each factor's largest eigenvalue.
         exponent: of each factor; by default 1/2 shared by the k axes, ``1 / (2 k)``.
-        dtype: see :func:`inverse_root`.
+        dtype, method: see :func:`funcprecond.solver.root.inverse_root`.
     """
 
     epsilon: float | Tensor = 1e-6
     exponent: float | None = None
     dtype: torch.dtype | None = None
+    method: Method = "auto"
     accepts: ClassVar[tuple[type, ...]] = (KroneckerDim, Dense)
 
     def init(self, representation: KroneckerDim | Dense) -> Roots:
@@ -148,7 +95,11 @@ class InverseRoot:
 
         def take(stack: Tensor, before: Tensor, p: float) -> Tensor:
             root, ok = inverse_root(
-                stack / representation.weight, p, epsilon=self.epsilon, dtype=self.dtype
+                stack / representation.weight,
+                p,
+                epsilon=self.epsilon,
+                method=self.method,
+                dtype=self.dtype,
             )
             failures.append((~ok).sum())
             return torch.where(ok[..., None, None], root, before)

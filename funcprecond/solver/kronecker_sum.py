@@ -17,6 +17,7 @@ from funcprecond.observe import Turn
 from funcprecond.problem import Params
 from funcprecond.representation.kronecker_dim import KroneckerDim
 from funcprecond.solver.inverse_root import InverseRoot, Roots, mode_product
+from funcprecond.solver.root import Method
 
 __all__ = ["KroneckerSum"]
 
@@ -30,12 +31,13 @@ class KroneckerSum:
             has seen and another has not is amplified by about ``epsilon^(-1/2) / 4``, Shampoo's by
             ``epsilon^(-1/4)``: keep it at 1e-6 or above in float32.
         p: the number of passes; by default the number of axes.
-        dtype: see :func:`funcprecond.solver.inverse_root.inverse_root`.
+        dtype, method: see :func:`funcprecond.solver.root.inverse_root`.
     """
 
     epsilon: float | Tensor = 1e-6
     p: int | None = None
     dtype: torch.dtype | None = None
+    method: Method = "auto"
     accepts: ClassVar[tuple[type, ...]] = (KroneckerDim,)
 
     def init(self, representation: KroneckerDim) -> Roots:
@@ -60,7 +62,8 @@ class KroneckerSum:
 
     @property
     def _root(self) -> InverseRoot:
-        return InverseRoot(self.epsilon, None if self.p is None else 0.5 / self.p, self.dtype)
+        exponent = None if self.p is None else 0.5 / self.p
+        return InverseRoot(self.epsilon, exponent, self.dtype, self.method)
 
 
 def _mean_over_axes(roots: tuple[Tensor, ...], axes: tuple[int, ...], x: Tensor) -> Tensor:

@@ -1,0 +1,103 @@
+r"""Inverse roots :math:`(A + \epsilon \lambda_{max} I)^{-1/p}` of positive semi-definite matrices.
+
+By eigendecomposition on a CPU, in float64: about twice the cost of float32, and exact to 3e-8 on
+every spectrum, where float32 leaves an error of about 6e-8 / (p epsilon) in the smallest
+eigenvalues. By products alone on other devices, whose decompositions go through a stack one matrix
+at a time (:mod:`funcprecond.solver.product_root`).
+"""
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from funcprecond.solver.product_root import coupled_newton, norm_bound, polar_express
+
+__all__ = ["Method", "inverse_root"]
+
+Method = Literal["auto", "eigh", "polar_express", "coupled_newton"]
+
+
+def inverse_root(
+    matrices: Tensor,
+    p: float | Tensor,
+    *,
+    epsilon: float | Tensor,
+    method: Method = "auto",
+    dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor]:
+    """``(A + epsilon lambda_max I)^(-1/p)`` of each matrix of a stack.
+
+    Args:
+        matrices: (..., n, n), symmetric positive semi-definite up to rounding.
+        p: any positive number; products need an integer, Polar Express 2 or 4.
+        epsilon: the ridge, relative to each matrix's largest eigenvalue, or with products to a
+            bound of it that is at most 1.6 times as large.
+        method: "eigh", "polar_express", "coupled_newton"; "auto" is eigh on a CPU, and elsewhere
+            the first of Polar Express, coupled Newton and eigh that can take this p.
+        dtype: what to compute in; for eigh on a CPU float64, float32 otherwise by default.
+
+    Returns:
+        The roots, in the dtype of ``matrices``, and (...,) booleans: False where the matrix was
+        zero or not finite or the method did not converge, and the root is meaningless.
+    """
+    method = _chosen(method, p, matrices.device)
+    if dtype is None:
+        exact = method == "eigh" and matrices.device.type == "cpu"
+        dtype = torch.float64 if exact else torch.float32
+    dtype = torch.promote_types(matrices.dtype, dtype)
+    a = (matrices + matrices.mT).to(dtype) / 2
+    # One scale for all magnitudes, so that neither the computation nor a root over- or underflows.
+    scale = a.diagonal(dim1=-2, dim2=-1).mean(-1)
+    ok = torch.isfinite(a).all(-1).all(-1) & (scale > 0)
+    scale = torch.where(ok, scale, 1.0)
+    eye = torch.eye(a.shape[-1], dtype=dtype, device=a.device)
+    a = torch.where(ok[..., None, None], a / scale[..., None, None], eye)
+    if method == "eigh":
+        root, converged = _by_eigh(a, p, epsilon, eye)
+    else:
+        a = a + epsilon * norm_bound(a) * eye
+        power = int(p)  # pyright: ignore[reportArgumentType]
+        iterate = polar_express if method == "polar_express" else coupled_newton
+        root, residual = iterate(a, power)
+        converged = residual <= 0.1
+    root = root * (scale ** (-1.0 / p))[..., None, None]
+    return root.to(matrices.dtype), ok & converged
+
+
+def _chosen(method: Method, p: float | Tensor, device: torch.device) -> Method:
+    whole = not isinstance(p, Tensor) and float(p).is_integer()
+    if method == "auto":
+        if device.type == "cpu" or not whole:
+            return "eigh"
+        return "polar_express" if p in (2, 4) else "coupled_newton"
+    if method == "coupled_newton" and not whole:
+        msg = f"coupled_newton takes integer roots, not p={p}: use eigh"
+        raise ValueError(msg)
+    if method == "polar_express" and (not whole or p not in (2, 4)):
+        msg = f"polar_express takes square and fourth roots, not p={p}: use coupled_newton or eigh"
+        raise ValueError(msg)
+    if method not in ("eigh", "polar_express", "coupled_newton"):
+        msg = f"method must be auto, eigh, polar_express or coupled_newton, not {method!r}"
+        raise ValueError(msg)
+    return method
+
+
+def _by_eigh(a: Tensor, p: float | Tensor, epsilon: float | Tensor, eye: Tensor):
+    eigenvalues, vectors, converged = _eigh(a, eye)
+    ridge = epsilon * eigenvalues[..., -1:]
+    half = vectors * ((eigenvalues.clamp_min(0.0) + ridge) ** (-0.5 / p)).unsqueeze(-2)
+    return half @ half.mT, converged
+
+
+def _eigh(a: Tensor, eye: Tensor) -> tuple[Tensor, Tensor, bool]:
+    """Eigenvalues, vectors, and whether they were found, if not in ``a``'s dtype in float64."""
+    try:
+        return *torch.linalg.eigh(a), True
+    except torch.linalg.LinAlgError:
+        pass
+    try:
+        values, vectors = torch.linalg.eigh(a.double())
+        return values.to(a.dtype), vectors.to(a.dtype), True
+    except torch.linalg.LinAlgError:
+        return torch.ones_like(a[..., 0]), eye.expand_as(a), False
