@@ -6,10 +6,18 @@ A method is a choice of curvature (what to measure), representation (how to stor
 
 from funcprecond import curvature, losses, methods, representation, solver, tree
 from funcprecond.compose import compose
+from funcprecond.curvature.estimate import (
+    hutchinson_diagonal,
+    hutchinson_trace,
+    hutchpp,
+    xdiag,
+    xtrace,
+)
 from funcprecond.curvature.fisher import fisher_mv
 from funcprecond.curvature.ggn import ggn_mv
 from funcprecond.curvature.hessian import hvp
 from funcprecond.curvature.jacobian import jvp, linearise, vjp
+from funcprecond.curvature.lanczos import eigsh, spectral_density
 from funcprecond.curvature.layers import layer_statistics
 from funcprecond.curvature.matrices import GGN, Fisher, Hessian
 from funcprecond.curvature.operator import Operator
@@ -22,6 +30,7 @@ from funcprecond.methods.caspr import caspr
 from funcprecond.methods.ekfac import ekfac
 from funcprecond.methods.hessian_free import hessian_free
 from funcprecond.methods.kfac import kfac, kflr
+from funcprecond.methods.kl_shampoo import kl_shampoo
 from funcprecond.methods.lbfgs import lbfgs
 from funcprecond.methods.muon import muon, muon_rules
 from funcprecond.methods.one_sided_shampoo import one_sided_shampoo
@@ -32,6 +41,7 @@ from funcprecond.methods.soap import soap
 from funcprecond.methods.splus import splus
 from funcprecond.observe import Every, Evidence, MissingEvidence, Need, Noise, draw, observe
 from funcprecond.problem import Problem, problem
+from funcprecond.solver.nystrom import nystrom, nystrom_cg
 from funcprecond.transform import Transform, apply, chain, make_step
 from funcprecond.transforms.accumulate import accumulate
 from funcprecond.transforms.clip import clip_norm

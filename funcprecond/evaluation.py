@@ -48,14 +48,15 @@ class Evaluation:
         buffers: the model's buffers; the problem's own by default.
         masks: dropout masks drawn beforehand; the missing ones are drawn from ``generator``.
         generator: see ``masks``.
-        taps: record the layers, so that :attr:`calls`, :attr:`inputs` and :meth:`pull_layers` work.
+        taps: record the layers, so that :attr:`calls`, :attr:`layer_inputs` and :meth:`pull_layers`
+            work.
         twice: products with the Hessian or the Jacobian will be asked for.
         keep: more than the gradient will be asked for; if not, its graph is freed by the gradient.
         along: a vector that the forward run itself is differentiated along, in forward mode: its
             :meth:`jvp` then costs nothing more. For a single product this is the cheapest way.
 
     Attributes:
-        inputs_batch, targets: the batch's two halves.
+        inputs, targets: the batch's two halves.
     """
 
     def __init__(
@@ -74,7 +75,7 @@ class Evaluation:
     ):
         self.problem = problem
         self.params = params
-        self.inputs_batch, self.targets = problem.split(batch)
+        self.inputs, self.targets = problem.split(batch)
         self.masks = tuple(masks)
         self._buffers = problem.buffers if buffers is None else buffers
         self._generator = generator
@@ -85,8 +86,8 @@ class Evaluation:
         self._along = along
         if not plain:
             # A compiler would guard on the identity of a batch that the layers are asked about.
-            self.inputs_batch = tree.map(
-                lambda x: x.view_as(x) if isinstance(x, Tensor) else x, self.inputs_batch
+            self.inputs = tree.map(
+                lambda x: x.view_as(x) if isinstance(x, Tensor) else x, self.inputs
             )
         self._run = (_GraphRun if plain else _FunctionRun)(self)
 
@@ -178,11 +179,11 @@ class Evaluation:
 
         dims = tree.map(
             lambda x: 0 if isinstance(x, Tensor) and x.ndim and x.shape[0] == count else None,
-            self.inputs_batch,
+            self.inputs,
         )
         mapped = vmap(one, (dims, 0, 0), chunk_size=chunk_size)
         try:
-            return mapped(self.inputs_batch, self.masks, cotangents)
+            return mapped(self.inputs, self.masks, cotangents)
         except RuntimeError as error:
             msg = (
                 f"the per-example gradients of {list(names)} could not be taken by vmap over the "
@@ -200,12 +201,12 @@ class Evaluation:
         does, the length has to do.
         """
         count = self.count
-        shapes = [x.shape for x in tree.leaves(self.inputs_batch) if isinstance(x, Tensor)]
+        shapes = [x.shape for x in tree.leaves(self.inputs) if isinstance(x, Tensor)]
         if not any(count in shape[1:] for shape in shapes) or self.problem.couples_examples():
             return [call.shape[0] == count for call in self.calls]
         inputs = tree.map(
             lambda x: x[:1] if isinstance(x, Tensor) and x.ndim and x.shape[0] == count else x,
-            self.inputs_batch,
+            self.inputs,
         )
         params = _renamed(self.params)
         capture = Capture(params, lambda z: z, tuple(m[:1] for m in self.masks))
@@ -221,7 +222,7 @@ class Evaluation:
     def objective(self, params: Params) -> tuple[Tensor, Params]:
         """(loss, gradient) at another point: the same batch, buffers and dropout masks."""
         self._run.loss  # noqa: B018 - the masks are drawn by the first run
-        if untransformed((params, self._buffers, self.inputs_batch)):
+        if untransformed((params, self._buffers, self.inputs)):
             run = _GraphRun(self, params)
             return run.loss.detach(), run.grads[0]
         gradient, value = grad_and_value(lambda p: self._loss(p)[0])(params)
@@ -261,7 +262,7 @@ class Evaluation:
     def _forward(self, params: Params, tap: Callable | None) -> tuple[Any, Buffers, Capture]:
         capture = Capture(params, tap, self.masks, self._generator, self._twice)
         with capture:
-            outputs, buffers = self.problem.forward(params, self._buffers, self.inputs_batch)
+            outputs, buffers = self.problem.forward(params, self._buffers, self.inputs)
         self.masks = tuple(capture.masks)
         return outputs, buffers, capture
 

@@ -108,9 +108,11 @@ def problem(
     if not callable(model):
         msg = f"the model must be an nn.Module or a function, not a {type(model).__name__}"
         raise TypeError(msg)
-    if len(inspect.signature(model).parameters) < 2:
-        msg = "a model that is a function takes (params, inputs): this one takes fewer arguments"
-        raise TypeError(msg)
+    try:
+        inspect.signature(model).bind({}, None)
+    except TypeError as error:
+        msg = f"a model that is a function takes (params, inputs): {error}"
+        raise TypeError(msg) from None
 
     def forward(params, buffers, inputs):
         return model(params, inputs), buffers

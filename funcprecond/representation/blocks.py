@@ -55,7 +55,7 @@ class Blocking:
         """
         view = self.shape(shape)
         pieces = [min(n, self.block) if self.block else n for n in view]
-        return len(view) > 1 and len(self.axes(pieces)) > 0
+        return 0 not in view and len(view) > 1 and len(self.axes(pieces)) > 0
 
     def split(self, name: str, tensor: Tensor) -> dict[str, Tensor]:
         """The parameter's blocks by name: its own, with the block's place if there are several."""
