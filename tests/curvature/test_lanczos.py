@@ -1,0 +1,126 @@
+import pytest
+import torch
+
+import funcprecond as fp
+from funcprecond.curvature.lanczos import lanczos
+from funcprecond.curvature.operator import Matrix
+from tests import problems, reference, strategies
+from tests.equality import assert_close, assert_same
+from tests.problems import normal, seeded
+
+
+def operator(matrix):
+    return Matrix(matrix, {"a": matrix.new_zeros(2, 2), "b": matrix.new_zeros(len(matrix) - 4)})
+
+
+def spectrum(n=10, seed=0):
+    values = torch.linspace(-1, 2, n, dtype=torch.float64) ** 3
+    return values, strategies.with_spectrum(values, seed)
+
+
+def test_the_basis_is_orthonormal_and_carries_the_matrix():
+    _, m = spectrum()
+    space = lanczos(operator(m), normal((10,), 1), 6)
+    v, t = space.basis, space.tridiagonal()
+    assert_close(v @ v.T, reference.eye(6), atol=1e-14)
+    assert_close(v @ m @ v.T, t, atol=1e-13)
+    rest = m @ v.T - v.T @ t
+    assert_close(rest[:, :-1], torch.zeros(10, 5, dtype=torch.float64), atol=1e-13)
+    assert_close(rest[:, -1], space.beta[-1] * space.following, atol=1e-13)
+
+
+def test_moments_are_exact_up_to_twice_its_length_and_not_beyond():
+    _, m = spectrum()
+    start = normal((10,), 1)
+    start = start / start.norm()
+    values, vectors, _ = lanczos(operator(m), start, 4).ritz()
+    weights = vectors[0] ** 2
+    for power in range(8):
+        moment = start @ torch.linalg.matrix_power(m, power) @ start
+        assert_close((weights * values**power).sum(), moment, rtol=1e-11)
+    moment = start @ torch.linalg.matrix_power(m, 8) @ start
+    assert abs((weights * values**8).sum() - moment) > 1e-6
+
+
+def test_all_steps_give_all_eigenvalues_and_bounds_hold_on_the_way():
+    exact, m = spectrum()
+    for steps in range(1, 11):
+        values, _, bounds = lanczos(operator(m), normal((10,), 1), steps).ritz()
+        nearest = (values.unsqueeze(1) - exact).abs().min(1).values
+        assert (nearest <= bounds + 1e-12).all()
+    assert_close(values, exact, rtol=1e-10)
+
+
+def test_an_invariant_space_ends_it_and_one_can_go_on_with_a_shorter_one():
+    values = torch.tensor([1.0, 1.0, 1.0, 2.0, 2.0, -1.0, -1.0, -1.0], dtype=torch.float64)
+    m = strategies.with_spectrum(values, 0)
+    assert len(lanczos(operator(m), normal((8,), 1), 8).alpha) == 3
+    _, m = spectrum()
+    short = lanczos(operator(m), normal((10,), 1), 3)
+    long = lanczos(operator(m), normal((10,), 1), 7)
+    assert_close(lanczos(operator(m), normal((10,), 1), 7, short).basis, long.basis, atol=1e-12)
+
+
+def test_under_vmap_it_runs_to_the_end_with_zeros():
+    a, b = spectrum(8)[1], torch.eye(8, dtype=torch.float64)
+    start = normal((8,), 1)
+    mapped = torch.vmap(lambda m: lanczos(operator(m), start, 4))(torch.stack([a, b]))
+    assert_close(mapped.alpha[0], lanczos(operator(a), start, 4).alpha, atol=1e-12)
+    zero = torch.zeros(3, dtype=torch.float64)
+    assert_close(mapped.alpha[1], torch.cat([torch.ones(1, dtype=torch.float64), zero]), atol=1e-12)
+
+
+@pytest.mark.parametrize("which", ["LM", "LA", "SA"])
+def test_eigenpairs_are_the_dense_ones(which):
+    values, m = spectrum(40)
+    order = {
+        "LM": values.abs().argsort(descending=True),
+        "LA": values.argsort(descending=True),
+        "SA": values.argsort(),
+    }[which][:4]
+    found = fp.eigsh(operator(m), 4, which=which, tol=1e-9, max_steps=40, generator=seeded(0))
+    assert_close(found.values, values[order], rtol=1e-8)
+    rows = torch.cat([x.reshape(4, -1) for x in found.vectors.values()], 1)
+    assert_close(rows @ rows.T, reference.eye(4), atol=1e-10)
+    assert_close(rows @ m, found.values.unsqueeze(1) * rows, atol=1e-7)
+    assert (found.bounds >= 0).all()
+
+
+def test_eigenpairs_of_a_network_and_what_is_not_known_is_raised():
+    toy = problems.mlp()
+    ggn = fp.GGN(toy.problem, toy.params, toy.batch)
+    exact = torch.linalg.eigvalsh(reference.ggn(toy.problem, toy.params, toy.batch)).flip(0)
+    found = fp.eigsh(ggn, 3, tol=1e-8, generator=seeded(0))
+    assert_close(found.values, exact[:3], rtol=1e-7)
+    assert_same(found, fp.eigsh(ggn, 3, tol=1e-8, generator=seeded(0)))
+    with pytest.raises(RuntimeError, match="not known to"):
+        fp.eigsh(ggn, 3, tol=1e-8, max_steps=4, generator=seeded(0))
+    rough = fp.eigsh(ggn, 3, tol=1e-8, max_steps=4, generator=seeded(0), throw=False)
+    nearest = (rough.values.unsqueeze(1) - exact).abs().min(1).values
+    assert (nearest <= rough.bounds + 1e-12).all()
+    with pytest.raises(ValueError, match="k must be"):
+        fp.eigsh(ggn, 0, generator=seeded(0))
+
+
+def test_the_density_integrates_to_one_and_traces_are_right():
+    values, m = spectrum(30)
+    found = fp.spectral_density(operator(m), probes=20, steps=30, generator=seeded(0))
+    grid = torch.linspace(-3, 10, 4001, dtype=torch.float64)
+    density = found.density(grid, 0.05)
+    assert torch.trapezoid(density, grid).item() == pytest.approx(1, abs=1e-6)
+    exact = torch.exp(-0.5 * ((grid.unsqueeze(1) - values) / 0.3) ** 2).mean(1)
+    exact = exact / torch.trapezoid(exact, grid)
+    error = torch.trapezoid((found.density(grid, 0.3) - exact).abs(), grid)
+    assert error < 0.15
+    trace, deviation = found.trace(lambda x: (1.5 + x).log())
+    assert abs(trace - torch.logdet(m + 1.5 * reference.eye(30))) < 4 * deviation
+
+
+def test_float32_gives_no_ghosts():
+    values = torch.cat([torch.tensor([100.0, 10.0]), torch.linspace(0, 1, 58)])
+    m = strategies.with_spectrum(values.double(), 0).float()
+    space = lanczos(operator(m), normal((60,), 1, torch.float32), 40)
+    ritz, _, _ = space.ritz()
+    assert ((ritz > 5) & (ritz < 50)).sum() == 1
+    assert (ritz > 50).sum() == 1
+    assert_close(space.basis @ space.basis.T, torch.eye(len(space.alpha)), atol=1e-5)
