@@ -39,6 +39,7 @@ from funcprecond.methods.shampoo import shampoo
 from funcprecond.methods.smw_ng import smw_ng
 from funcprecond.methods.soap import soap
 from funcprecond.methods.splus import splus
+from funcprecond.methods.tnt import tnt
 from funcprecond.observe import Every, Evidence, MissingEvidence, Need, Noise, draw, observe
 from funcprecond.problem import Problem, problem
 from funcprecond.solver.nystrom import nystrom, nystrom_cg

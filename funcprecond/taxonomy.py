@@ -71,7 +71,7 @@ kfra | KFRA (Botev 2017) | G, by recursion | layer, KF-io | L/G direct, Cholesky
 ekfac
 skfac | SKFAC (Tang 2021) | F̂_nmc, F̂_emp | layer, KF-io, rank reduced | L direct, SMW inverse
 seng | ★ SENG (Yang 2021) | F̂_emp | layer, Gram | L/G direct, SMW inverse & sketching
-tnt | TNT (Ren & Goldfarb 2021) | F̂_nmc, F̂_emp | layer, KF-dim | L direct, Cholesky inverse
+tnt
 shampoo
 caspr
 one_sided_shampoo

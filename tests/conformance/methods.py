@@ -51,6 +51,7 @@ METHODS: dict[str, Line] = {
     "one_sided_shampoo": Line(None),
     "splus": Line(None),
     "kl_shampoo": Line(None),
+    "tnt": Line(None),
     "soap": Line(None),
     "smw_ng": Line(references.damped_empirical, {"damping": 1e-2}),
     "lbfgs": Line(references.unit_norm, {"history": 3}),
