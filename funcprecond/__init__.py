@@ -28,6 +28,7 @@ from funcprecond.methods.adahessian import adahessian
 from funcprecond.methods.adam import adam, adamw
 from funcprecond.methods.caspr import caspr
 from funcprecond.methods.ekfac import ekfac
+from funcprecond.methods.ggt import ggt
 from funcprecond.methods.hessian_free import hessian_free
 from funcprecond.methods.kfac import kfac, kflr
 from funcprecond.methods.kl_shampoo import kl_shampoo

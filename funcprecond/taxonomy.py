@@ -61,7 +61,7 @@ smw_gn | SMW-GN (Ren & Goldfarb 2019) | G | full, Gram | L direct, SMW inverse
 smw_ng
 tonga | TONGA (Le Roux 2008) | F̂_emp | full or unit, Gram | G direct, SMW & eigendecomposition
 mfac | M-FAC (Frantar 2021) | F̂_emp^batch | full, Gram | G direct, SMW solve
-ggt | GGT (Agarwal 2019) | (F̂_emp^batch)^½ | full, Gram | G direct, eigendecomposition
+ggt
 fang | FANG (Grosse & Salakhutdinov 2015) | F̂_nmc | full, sparse | L/G direct, incomplete Cholesky
 psgd_kron | ★ PSGD (KF) (Li 2018) | \|H\| | layer, KF-io | G iter, triangular solve & SGD
 kbfgs | ★ K-BFGS (Goldfarb 2021) | Ĥ_bfgs | layer, KF-io | G iter, BFGS

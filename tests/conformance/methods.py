@@ -52,6 +52,7 @@ METHODS: dict[str, Line] = {
     "splus": Line(None),
     "kl_shampoo": Line(None),
     "tnt": Line(None),
+    "ggt": Line(None, {"window": 5}),
     "soap": Line(None),
     "smw_ng": Line(references.damped_empirical, {"damping": 1e-2}),
     "lbfgs": Line(references.unit_norm, {"history": 3}),
