@@ -70,6 +70,8 @@ def kfac(
         every=every,
         refresh_every=refresh_every,
         start=start,
+        # Of one batch the factors have low rank, which the split damping can make use of.
+        initial=lambda params: KroneckerIO.init(params, rows=decay is None and not joint),
     )
 
 

@@ -41,6 +41,8 @@ class KroneckerIO:
         others: the diagonal for parameters that no layer covers.
         weight: 0-d, see :mod:`funcprecond.representation.average`.
         names: the parameters this state belongs to.
+        rows: of a local measurement (``decay=None``), keep a factor of n rows and columns as the
+            (r, n) rows that it is the product of, if these are fewer.
     """
 
     left: dict[str, Tensor]
@@ -49,11 +51,12 @@ class KroneckerIO:
     others: dict[str, Tensor]
     weight: Tensor
     names: tuple[str, ...] = static()
+    rows: bool = static(default=False)
 
     @classmethod
-    def init(cls, params: Params) -> "KroneckerIO":
+    def init(cls, params: Params, rows: bool = False) -> "KroneckerIO":
         """Empty."""
-        return cls({}, {}, {}, {}, zero_weight(params), tuple(params))
+        return cls({}, {}, {}, {}, zero_weight(params), tuple(params), rows)
 
     def accumulate(self, value: Layers, decay: average.Decay) -> "KroneckerIO":
         """Take in a measurement of the layers."""
@@ -64,7 +67,9 @@ class KroneckerIO:
             if uses[0].call.kind == "norm":
                 units[block] = _unit_blocks(uses, bias, value.scale)
             else:
-                left[block], right[block] = _factors(uses, bias, value.sharing, value.scale)
+                left[block], right[block] = _factors(
+                    uses, bias, value.sharing, value.scale, self.rows and decay is None
+                )
         others = {k: d * value.scale for k, d in value.others.items()}
 
         def merge(old: dict[str, Tensor], new: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -77,11 +82,12 @@ class KroneckerIO:
             merge(self.others, others),
             average.weight(self.weight, decay),
             self.names,
+            self.rows,
         )
 
     def block(self, name: str) -> Tensor:
         """A layer's block as a dense matrix, in the order of the flattened ``[W | b]``."""
-        left, right = self.left[name] / self.weight, self.right[name] / self.weight
+        left, right = (product(x) / self.weight for x in (self.left[name], self.right[name]))
         if left.ndim == 1:
             return torch.kron(left.diag(), right.contiguous())
         if left.ndim == 2:
@@ -89,6 +95,13 @@ class KroneckerIO:
         return torch.block_diag(
             *(torch.kron(x.contiguous(), y.contiguous()) for x, y in zip(left, right, strict=True))
         )
+
+
+def product(factor: Tensor) -> Tensor:
+    """A factor as a square matrix, of its rows if it is kept as them; a diagonal as it is."""
+    if factor.ndim == 1 or factor.shape[-1] == factor.shape[-2]:
+        return factor
+    return factor.mT @ factor
 
 
 def layer_rows(use: LayerUse, bias: bool, sharing: Sharing) -> tuple[Tensor, Tensor]:
@@ -114,15 +127,17 @@ def layer_rows(use: LayerUse, bias: bool, sharing: Sharing) -> tuple[Tensor, Ten
 
 
 def _factors(
-    uses: tuple[LayerUse, ...], bias: bool, sharing: Sharing, scale: Tensor
+    uses: tuple[LayerUse, ...], bias: bool, sharing: Sharing, scale: Tensor, keep_rows: bool
 ) -> tuple[Tensor, Tensor]:
     call = uses[0].call
     if call.kind == "embedding":
         return _embedding_factors(uses, scale)
     pairs = [layer_rows(use, False, sharing) for use in uses]
     share = 1 / pairs[0][0].new_tensor(sum(a.shape[-2] for a, _ in pairs))
-    inputs = _total([_second_moment(a, share, bias) for a, _ in pairs])
-    outputs = _total([_second_moment(g, scale, False) for _, g in pairs])
+    # Rows of several uses are not joined: only a single use is kept as rows.
+    keep_rows = keep_rows and len(pairs) == 1
+    inputs = _total([_second_moment(a, share, bias, keep_rows) for a, _ in pairs])
+    outputs = _total([_second_moment(g, scale, False, keep_rows) for _, g in pairs])
     if inputs.ndim == 3 and inputs.shape[0] == 1:
         inputs, outputs = inputs[0], outputs[0]
     if call.kind == "linear" and call.options == ("in_out",):
@@ -159,14 +174,14 @@ def _unit_blocks(uses: tuple[LayerUse, ...], bias: bool, scale: Tensor) -> Tenso
     return _total(blocks) * scale.to(blocks[0].dtype)
 
 
-def _second_moment(rows: Tensor, scale: Tensor, bias: bool) -> Tensor:
-    """``scale rows^T rows``, of the rows with a 1 appended if there is a bias."""
+def _second_moment(rows: Tensor, scale: Tensor, bias: bool, keep_rows: bool) -> Tensor:
+    """``scale rows^T rows``, of the rows with a 1 appended if there is a bias; or those rows."""
     scale = scale.to(rows.dtype)
     if rows.shape[-2] < rows.shape[-1]:
         # The rows are smaller than their product: they, not it, are scaled and extended.
         rows = torch.cat([rows, torch.ones_like(rows[..., :1])], -1) if bias else rows
         rows = rows * scale.sqrt()
-        return rows.mT @ rows
+        return rows if keep_rows else rows.mT @ rows
     gram = rows.mT @ rows
     if bias:
         sums = rows.sum(-2, keepdim=True)

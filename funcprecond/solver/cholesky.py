@@ -25,7 +25,8 @@ __all__ = ["Cholesky", "CholeskyFactor", "pi"]
 class CholeskyFactor:
     """Both damped factors of each block, decomposed or inverted; inverses of the units; the rest.
 
-    The factors are of totals; ``scale`` turns the solution into that of the averages.
+    The factors are of totals; ``scale`` turns the solution into that of the averages. A factor with
+    fewer rows than columns is W of ``(I - W^T W) / ridge``, the inverse of a matrix kept as rows.
     """
 
     left: dict[str, Tensor]
@@ -33,6 +34,8 @@ class CholeskyFactor:
     units: dict[str, Tensor]
     others: dict[str, Tensor]
     scale: Tensor
+    left_ridge: dict[str, Tensor]
+    right_ridge: dict[str, Tensor]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,7 +62,7 @@ class Cholesky:
 
     def init(self, representation: KroneckerIO) -> CholeskyFactor:
         """Empty, as the representation is."""
-        return CholeskyFactor({}, {}, {}, {}, torch.ones_like(representation.weight))
+        return CholeskyFactor({}, {}, {}, {}, torch.ones_like(representation.weight), {}, {})
 
     def prepare(self, representation: KroneckerIO, previous: CholeskyFactor) -> CholeskyFactor:
         """One batched Cholesky decomposition for each size of factor."""
@@ -73,11 +76,14 @@ class Cholesky:
             pi(r, x) if self.split == "pi" else torch.ones_like(w)
             for x, r in zip(left, right, strict=True)
         ]
+        matrices = [*left, *right]
+        ridges = [*(w * gamma / p for p in ratio), *(w * gamma * p for p in ratio)]
+        ridges = [torch.maximum(r, _floor(x)) for x, r in zip(matrices, ridges, strict=True)]
         factors = by_shape(
             lambda x, ridge, _: self._factor(x, ridge),
-            [*left, *right],
-            [*(w * gamma / p for p in ratio), *(w * gamma * p for p in ratio)],
-            static=[None] * 2 * len(blocks),
+            matrices,
+            ridges,
+            static=[None] * len(matrices),
         )
         return CholeskyFactor(
             dict(zip(blocks, factors[: len(blocks)], strict=True)),
@@ -85,15 +91,18 @@ class Cholesky:
             unit_inverses({k: x / w for k, x in representation.units.items()}, self.damping),
             {k: x / w for k, x in representation.others.items()},
             w * w,
+            dict(zip(blocks, ridges[: len(blocks)], strict=True)),
+            dict(zip(blocks, ridges[len(blocks) :], strict=True)),
         )
 
     def apply(self, factor: CholeskyFactor, grads: Params, rows: Layers | None = None) -> Params:
         """Two products or solves a layer, of the gradient or of the rows that it is made of."""
 
         def solve(block: str, gradient: LayerGradient) -> LayerGradient:
-            left, right = factor.left[block], factor.right[block]
+            left = factor.left[block], factor.left_ridge[block]
+            right = factor.right[block], factor.right_ridge[block]
             return gradient.map(
-                lambda x: factor.scale * self._solve(left, x), lambda x: self._solve(right, x)
+                lambda x: factor.scale * self._solve(*left, x), lambda x: self._solve(*right, x)
             )
 
         return apply_blocks(
@@ -108,21 +117,27 @@ class Cholesky:
         )
 
     def _factor(self, matrices: Tensor, ridge: Tensor) -> Tensor:
-        """The damped stack, decomposed; the ridge is raised to what rounding needs for that."""
+        """The damped stack, decomposed."""
         if matrices.ndim == ridge.ndim + 1:
             return 1 / (matrices + ridge.unsqueeze(-1))
-        diagonal = matrices.diagonal(dim1=-2, dim2=-1)
-        floor = matrices.shape[-1] * torch.finfo(matrices.dtype).eps * diagonal.mean(-1)
-        damped = diagonal + torch.maximum(ridge, floor).unsqueeze(-1)
+        rows = matrices
+        kept_as_rows = rows.shape[-2] < rows.shape[-1]
+        if kept_as_rows:
+            matrices = rows @ rows.mT
+        damped = matrices.diagonal(dim1=-2, dim2=-1) + ridge.unsqueeze(-1)
         lower, _ = torch.linalg.cholesky_ex(
             torch.diagonal_scatter(matrices, damped, dim1=-2, dim2=-1)
         )
+        if kept_as_rows:
+            return torch.linalg.solve_triangular(lower, rows, upper=False)
         return torch.cholesky_inverse(lower) if self.invert else lower
 
-    def _solve(self, factor: Tensor, x: Tensor) -> Tensor:
+    def _solve(self, factor: Tensor, ridge: Tensor, x: Tensor) -> Tensor:
         """``x (damped factor)^-1`` for rows x."""
         if factor.ndim == 1:
             return x * factor
+        if factor.shape[-2] < factor.shape[-1]:
+            return (x - (x @ factor.mT) @ factor) / ridge[..., None, None]
         return x @ factor if self.invert else torch.cholesky_solve(x.mT, factor).mT
 
 
@@ -134,4 +149,13 @@ def pi(right: Tensor, left: Tensor) -> Tensor:
 
 
 def _mean_eigenvalue(matrix: Tensor) -> Tensor:
+    if matrix.ndim > 1 and matrix.shape[-2] < matrix.shape[-1]:
+        return matrix.square().sum((-2, -1)) / matrix.shape[-1]
     return (matrix if matrix.ndim == 1 else matrix.diagonal(dim1=-2, dim2=-1)).mean(-1)
+
+
+def _floor(matrix: Tensor) -> Tensor:
+    """The least ridge with which rounding leaves a matrix positive definite; 0 for a diagonal."""
+    if matrix.ndim == 1:
+        return torch.zeros_like(matrix[0])
+    return matrix.shape[-1] * torch.finfo(matrix.dtype).eps * _mean_eigenvalue(matrix)

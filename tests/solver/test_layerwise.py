@@ -149,3 +149,33 @@ def test_norm_units_and_the_rest_are_solved_by_their_own_blocks():
             torch.testing.assert_close(torch.stack([direction["w"][u], direction["b"][u]]), solved)
         torch.testing.assert_close(direction["s"], grads["s"] / 3.1)
         assert direction["free"] is grads["free"]
+
+
+@pytest.mark.parametrize("split", ["pi", "equal"])
+@pytest.mark.parametrize("labels", ["mc", "exact", "empirical"])
+def test_factors_kept_as_rows_have_the_solution_of_the_matrices(split, labels):
+    model = torch.nn.Sequential(
+        torch.nn.Conv2d(2, 20, 3, groups=2),
+        torch.nn.Tanh(),
+        torch.nn.Flatten(),
+        torch.nn.Linear(20, 7),
+    )
+    problem = fp.problem(problems.initialised(model), fp.losses.cross_entropy)
+    batch = (problems.normal((3, 2, 3, 3)), torch.tensor([3, 5, 0]))
+    need = LayerStatistics(labels)
+    evidence = fp.observe(problem, problem.params, batch, (need,), generator=problems.seeded(0))
+    solver, found = Cholesky(0.1, split), []
+    for rows in (True, False):
+        rep = KroneckerIO.init(problem.params, rows=rows).accumulate(evidence[need], None)
+        found.append(solver.apply(solver.prepare(rep, solver.init(rep)), evidence.grads))
+        assert (rep.right["3.weight+3.bias"].shape == (3, 21)) == rows
+    for k in found[0]:
+        torch.testing.assert_close(found[0][k], found[1][k])
+    torch.testing.assert_close(
+        *(
+            KroneckerIO.init(problem.params, rows=rows)
+            .accumulate(evidence[need], None)
+            .block("0.weight+0.bias")
+            for rows in (True, False)
+        )
+    )
