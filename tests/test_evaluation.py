@@ -33,7 +33,7 @@ def vector(toy, seed=7):
 def test_the_route_is_the_one_that_was_asked_for(route):
     toy = problems.mlp()
     run = Evaluation(toy.problem, toy.params, toy.batch)._run
-    assert type(run).__name__ == {"graph": "_GraphRun", "function": "_FunctionRun"}[route]
+    assert type(run).__name__ == {"graph": "GraphRun", "function": "FunctionRun"}[route]
 
 
 def test_loss_and_outputs_are_the_models(route):

@@ -1,0 +1,256 @@
+"""The two ways a run is differentiated: an autograd graph, and ``torch.func.vjp``.
+
+:class:`funcprecond.Evaluation` chooses one; both answer the same questions with the same numbers.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.autograd.graph import get_gradient_edge
+from torch.func import grad, vjp
+
+from funcprecond import tree
+from funcprecond.capture import Call
+from funcprecond.problem import Params, detach, example_count
+
+__all__ = ["FunctionRun", "GraphRun", "opened_once", "renamed", "untransformed"]
+
+
+def opened_once(method: Callable) -> property:
+    """A property computed at its first use; functools' has a lock, which compilers cannot trace."""
+    name = f"_{method.__name__}_value"
+
+    def get(self):
+        if name not in self.__dict__:
+            setattr(self, name, method(self))
+        return getattr(self, name)
+
+    return property(get, doc=method.__doc__)
+
+
+class GraphRun:
+    """The run as an autograd graph on leaves of its own.
+
+    It does not refer back to its evaluation: the graph is freed when the last user lets go, not
+    when a garbage collector comes by.
+    """
+
+    def __init__(self, evaluation: Any, params: Params | None = None):
+        self._twice, self._keep = evaluation._twice, evaluation._keep
+        if torch.is_inference_mode_enabled():
+            msg = (
+                "nothing can be differentiated under torch.inference_mode: use torch.no_grad there"
+            )
+            raise RuntimeError(msg)
+        taps = evaluation._taps and params is None
+        source = evaluation.params if params is None else params
+        # New leaves, so that no flag and no .grad of the caller's tensors is touched.
+        self.leaves = {k: p.detach().requires_grad_() for k, p in source.items()}
+        self.edges = []
+
+        def tap(output):
+            self.edges.append(get_gradient_edge(output))
+            return output
+
+        self.tangents = None
+        along = evaluation._along if params is None else None
+        with torch.enable_grad():
+            if along is None:
+                run = evaluation._forward(self.leaves, tap if taps else None)
+            else:
+                run, self.tangents = self._forward_along(evaluation, along)
+            self.outputs, buffers, capture = run
+            example_count(self.outputs)
+            self.loss = evaluation.problem.loss(self.outputs, evaluation.targets)
+        self.buffers = {k: b.detach() for k, b in buffers.items()}
+        self.calls, self.unrecorded = capture.calls, capture.unrecorded
+        self.layer_inputs = [x.detach() for x in capture.inputs]
+
+    def _forward_along(self, evaluation, along):
+        """The run, and the outputs' derivatives along a vector; None if an operation has no rule.
+
+        First derivatives only: torch's faults with forward mode are in second ones.
+        """
+        generator = evaluation._generator
+        before = None if generator is None else generator.get_state()
+        try:
+            with forward_ad.dual_level():
+                duals = {k: forward_ad.make_dual(p, along[k]) for k, p in self.leaves.items()}
+                outputs, buffers, capture = evaluation._forward(duals, None)
+                pairs = tree.map(_unpack, outputs)
+                primals = tree.map(lambda x: x.primal, pairs, is_leaf=_is_pair)
+                tangents = tree.map(
+                    lambda x: torch.zeros_like(x.primal) if x.tangent is None else x.tangent,
+                    pairs,
+                    is_leaf=_is_pair,
+                )
+                buffers = {k: forward_ad.unpack_dual(b).primal for k, b in buffers.items()}
+            return (primals, buffers, capture), detach(tangents)
+        except NotImplementedError:
+            if generator is not None and before is not None:
+                generator.set_state(before)
+            return evaluation._forward(self.leaves, None), None
+
+    @opened_once
+    def grads(self):
+        inputs = [*self.leaves.values(), *self.edges]
+        everything = self._gradient(self.loss, None, inputs, self._twice, self._keep)
+        n = len(self.leaves)
+        self._graph_of_grads = dict(zip(self.leaves, everything[:n], strict=True))
+        grads = {k: g.detach() for k, g in self._graph_of_grads.items()}
+        return grads, [g.detach() for g in everything[n:]]
+
+    def pull(self, cotangents):
+        return dict(zip(self.leaves, self._pull(cotangents, [*self.leaves.values()]), strict=True))
+
+    def pull_layers(self, cotangents):
+        return self._pull(cotangents, self.edges)
+
+    def hvp(self, evaluation, vector):
+        if not self._twice:
+            msg = "products with the Hessian need twice=True, in the Evaluation or in the Need"
+            raise RuntimeError(msg)
+        self.grads  # noqa: B018 - opens the graph of the gradient
+        return self._through(self._graph_of_grads, vector, self.leaves)
+
+    def jvp(self, evaluation, vector):
+        seed, pulled = self._transposed
+        flat, spec = tree.flatten(self.outputs)
+        result = self._through(pulled, vector, dict(enumerate(seed)))
+        return tree.unflatten([result[i] for i in range(len(flat))], spec)
+
+    @opened_once
+    def _transposed(self):
+        """``u -> J^T u`` as a graph in ``u``: linear, so its own pull-back is ``J``."""
+        seed = [torch.zeros_like(x, requires_grad=True) for x in tree.leaves(self.outputs)]
+        pulled = self._pull(seed, [*self.leaves.values()], create_graph=True)
+        return seed, dict(zip(self.leaves, pulled, strict=True))
+
+    def _through(self, graph, vector, inputs):
+        """The vector pulled back through a graph of gradients to its inputs."""
+        alive = [k for k, g in graph.items() if g.requires_grad]
+        if not alive:
+            return {k: torch.zeros_like(x) for k, x in inputs.items()}
+        values = self._gradient(
+            [graph[k] for k in alive], [vector[k] for k in alive], [*inputs.values()]
+        )
+        return dict(zip(inputs, values, strict=True))
+
+    def _pull(self, cotangents, inputs, create_graph=False):
+        pairs = [
+            (x, u)
+            for x, u in zip(tree.leaves(self.outputs), tree.leaves(cotangents), strict=True)
+            if x.requires_grad
+        ]
+        outputs = [x for x, _ in pairs]
+        return self._gradient(outputs, [u for _, u in pairs], inputs, create_graph)
+
+    def _gradient(self, outputs, cotangents, inputs, create_graph=False, keep=True):
+        flat = [outputs] if isinstance(outputs, Tensor) else outputs
+        found: Sequence[Tensor | None] = [None] * len(inputs)
+        if inputs and any(x.requires_grad for x in flat):
+            found = torch.autograd.grad(
+                outputs,
+                inputs,
+                cotangents,
+                retain_graph=keep,
+                create_graph=create_graph,
+                allow_unused=True,
+            )
+        return [self._zero(x) if g is None else g for g, x in zip(found, inputs, strict=True)]
+
+    def _zero(self, unreached):
+        """The gradient with respect to what the outputs do not depend on."""
+        if isinstance(unreached, Tensor):
+            return torch.zeros_like(unreached)
+        like = next(iter(self.leaves.values()))
+        return like.new_zeros(self.calls[self.edges.index(unreached)].shape)
+
+
+class FunctionRun:
+    """The run built from ``torch.func.vjp``, for use inside other transforms."""
+
+    tangents = None
+
+    def __init__(self, evaluation: Any):
+        self._hessian = self._jacobian = None
+        self.calls: list[Call] = []
+        self.unrecorded: dict[str, str] = {}
+        if evaluation._taps:
+            # Only the shapes of the layers' outputs are used; a compiler removes this run.
+            with torch.no_grad():
+                _, _, capture = evaluation._forward(renamed(evaluation.params), lambda z: z)
+            self.calls, self.unrecorded = capture.calls, capture.unrecorded
+        like = next(iter(tree.leaves(evaluation.params)), torch.zeros(()))
+        self._zeros = [like.new_zeros(()).expand(c.shape) for c in self.calls]
+        calls = len(self.calls)
+
+        def f(params, zeros):
+            rest = iter(zeros)
+            tap = (lambda z: z + next(rest)) if evaluation._taps else None
+            outputs, buffers, capture = evaluation._forward(renamed(params), tap)
+            if len(capture.calls) != calls:
+                # Without this check a call missed here would have a gradient of zero, silently.
+                msg = (
+                    f"{calls} layer calls were seen in one run and {len(capture.calls)} in another"
+                )
+                raise RuntimeError(msg)
+            return outputs, (buffers, capture.inputs)
+
+        self.outputs, self._vjp, (self.buffers, self.layer_inputs) = vjp(  # pyright: ignore
+            f, evaluation.params, self._zeros, has_aux=True
+        )
+        example_count(self.outputs)
+        self.loss, self._loss_vjp = vjp(  # pyright: ignore
+            lambda x: evaluation.problem.loss(x, evaluation.targets), self.outputs
+        )
+
+    @opened_once
+    def grads(self):
+        return self._vjp(self._loss_vjp(torch.ones_like(self.loss))[0])
+
+    def pull(self, cotangents):
+        return self._vjp(cotangents)[0]
+
+    def pull_layers(self, cotangents):
+        return self._vjp(cotangents)[1]
+
+    def hvp(self, evaluation, vector):
+        if self._hessian is None:
+            self._hessian = vjp(grad(lambda p: evaluation._loss(p)[0]), evaluation.params)[1]
+        return self._hessian(vector)[0]
+
+    def jvp(self, evaluation, vector):
+        if self._jacobian is None:
+            # A pull-back of its own: the one with zeros would be transposed together with them.
+            pull = vjp(lambda p: evaluation._forward(p, None)[0], evaluation.params)[1]
+            zeros = tree.map(torch.zeros_like, self.outputs)
+            self._jacobian = vjp(lambda u: pull(u)[0], zeros)[1]
+        return self._jacobian(vector)[0]
+
+
+def _unpack(x: Tensor) -> forward_ad.UnpackedDualTensor:
+    return forward_ad.unpack_dual(x)
+
+
+def _is_pair(x: Any) -> bool:
+    return isinstance(x, forward_ad.UnpackedDualTensor)
+
+
+def renamed(params: Params) -> Params:
+    """The same values as tensors made here, whose identities a compiler does not guard on."""
+    return {k: p.view_as(p) for k, p in params.items()}
+
+
+def untransformed(tensors: Any) -> bool:
+    """Whether nothing watches: no compiler, no transform, no outer graph."""
+    if torch.compiler.is_compiling():
+        return False
+    if tree.in_transform() or forward_ad._current_level >= 0:
+        return False
+    if not torch.is_grad_enabled():
+        return True
+    return not any(isinstance(x, Tensor) and x.requires_grad for x in tree.leaves(tensors))
