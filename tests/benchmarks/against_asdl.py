@@ -92,22 +92,20 @@ def theirs(name, interval):
         curvature_upd_interval=interval,
     )
     makers = {
+        "sgd": lambda: asdl.GradientMaker(net),
         "kfac mc": lambda: asdl.KfacGradientMaker(net, config, fisher_type=asdl.FISHER_MC),
         "kfac emp": lambda: asdl.KfacGradientMaker(net, config, fisher_type=asdl.FISHER_EMP),
         "shampoo": lambda: asdl.ShampooGradientMaker(net, config),
         "shampoo float64": lambda: asdl.ShampooGradientMaker(net, config),
     }
-    maker = makers[name]() if name in makers else None
+    maker = makers[name]()
     optimizer = torch.optim.SGD(net.parameters(), lr=1e-6, momentum=0.9)
 
     def one(batch):
         x, y = batch
         optimizer.zero_grad(set_to_none=True)
-        if maker is None:
-            F.cross_entropy(net(x), y).backward()
-        else:
-            maker.setup_loss_call(F.cross_entropy, maker.setup_model_call(net, x), y)
-            maker.forward_and_backward()
+        maker.setup_loss_call(F.cross_entropy, maker.setup_model_call(net, x), y)
+        maker.forward_and_backward()
         optimizer.step()
 
     return one

@@ -11,7 +11,8 @@ from torch import nn
 
 import funcprecond as fp
 from funcprecond.curvature.layers import LayerStatistics
-from funcprecond.representation.gram import Gram, Pairs
+from funcprecond.representation.gram import Gram
+from funcprecond.representation.pairs import Pairs
 from tests import reference
 from tests.problems import Toy, convnet, initialised, mlp, normal, seeded, tree
 from tests.strategies import seeds
