@@ -157,7 +157,7 @@ CARDS = (
         "full, Gram",
         "G direct, eigendecomposition",
         ggt,
-        learning_rate=1e-2,
+        learning_rate=0.3,
         momentum=True,
         options={"window": 20},
     ),

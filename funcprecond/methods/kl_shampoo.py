@@ -224,7 +224,7 @@ CARDS = (
         "layer, KF-dim",
         "G direct, eigendecomposition",
         kl_shampoo,
-        learning_rate=1e-2,
+        learning_rate=0.03,
         intervals=True,
         momentum=True,
     ),

@@ -192,7 +192,7 @@ CARDS = (
         "layer, one KF-dim factor",
         "G direct, eigendecomposition",
         one_sided_shampoo,
-        learning_rate=0.1,
+        learning_rate=0.3,
         intervals=True,
     ),
 )

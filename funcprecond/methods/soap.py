@@ -170,7 +170,7 @@ CARDS = (
         "layer, KF-dim eigenbasis",
         "G direct, division",
         soap,
-        learning_rate=3e-3,
+        learning_rate=1e-2,
         intervals=True,
         momentum=True,
     ),

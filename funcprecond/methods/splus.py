@@ -137,7 +137,7 @@ CARDS = (
         "layer, KF-dim eigenbasis",
         "G direct, sign",
         splus,
-        learning_rate=0.1,
+        learning_rate=0.2,
         intervals=True,
         momentum=True,
     ),

@@ -57,7 +57,7 @@ class TNTState:
 
 def tnt(
     *,
-    damping: float | Tensor = 1e-2,
+    damping: float | Tensor = 0.1,
     labels: str = "mc",
     samples: int = 1,
     decay: Decay = 0.9,
@@ -190,7 +190,7 @@ CARDS = (
         "layer, KF-dim",
         "L direct, Cholesky inverse",
         tnt,
-        learning_rate=1e-3,
+        learning_rate=2e-3,
         intervals=True,
         momentum=True,
     ),
