@@ -6,6 +6,7 @@ A method is a choice of curvature (what to measure), representation (how to stor
 
 from funcprecond import curvature, losses, methods, representation, solver, tree
 from funcprecond.compose import compose
+from funcprecond.curvature.diagonal import DiagonalGGN
 from funcprecond.curvature.estimate import (
     hutchinson_diagonal,
     hutchinson_trace,
@@ -13,6 +14,7 @@ from funcprecond.curvature.estimate import (
     xdiag,
     xtrace,
 )
+from funcprecond.curvature.factored import KroneckerFactored
 from funcprecond.curvature.fisher import fisher_mv
 from funcprecond.curvature.ggn import ggn_mv
 from funcprecond.curvature.hessian import hvp
@@ -44,7 +46,7 @@ from funcprecond.methods.tnt import tnt
 from funcprecond.observe import Every, Evidence, MissingEvidence, Need, Noise, draw, observe
 from funcprecond.problem import Problem, problem
 from funcprecond.solver.nystrom import nystrom, nystrom_cg
-from funcprecond.transform import Transform, apply, chain, make_step
+from funcprecond.transform import Transform, apply, chain, make_step, make_update
 from funcprecond.transforms.accumulate import accumulate
 from funcprecond.transforms.clip import clip_norm
 from funcprecond.transforms.graft import graft

@@ -185,9 +185,7 @@ def _leave_one_out(operator, products, generator, distribution, probes, chunk_si
         raise ValueError(msg)
     k = products // 2
     if k > operator.size:
-        msg = (
-            f"{products} products are more than twice the {operator.size} parameters"
-        )
+        msg = f"{products} products are more than twice the {operator.size} parameters"
         raise ValueError(msg)
     w = _probes(operator, k, generator, distribution, probes).double()
     y = _multiply(operator, w, chunk_size).mT

@@ -31,6 +31,7 @@ __all__ = [
     "Layers",
     "Sharing",
     "layer_statistics",
+    "layer_uses",
     "split_block",
 ]
 
@@ -168,20 +169,8 @@ class LayerStatistics(Need):
         else:
             pulled = [evaluation.pull_layers(u) for u in cotangents]
             grads = [_stack(g) for g in zip(*pulled, strict=True)]
-        blocks = _blocks(evaluation, self.by_example)
-        uses = {
-            name: tuple(
-                LayerUse(
-                    evaluation.layer_inputs[i],
-                    grads[i],
-                    _with_shape(evaluation.calls[i], evaluation.params),
-                    evaluation.count,
-                )
-                for i in indices
-            )
-            for name, indices in blocks.items()
-        }
-        covered = {part for name in blocks for part in split_block(name) if part}
+        uses = layer_uses(evaluation, grads, self.by_example)
+        covered = {part for name in uses for part in split_block(name) if part}
         names = [k for k in evaluation.params if k not in covered]
         others = {}
         if names and self.others != "none":
@@ -222,6 +211,24 @@ def layer_statistics(
     """The layers' inputs and output gradients on one batch; see :class:`LayerStatistics`."""
     need = LayerStatistics(labels, samples)
     return observe(problem, params, batch, (need,), generator=generator)[need]
+
+
+def layer_uses(
+    evaluation: Evaluation, grads: Sequence[Tensor], by_example: bool = False
+) -> dict[str, tuple[LayerUse, ...]]:
+    """The uses of each block that was seen in full, with these (V, *output shape) gradients."""
+    return {
+        name: tuple(
+            LayerUse(
+                evaluation.layer_inputs[i],
+                grads[i],
+                _with_shape(evaluation.calls[i], evaluation.params),
+                evaluation.count,
+            )
+            for i in indices
+        )
+        for name, indices in _blocks(evaluation, by_example).items()
+    }
 
 
 def split_block(name: str) -> tuple[str, str | None]:

@@ -8,20 +8,22 @@ anew; the matrix is that of the loss over all of the data, however it is split. 
 
 import abc
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from funcprecond import tree
+from funcprecond.curvature.data import check_data, mean_over, seed_of, seeded
+from funcprecond.curvature.diagonal import exact_diagonal
 from funcprecond.curvature.fisher import check_labels, draw_labels, fisher_product
 from funcprecond.curvature.layers import Labels
 from funcprecond.curvature.operator import Operator, stack, unstack
 from funcprecond.evaluation import Evaluation, untransformed
+from funcprecond.losses import Loss
 from funcprecond.problem import Buffers, Params, Problem
 
-__all__ = ["GGN", "Fisher", "Hessian", "each_batch"]
+__all__ = ["GGN", "Fisher", "Hessian"]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -115,6 +117,15 @@ class _OnData(Operator):
 
     _twice = False
 
+    def _exact_diagonal(self, labels: Labels, samples: int = 1) -> Params | None:
+        """The diagonal from layer statistics; None where these do not tell the examples apart."""
+        likelihood = type(self.problem.loss).exact is not Loss.exact
+        if self.problem.couples_examples() or not (likelihood or labels == "empirical"):
+            return None
+        seed = self._seed  # pyright: ignore[reportAttributeAccessIssue]
+        data = (self.batch, self.batches)
+        return exact_diagonal(self.problem, self.params, *data, labels, samples, self.buffers, seed)
+
 
 class Hessian(_OnData):
     """The loss's Hessian; see :class:`_OnData` for the arguments.
@@ -137,6 +148,11 @@ class GGN(_OnData):
     def _product(self, evaluation: Evaluation, vector: Params, noise: Any) -> Params:
         return evaluation.ggn_mv(vector)
 
+    def diagonal(self) -> Params:
+        """Exact; for a likelihood from layer statistics (:class:`funcprecond.DiagonalGGN`)."""
+        found = self._exact_diagonal("exact")
+        return super().diagonal() if found is None else found
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Fisher(_OnData):
@@ -157,69 +173,12 @@ class Fisher(_OnData):
     def _product(self, evaluation: Evaluation, vector: Params, noise: Any) -> Params:
         return fisher_product(evaluation, vector, self.labels, noise)
 
+    def diagonal(self) -> Params:
+        """Exact, from layer statistics; see :class:`funcprecond.DiagonalGGN`."""
+        found = self._exact_diagonal(self.labels, self.samples)
+        return super().diagonal() if found is None else found
+
     def _draw(self, batch: Any, generator: torch.Generator | None) -> Any:
         if self.labels != "mc":
             return None
         return draw_labels(self.problem, batch, self.samples, generator)
-
-
-def mean_over(parts: Iterable[tuple[Evaluation, Params]]) -> Params:
-    """Values of single batches combined into that of all data, by the loss's own reduction.
-
-    Raises:
-        ValueError: there are no batches.
-    """
-    total: Params = {}
-    weights: list[Tensor] = []
-    for evaluation, value in parts:
-        weight = batch_weight(evaluation)
-        weights.append(weight)
-        # A batch whose every term is ignored has a mean of 0 / 0, and no share.
-        value = {k: torch.where(weight > 0, x * weight.to(x.dtype), 0.0) for k, x in value.items()}
-        total = tree.add(total, value) if total else value
-    if not weights:
-        msg = "there are no batches: pass a list or a DataLoader, not an iterator that is used up"
-        raise ValueError(msg)
-    if _is_sum(evaluation):  # pyright: ignore[reportPossiblyUnboundVariable]
-        return total
-    whole = torch.stack(weights).sum()
-    return {k: x / whole.to(x.dtype) for k, x in total.items()}
-
-
-def batch_weight(evaluation: Evaluation) -> Tensor:
-    """What a batch's share of the data counts, a 0-d tensor: ``1 / c``, and 1 for a summed loss."""
-    constant = evaluation.constant
-    return torch.ones_like(constant) if _is_sum(evaluation) else 1 / constant
-
-
-def _is_sum(evaluation: Evaluation) -> bool:
-    return getattr(evaluation.problem.loss, "reduction", "mean") == "sum"
-
-
-def each_batch(batch: Any, batches: Iterable[Any] | None) -> Iterator[Any]:
-    """The one batch, or the batches."""
-    return iter((batch,) if batches is None else batches)
-
-
-def check_data(batch: Any, batches: Iterable[Any] | None) -> None:
-    """Raise ValueError unless one is given, and TypeError if it can be gone through once only."""
-    if (batch is None) == (batches is None):
-        msg = "pass either one batch, or batches=, an iterable of them"
-        raise ValueError(msg)
-    if isinstance(batches, Iterator):
-        msg = (
-            "batches= is gone through once a product: pass a list or a DataLoader, not an iterator"
-        )
-        raise TypeError(msg)
-
-
-def seed_of(generator: torch.Generator | None) -> int | None:
-    """A seed drawn from the generator, once, so that all later passes can draw the same."""
-    if generator is None:
-        return None
-    return int(torch.randint(2**62, (), generator=generator, device=generator.device))
-
-
-def seeded(seed: int | None, index: int) -> torch.Generator | None:
-    """The generator of one batch."""
-    return None if seed is None else torch.Generator().manual_seed(seed + index)

@@ -35,7 +35,7 @@ __all__ = [
     "unstack",
 ]
 
-Method = Literal["cg", "minres", "truncated_cg", "neumann"]
+Method = Literal["direct", "cg", "minres", "truncated_cg", "neumann"]
 Partition = Literal["layer", "tensor"] | Mapping[str, Sequence[str]]
 # Columns of the identity taken at a time where a whole matrix is gone through.
 COLUMNS = 32
@@ -181,18 +181,19 @@ class Operator(abc.ABC):
         b: Params,
         *,
         damping: float | Tensor = 0.0,
-        method: Method = "cg",
+        method: Method | None = None,
         precondition: "Operator | Callable[[Params], Params] | None" = None,
         throw: bool = True,
         **options: Any,
     ) -> Solution:
-        """``(C + damping I)^-1 b``, iteratively.
+        """``(C + damping I)^-1 b``.
 
         Args:
             b: the right-hand side.
             damping: added to C.
-            method: "cg" for positive definite, "minres" for any symmetric C, "truncated_cg" within
-                a trust region, "neumann" for a fixed number of terms.
+            method: "direct" where C has an ``inverse``, the default there; "cg", the default else,
+                for positive definite, "minres" for any symmetric C, "truncated_cg" within a trust
+                region, "neumann" for a fixed number of terms.
             precondition: an operator or function ``r -> M^-1 r``, such as the inverse of a
                 :class:`funcprecond.KroneckerFactored` ("cg" only).
             throw: raise if the residual did not reach ``tol``. Where a transform or a compiler
@@ -208,7 +209,11 @@ class Operator(abc.ABC):
         damped = self if isinstance(damping, float) and damping == 0.0 else self + damping
         if precondition is not None:
             options["precondition"] = as_function(precondition)
-        if method == "cg":
+        if method is None:
+            method = "direct" if hasattr(self, "inverse") else "cg"
+        if method == "direct":
+            found = self._direct(damped, b, damping)
+        elif method == "cg":
             found = cg(damped.matvec, b, **{"rule": "none", **options})
         elif method == "minres":
             found = minres(damped.matvec, b, **options)
@@ -217,7 +222,7 @@ class Operator(abc.ABC):
         elif method == "neumann":
             found = neumann(damped.matvec, b, **options)
         else:
-            msg = f"method must be 'cg', 'minres', 'truncated_cg' or 'neumann', not {method!r}"
+            msg = f"method must be one of {Method.__args__}, not {method!r}"
             raise ValueError(msg)
         solution = Solution(found.solution, found.residual, found.iterations, found.reason)
         fine = (Stop.RESIDUAL, Stop.BOUNDARY) if method == "truncated_cg" else (Stop.RESIDUAL,)
@@ -226,6 +231,18 @@ class Operator(abc.ABC):
         return solution
 
     # ----------------------------------------------------------------------------------- internals
+    def _direct(self, damped: "Operator", b: Params, damping: float | Tensor) -> Solution:
+        if not hasattr(self, "inverse"):
+            msg = f"{type(self).__name__} has no inverse: use method='cg' or 'minres'"
+            raise ValueError(msg)
+        inverse = self.inverse(damping)  # pyright: ignore[reportAttributeAccessIssue]
+        x = inverse @ b
+        residual = tree.sub(b, damped @ x)
+        finite = torch.isfinite(tree.norm(residual))
+        zero = torch.zeros_like(finite, dtype=torch.int64)
+        reason = torch.where(finite, zero + Stop.RESIDUAL.value, zero + Stop.NOT_FINITE.value)
+        return Solution(x, residual, zero, reason)
+
     def _columns(self) -> Iterator[tuple[int, Tensor]]:
         """(the first column's number, (K, P) columns), a few at a time."""
         flat, size = tree.ravel(self.like), self.size

@@ -12,15 +12,14 @@ bases are refreshed now and then, s at every measurement.
 """
 
 import torch
-from einops import rearrange
 from torch import Tensor
 
-from funcprecond.curvature.layers import Labels, Layers, LayerStatistics, LayerUse, split_block
+from funcprecond.curvature.layers import Labels, Layers, LayerStatistics, split_block
+from funcprecond.curvature.moments import second_moments
 from funcprecond.observe import Every, Evidence, MissingEvidence
 from funcprecond.problem import Params
 from funcprecond.representation import average
 from funcprecond.representation.average import Decay, check_decay
-from funcprecond.representation.diagonal import factor_dtype
 from funcprecond.representation.kronecker_io import KroneckerIO
 from funcprecond.solver.eigen import eigenbases, groups_of, rotate, rotate_back
 from funcprecond.solver.layerwise import (
@@ -35,9 +34,6 @@ from funcprecond.transform import Transform
 from funcprecond.tree import state
 
 __all__ = ["EKFACState", "ekfac"]
-
-# Entries of per-example gradients in memory at a time, where positions must be summed first.
-CHUNK = 2**24
 
 
 @state
@@ -133,54 +129,12 @@ def _measured(state: EKFACState, layers: Layers, decay: Decay, refresh: bool) ->
         _, right = eigenbases({k: x for k, x in factors.right.items()})
         moments, old_weight = {}, torch.zeros_like(old_weight)
     new = {
-        k: sum(_moments(use, split_block(k)[1] is not None, left.get(k), right[k]) for use in uses)
-        * layers.scale
+        k: second_moments(uses, split_block(k)[1] is not None, left.get(k), right[k]) * layers.scale
         for k, uses in layers.uses.items()
         if k in right
     }
     moments = {k: average.accumulate(moments.get(k), x, decay) for k, x in new.items()}
     return EKFACState(factors, left, right, moments, average.weight(old_weight, decay))
-
-
-def _moments(use: LayerUse, bias: bool, left: Tensor | None, right: Tensor) -> Tensor:
-    """``Σ (left^T G_n right)²`` over cotangents and examples, without ``scale``."""
-    a, g = use.input_rows(), use.grad_rows()
-    g = g.to(factor_dtype(g))
-    if use.call.kind == "embedding":
-        return _embedding_moments(use, g, right)
-    a = a.to(g.dtype)
-    if bias:
-        a = torch.cat([a, torch.ones_like(a[..., :1])], -1)
-    swap = use.call.kind == "linear" and use.call.options == ("in_out",)
-    first, second = (right, left) if swap else (left, right)
-    if use.call.kind == "conv" and first is not None and first.ndim == 2:
-        a, g = a.squeeze(0), g.squeeze(0)
-    # A convolution's groups lead; (…, n, t, i) and (…, v, n, t, o).
-    grouped = first is not None and first.ndim == 3
-    a = a @ (second.unsqueeze(1) if grouped else second)  # pyright: ignore
-    g = g @ (first[:, None, None] if grouped else first)  # pyright: ignore
-    if a.shape[-2] == 1:
-        a, g = a.squeeze(-2), rearrange(g.squeeze(-2), "... v n o -> ... v n o")
-        moments = torch.einsum("...vno,...ni->...oi", g.square(), a.square())
-    else:
-        step = max(1, CHUNK // (a.shape[-1] * g.shape[-1]))
-        moments = sum(
-            torch.einsum("...vnto,...nti->...vnoi", g_, a_).square().sum((-4, -3))
-            for g_, a_ in zip(g.split(step, -3), a.split(step, -3), strict=True)
-        )
-    return moments.mT if swap else moments  # pyright: ignore
-
-
-def _embedding_moments(use: LayerUse, g: Tensor, right: Tensor) -> Tensor:
-    """Rows of one token add up within an example before they are squared."""
-    padding, vocabulary = use.call.options
-    ids = use.input_rows()
-    g = g @ right
-    if padding is not None:
-        g = g * (ids != padding).unsqueeze(-1)
-    same = (ids.unsqueeze(-1) == ids.unsqueeze(-2)).to(g.dtype)
-    squares = ((same @ g) * g).sum(0)
-    return g.new_zeros(vocabulary, g.shape[-1]).index_add(0, ids.reshape(-1), squares.flatten(0, 1))
 
 
 CARDS = (
