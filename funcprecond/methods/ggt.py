@@ -19,7 +19,7 @@ from torch import Tensor
 
 from funcprecond.problem import Params
 from funcprecond.representation.diagonal import factor_dtype
-from funcprecond.solver.inverse_root import by_shape
+from funcprecond.representation.stacks import by_shape
 from funcprecond.taxonomy import Card
 from funcprecond.transform import Transform, counter, gradient_only
 from funcprecond.tree import state

@@ -30,7 +30,7 @@ from torch import Tensor
 from funcprecond.problem import Params
 from funcprecond.representation.diagonal import factor_dtype
 from funcprecond.representation.kronecker_dim import axes_of
-from funcprecond.solver.inverse_root import by_shape
+from funcprecond.representation.stacks import by_shape
 from funcprecond.solver.newton_schulz import Polynomial, polar, triples
 from funcprecond.taxonomy import Card
 from funcprecond.transform import Transform, gradient_only

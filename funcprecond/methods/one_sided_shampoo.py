@@ -24,7 +24,8 @@ from funcprecond.representation import average
 from funcprecond.representation.average import Decay, check_decay
 from funcprecond.representation.diagonal import factor_dtype, zero_weight
 from funcprecond.representation.kronecker_dim import axes_of, mode_gram
-from funcprecond.solver.inverse_root import by_shape, inverse_root, mode_product
+from funcprecond.representation.stacks import by_shape
+from funcprecond.solver.inverse_root import inverse_root, mode_product
 from funcprecond.taxonomy import Card
 from funcprecond.transform import Transform
 from funcprecond.tree import state

@@ -10,6 +10,7 @@ from funcprecond.problem import Params
 from funcprecond.representation import average
 from funcprecond.representation.blocks import Blocking
 from funcprecond.representation.diagonal import factor_dtype, zero_weight
+from funcprecond.representation.stacks import over_stacks
 from funcprecond.tree import state, static
 
 __all__ = ["KroneckerDim", "axes_of"]
@@ -52,18 +53,22 @@ class KroneckerDim:
 
     def accumulate(self, value: Any, decay: average.Decay) -> "KroneckerDim":
         """Take in a measurement that has ``grads`` (an outer product)."""
-        totals, diagonals = {}, {}
+        blocks, diagonals = {}, {}
         for name, g in value.grads.items():
             # Upcast before the product: a Gram matrix in bfloat16 has lost its small eigenvalues.
             g = g.to(factor_dtype(g))
             if name in self.diagonals:
                 diagonals[name] = average.accumulate(self.diagonals[name], g.square(), decay)
-                continue
-            for block, x in self.blocking.split(name, g).items():
-                pairs = zip(self.blocking.axes(x.shape), self.totals[block], strict=True)
-                totals[block] = tuple(
-                    average.accumulate(s, mode_gram(x, axis), decay) for axis, s in pairs
-                )
+            else:
+                blocks |= self.blocking.split(name, g)
+        pairs = [(x, axis) for x in blocks.values() for axis in self.blocking.axes(x.shape)]
+        grams = iter(
+            over_stacks(mode_gram, [x for x, _ in pairs], static=[axis for _, axis in pairs])
+        )
+        totals = {
+            block: tuple(average.accumulate(s, next(grams), decay) for s in self.totals[block])
+            for block in blocks
+        }
         weight = average.weight(self.weight, decay)
         return KroneckerDim(totals, diagonals, weight, self.blocking)
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from funcprecond.curvature.layers import Layers, LayerStatistics
 from funcprecond.problem import Params
 from funcprecond.representation.kronecker_io import KroneckerIO
-from funcprecond.solver.inverse_root import by_shape
+from funcprecond.representation.stacks import by_shape
 from funcprecond.solver.layerwise import (
     GRADIENT_ROWS,
     LayerGradient,

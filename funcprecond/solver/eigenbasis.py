@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from funcprecond.representation.kronecker_dim import axes_of
-from funcprecond.solver.inverse_root import by_shape, mode_product
+from funcprecond.representation.stacks import by_shape
+from funcprecond.solver.inverse_root import mode_product
 
 __all__ = ["axes_below", "eigenvectors", "identities", "orthogonal_step", "rotate", "rotate_back"]
 

@@ -5,8 +5,8 @@ A factor that is zero or not finite, or whose root does not converge, keeps its 
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
-from typing import Any, ClassVar
+from collections.abc import Callable
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -17,10 +17,11 @@ from funcprecond.representation.blocks import Blocking
 from funcprecond.representation.dense import Dense
 from funcprecond.representation.diagonal import factor_dtype
 from funcprecond.representation.kronecker_dim import KroneckerDim
+from funcprecond.representation.stacks import by_shape, over_stacks
 from funcprecond.solver.root import Method, inverse_root
 from funcprecond.tree import state, static
 
-__all__ = ["InverseRoot", "Roots", "by_shape", "mode_product"]
+__all__ = ["InverseRoot", "Roots", "mode_product"]
 
 
 # A dense matrix acts on the whole parameter as one axis.
@@ -45,15 +46,28 @@ class Roots:
 
     def apply(self, grads: Params, solve: Callable[[tuple[Tensor, ...], Tensor], Tensor]) -> Params:
         """``solve(roots, block)`` for each block, and a product with the rest's diagonal."""
-        direction = {}
+        blocks: dict[str, Tensor] = {}
         for name, g in grads.items():
-            if name in self.diagonals:
-                direction[name] = (g * self.diagonals[name]).to(g.dtype)
-                continue
-            blocks = self.blocking.split(name, g.to(factor_dtype(g)))
-            solved = {block: solve(self.roots[block], x) for block, x in blocks.items()}
-            direction[name] = self.blocking.join(name, solved, g).to(g.dtype)
-        return direction
+            if name not in self.diagonals:
+                blocks |= self.blocking.split(name, g.to(factor_dtype(g)))
+        solved: dict[str, Tensor] = {}
+        for k in sorted({len(self.roots[block]) for block in blocks}):
+            names = [block for block in blocks if len(self.roots[block]) == k]
+            found = over_stacks(
+                lambda x, *roots: solve(roots[:-1], x),
+                [blocks[block] for block in names],
+                *([self.roots[block][i] for block in names] for i in range(k)),
+                static=[None] * len(names),
+            )
+            solved |= dict(zip(names, found, strict=True))
+        return {
+            name: (
+                g * self.diagonals[name]
+                if name in self.diagonals
+                else self.blocking.join(name, solved, g)
+            ).to(g.dtype)
+            for name, g in grads.items()
+        }
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,30 +158,6 @@ def mode_product(matrix: Tensor, x: Tensor, axis: int) -> Tensor:
         return matrix @ x if axis == 0 else x @ matrix.mT
     product = torch.tensordot(matrix, x, ([1], [axis]))  # pyright: ignore[reportArgumentType]
     return product.movedim(0, axis)
-
-
-def by_shape(
-    function: Callable[..., Tensor], *lists: Sequence[Tensor], static: Sequence[Any]
-) -> list[Tensor]:
-    """Map ``function(*tensors, static)`` over lists of matrices, equal shapes as one stack.
-
-    The function takes any number of leading axes. A CPU gains nothing from a stack of large
-    matrices and pays for its copies, so there they go one by one.
-
-    Entries are grouped by the first list's shape, dtype and device and by ``static``.
-    """
-    groups: dict[Any, list[int]] = {}
-    for i, (x, s) in enumerate(zip(lists[0], static, strict=True)):
-        alone = i if x.device.type == "cpu" and x.shape[-1] > 64 else None
-        groups.setdefault((tuple(x.shape), x.dtype, x.device, s, alone), []).append(i)
-    results: dict[int, Tensor] = {}
-    for (*_, s, _), indices in groups.items():
-        if len(indices) == 1:
-            results[indices[0]] = function(*(tensors[indices[0]] for tensors in lists), s)
-        else:
-            stacks = [torch.stack([tensors[i] for i in indices]) for tensors in lists]
-            results |= dict(zip(indices, function(*stacks, s).unbind(), strict=True))
-    return [results[i] for i in range(len(results))]
 
 
 def _factors(representation: KroneckerDim | Dense):

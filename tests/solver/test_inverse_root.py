@@ -8,12 +8,8 @@ from hypothesis import strategies as st
 from funcprecond.curvature.gradient import OuterProduct
 from funcprecond.representation.dense import Dense
 from funcprecond.representation.kronecker_dim import KroneckerDim
-from funcprecond.solver.inverse_root import (
-    InverseRoot,
-    by_shape,
-    inverse_root,
-    mode_product,
-)
+from funcprecond.representation.stacks import by_shape
+from funcprecond.solver.inverse_root import InverseRoot, inverse_root, mode_product
 from tests import reference, strategies
 from tests.equality import assert_close, assert_same
 from tests.problems import normal

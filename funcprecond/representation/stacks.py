@@ -1,0 +1,48 @@
+"""Equal shapes as one stack: one batched operation where a loop would launch many."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["by_shape", "over_stacks"]
+
+
+def by_shape(
+    function: Callable[..., Tensor], *lists: Sequence[Tensor], static: Sequence[Any]
+) -> list[Tensor]:
+    """Map ``function(*tensors, static)`` over lists of tensors, equal shapes as one stack.
+
+    The function takes any number of leading axes. A CPU gains nothing from a stack of large
+    matrices and pays for its copies, so there they go one by one.
+
+    Entries are grouped by the first list's shape, dtype and device and by ``static``.
+    """
+    groups: dict[Any, list[int]] = {}
+    for i, (x, s) in enumerate(zip(lists[0], static, strict=True)):
+        alone = i if x.device.type == "cpu" and x.shape[-1] > 64 else None
+        groups.setdefault((tuple(x.shape), x.dtype, x.device, s, alone), []).append(i)
+    results: dict[int, Tensor] = {}
+    for (*_, s, _), indices in groups.items():
+        if len(indices) == 1:
+            results[indices[0]] = function(*(tensors[indices[0]] for tensors in lists), s)
+        else:
+            stacks = [torch.stack([tensors[i] for i in indices]) for tensors in lists]
+            results |= dict(zip(indices, function(*stacks, s).unbind(), strict=True))
+    return [results[i] for i in range(len(results))]
+
+
+def over_stacks(
+    function: Callable[..., Tensor], *lists: Sequence[Tensor], static: Sequence[Any]
+) -> list[Tensor]:
+    """:func:`by_shape` for a function of single tensors: stacks go through ``vmap``."""
+
+    def either(*args: Any) -> Tensor:
+        *tensors, (s, ndim) = args
+        if tensors[0].ndim == ndim:
+            return function(*tensors, s)
+        return torch.vmap(lambda *rows: function(*rows, s))(*tensors)
+
+    shaped = [(s, x.ndim) for s, x in zip(static, lists[0], strict=True)]
+    return by_shape(either, *lists, static=shaped)
