@@ -60,7 +60,7 @@ def muon(
     polynomial: Polynomial = "jordan",
     steps: int = 5,
     adjust: Literal["original", "match_rms_adamw", "none"] = "original",
-    epsilon: float = 1e-7,
+    epsilon: float | Tensor = 1e-7,
     dtype: torch.dtype | None = None,
 ) -> Transform:
     """Muon's direction.

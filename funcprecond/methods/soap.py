@@ -153,10 +153,12 @@ def _turned(state: SOAPState, bases: Bases, orders: Bases | None, max_dim: int) 
     mean, second_moment = {}, {}
     for name, m in state.mean.items():
         old, new, v = state.bases[name], bases[name], state.second_moment[name]
-        axes, turn = axes_below(m.shape, max_dim), turns(old, new)
-        mean[name] = rotate_back(m, turn, axes)
+        axes = axes_below(m.shape, max_dim)
+        # Back and forth, not by Q_new^T Q_old: an axis much longer than the others would pay n^3.
+        mean[name] = rotate(rotate_back(m, old, axes), new, axes)
         if orders is None:
-            second_moment[name] = rotate_back(v, tuple(x.square() for x in turn), axes)
+            shares = tuple(x.square() for x in turns(old, new))
+            second_moment[name] = rotate_back(v, shares, axes)
         else:
             second_moment[name] = permute(v, orders[name], axes)
     return SOAPState(state.statistics, bases, mean, second_moment, state.step)

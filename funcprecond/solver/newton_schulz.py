@@ -61,7 +61,11 @@ def triples(polynomial: Polynomial, steps: int) -> tuple[Triple, ...]:
 
 
 def polar(
-    matrices: Tensor, polynomial: Polynomial = "jordan", steps: int = 5, *, epsilon: float = 1e-7
+    matrices: Tensor,
+    polynomial: Polynomial = "jordan",
+    steps: int = 5,
+    *,
+    epsilon: float | Tensor = 1e-7,
 ) -> Tensor:
     """The polar factor of each matrix of a stack, zero where a matrix is zero.
 
