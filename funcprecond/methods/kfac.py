@@ -94,7 +94,7 @@ CARDS = (
         learning_rate=0.03,
         intervals=True,
         starred=True,
-        options={"damping": 0.1},
+        options={"damping": 0.03, "damping_split": "pi"},
     ),
     Card(
         "kflr",
@@ -104,6 +104,6 @@ CARDS = (
         kflr,
         learning_rate=0.03,
         intervals=True,
-        options={"damping": 0.1},
+        options={"damping": 0.03, "damping_split": "pi"},
     ),
 )
