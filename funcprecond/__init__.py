@@ -4,7 +4,7 @@ A method is a choice of curvature (what to measure), representation (how to stor
 (how to get ``P g`` from it). This is every public name, by stage.
 """
 
-from funcprecond import curvature, losses, methods, representation, solver, tree
+from funcprecond import curvature, losses, methods, plots, representation, solver, tree
 from funcprecond.compose import compose
 from funcprecond.curvature.diagonal import DiagonalGGN
 from funcprecond.curvature.estimate import (
@@ -24,6 +24,12 @@ from funcprecond.curvature.layers import layer_statistics
 from funcprecond.curvature.matrices import GGN, Fisher, Hessian
 from funcprecond.curvature.operator import Operator
 from funcprecond.curvature.per_sample import per_sample_grads
+from funcprecond.curvature.statistics import (
+    gradient_noise_scale,
+    ntk,
+    per_sample_gram,
+    per_sample_norms,
+)
 from funcprecond.evaluation import Evaluation
 from funcprecond.methods.adagrad import adagrad, adagrad_full
 from funcprecond.methods.adahessian import adahessian

@@ -79,7 +79,11 @@ def hutchinson_trace(
         chunk_size: see :meth:`Operator.matmat`.
     """
     v = _probes(operator, products, generator, distribution, probes)
-    return _mean((v * _multiply(operator, v, chunk_size)).sum(1))
+    # Parameter by parameter: neither stack is copied, and the sums are in float64.
+    columns = _columns(operator, v)
+    product = operator.matmat(columns, chunk_size)
+    parts = [(columns[k] * product[k]).flatten(1).sum(1, dtype=torch.float64) for k in columns]
+    return _mean(torch.stack(parts).sum(0))
 
 
 def hutchinson_diagonal(
@@ -213,13 +217,16 @@ def _probes(operator, n, generator, distribution, probes) -> Tensor:
 
 def _multiply(operator: Operator, rows: Tensor, chunk_size: int | None) -> Tensor:
     """(n, P) rows times A, in float64."""
+    product = operator.matmat(_columns(operator, rows), chunk_size)
+    return torch.cat([product[k].flatten(1) for k in operator.like], 1).double()
+
+
+def _columns(operator: Operator, rows: Tensor) -> Params:
     parts = rows.split([p.numel() for p in operator.like.values()], 1)
-    columns = {
+    return {
         k: x.reshape(len(rows), *p.shape).to(p.dtype)
         for (k, p), x in zip(operator.like.items(), parts, strict=True)
     }
-    product = operator.matmat(columns, chunk_size)
-    return torch.cat([product[k].flatten(1) for k in operator.like], 1).double()
 
 
 def _mean(samples: Tensor) -> Estimate:

@@ -2,7 +2,8 @@ r"""Lanczos: extreme eigenpairs, and the density of the whole spectrum.
 
 After m products :math:`A V = V T + \beta_m v_{m+1} e_m^T` with orthonormal V and tridiagonal T,
 whose eigenvalues (Ritz values) approach the extreme ones of A. Every new vector is made orthogonal
-to all earlier ones, twice, so that float32 gives no ghosts. T's eigenproblem is solved in float64.
+to all earlier ones, twice where it loses its length, so that float32 gives no ghosts. The small
+eigenproblem of T is solved in float64.
 """
 
 import math
@@ -81,9 +82,16 @@ def lanczos(operator: Operator, start: Tensor, steps: int, space: Krylov | None 
             rows = torch.stack(basis)
         w = tree.ravel(operator @ tree.unravel(v, operator.like)).to(v.dtype)
         alpha = w.double().dot(v.double())
-        for _ in range(2):
-            w = w - rows.mT @ (rows @ w)
+        w = w - alpha.to(w.dtype) * v
+        if i:
+            w = w - betas[-1].to(w.dtype) * rows[i - 1]
+        # What the recursion leaves is small, unless little is left at all: then once more.
+        before = w.norm()
+        w = w - (rows @ w) @ rows
         beta = w.norm()
+        if not (plain and bool(beta > 0.5 * before)):
+            w = w - (rows @ w) @ rows
+            beta = w.norm()
         size = torch.maximum(size, torch.maximum(alpha.abs(), beta.double()))
         # What is left beside T's own size is rounding: the space is invariant.
         alive = beta > 10 * torch.finfo(v.dtype).eps * math.sqrt(v.numel()) * size

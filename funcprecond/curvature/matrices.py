@@ -124,7 +124,12 @@ class _OnData(Operator):
             return None
         seed = self._seed  # pyright: ignore[reportAttributeAccessIssue]
         data = (self.batch, self.batches)
-        return exact_diagonal(self.problem, self.params, *data, labels, samples, self.buffers, seed)
+        rest = (labels, samples, self.buffers, seed)
+        try:
+            return exact_diagonal(self.problem, self.params, *data, *rest)
+        except RuntimeError:
+            # Some parameter is in no layer, and vmap cannot tell its examples apart.
+            return None
 
 
 class Hessian(_OnData):

@@ -1,0 +1,199 @@
+r"""Statistics of a batch's gradients: norms, inner products, the tangent kernel, the noise scale.
+
+For layers a per-example gradient is ``sum_t g_nt a_nt^T``, so that norms and inner products follow
+from inputs and output gradients, and no per-example gradient is formed.
+"""
+
+from collections.abc import Iterable
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from funcprecond import tree
+from funcprecond.curvature.data import check_data, each_batch
+from funcprecond.curvature.layers import LayerStatistics
+from funcprecond.evaluation import Evaluation
+from funcprecond.observe import observe
+from funcprecond.problem import Params, Problem
+from funcprecond.representation.gram import Gram
+from funcprecond.tree import state
+
+__all__ = [
+    "NoiseScale",
+    "gradient_noise_scale",
+    "ntk",
+    "per_sample_gram",
+    "per_sample_norms",
+]
+
+# The data's own labels, every parameter, examples told apart.
+ROWS = LayerStatistics("empirical", others="rows", by_example=True)
+
+
+def per_sample_gram(
+    problem: Problem,
+    params: Params,
+    batch: Any,
+    *,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """(N, N): the inner products of the examples' gradients, those of :func:`per_sample_grads`.
+
+    Costs a gradient and the smaller of two products a layer, of positions or of rows. Parameters in
+    no layer have their rows formed.
+
+    Raises:
+        ValueError: the model couples the examples of a batch.
+    """
+    gram, constant = _rows(problem, params, batch, generator)
+    # U U^T of the empirical Fisher matrix is c times the examples' inner products.
+    return gram.gram() / constant
+
+
+def per_sample_norms(
+    problem: Problem,
+    params: Params,
+    batch: Any,
+    *,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """(N,): the Euclidean norms of the examples' gradients, without forming them.
+
+    Raises:
+        ValueError: the model couples the examples of a batch.
+    """
+    gram, constant = _rows(problem, params, batch, generator)
+    squares = [_squared_norms(pairs) for pairs in gram.pairs]
+    squares += [x.flatten(1).square().sum(1) for x in gram.explicit.values()]
+    return (torch.stack(squares).sum(0) * gram.scale / constant).clamp_min(0).sqrt()
+
+
+def ntk(
+    problem: Problem,
+    params: Params,
+    batch: Any,
+    other: Any = None,
+    *,
+    kind: Literal["full", "sum"] = "full",
+) -> Tensor:
+    """The empirical neural tangent kernel ``J J^T`` of the model's outputs, one tensor (N, *out).
+
+    Args:
+        problem, params, batch: where.
+        other: a second batch, for the kernel between the two.
+        kind: "full" for (N, O, M, O) over all O entries of an output, or "sum" for (N, M), the
+            trace over them.
+
+    Costs one pull-back for each of the entries; the Jacobian, N O times the parameters, is formed.
+
+    Raises:
+        ValueError: the model couples the examples of a batch.
+    """
+    left = _jacobian(problem, params, batch)
+    right = left if other is None else _jacobian(problem, params, other)
+    if kind == "sum":
+        return sum(torch.einsum("nop,mop->nm", left[k], right[k]) for k in left)  # pyright: ignore
+    if kind != "full":
+        msg = f"kind must be 'full' or 'sum', not {kind!r}"
+        raise ValueError(msg)
+    return sum(torch.einsum("nop,mqp->nomq", left[k], right[k]) for k in left)  # pyright: ignore
+
+
+@state
+class NoiseScale:
+    """How noisy the gradient is (McCandlish et al., arXiv 1812.06162).
+
+    Attributes:
+        scale: the batch size at which the noise is as large as the gradient, ``tr S / |g|²``.
+        variance: ``tr S``, the trace of the covariance of one example's gradient.
+        squared_norm: ``|g|²`` of the true gradient, both unbiased; it may come out negative where
+            the noise drowns it.
+        examples: how many were seen.
+    """
+
+    scale: Tensor
+    variance: Tensor
+    squared_norm: Tensor
+    examples: Tensor
+
+
+def gradient_noise_scale(
+    problem: Problem,
+    params: Params,
+    batch: Any = None,
+    *,
+    batches: Iterable[Any] | None = None,
+    generator: torch.Generator | None = None,
+) -> NoiseScale:
+    """The gradient noise scale of a mean loss, from the norms of per-example gradients.
+
+    Args:
+        problem, params: whose, and where.
+        batch, batches: one batch, or an iterable of them; at least two examples.
+        generator: draws dropout masks.
+    """
+    check_data(batch, batches)
+    total: Params = {}
+    squares, count = None, 0
+    for b in each_batch(batch, batches):
+        found = observe(problem, params, b, (ROWS,), generator=generator)
+        n = tree.leaves(found.outputs)[0].shape[0]
+        gram = Gram.from_layers(found[ROWS], params)
+        # Rows are 1/n of an example's gradient under a mean loss, and sum to the batch's.
+        norms = [_squared_norms(p) for p in gram.pairs]
+        norms += [x.flatten(1).square().sum(1) for x in gram.explicit.values()]
+        here = n**2 * torch.stack(norms).sum()
+        squares = here if squares is None else squares + here
+        grads = tree.mul(found.grads, float(n))
+        total = tree.add(total, grads) if total else grads
+        count += n
+    if squares is None or count < 2:
+        msg = "the noise of a gradient takes at least two examples"
+        raise ValueError(msg)
+    mean_square = squares / count
+    whole = tree.dot(total, total) / count**2
+    variance = (mean_square - whole) * count / (count - 1)
+    signal = whole - variance / count
+    examples = torch.full_like(variance, count)
+    return NoiseScale(variance / signal, variance, signal, examples)
+
+
+def _rows(problem, params, batch, generator) -> tuple[Gram, Tensor]:
+    if coupling := problem.couples_examples():
+        msg = f"per-example gradients are not defined: {coupling} couples the examples of a batch"
+        raise ValueError(msg)
+    found = observe(problem, params, batch, (ROWS,), generator=generator)
+    layers = found[ROWS]
+    return Gram.from_layers(layers, params), 1 / layers.scale
+
+
+def _squared_norms(pairs) -> Tensor:
+    """(N,): the squared norms of one layer's rows, by the cheaper of the two ways."""
+    g = pairs.grads[:, 0]
+    if pairs.ids:
+        same = (pairs.inputs.unsqueeze(-1) == pairs.inputs.unsqueeze(-2)).to(g.dtype)
+        return (same * (g @ g.mT)).sum((0, 2, 3))
+    a = pairs.inputs
+    t, o, i = g.shape[2], g.shape[3], a.shape[3]
+    if t == 1:
+        return (a.square().sum(-1) * g.square().sum(-1)).sum((0, 2))
+    if t * (o + i) < o * i:
+        return ((a @ a.mT) * (g @ g.mT)).sum((0, 2, 3))
+    return (g.mT @ a).square().sum((0, 2, 3))
+
+
+def _jacobian(problem: Problem, params: Params, batch: Any) -> dict[str, Tensor]:
+    """(N, O, n) for a parameter of n entries, by one vmapped pull-back an entry of an output."""
+    evaluation = Evaluation(problem, params, batch)
+    outputs = evaluation.outputs
+    if not isinstance(outputs, Tensor):
+        msg = "the tangent kernel is defined for a model with one tensor as its output"
+        raise TypeError(msg)
+    entries = outputs[0].numel()
+    basis = torch.eye(entries, dtype=outputs.dtype, device=outputs.device)
+    columns = []
+    for entry in basis:
+        cotangent = entry.reshape(1, *outputs.shape[1:]).expand(outputs.shape)
+        columns.append(evaluation.pull_each(cotangent, list(params)))
+    return {k: torch.stack([c[k].flatten(1) for c in columns], 1) for k in params}

@@ -1,0 +1,281 @@
+"""Our curvature products, factors and estimates over curvlinops', on the same work in one process.
+
+    pip install --no-deps curvlinops-for-pytorch==3.0.1   # and what it imports
+    python tests/benchmarks/against_curvlinops.py [--rounds 15] [--problems mlp,cnn,encoder]
+
+Process CPU time on one thread; the contenders take turns, and each call stands beside a gradient.
+Printed are medians in gradients, and ours over theirs. K-FAC is of the linear and convolutional
+layers alone on both sides; products are over all parameters.
+"""
+
+import argparse
+import math
+import os
+import random
+import statistics
+import time
+import warnings
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+warnings.filterwarnings("ignore")
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import funcprecond as fp
+
+
+def mlp():
+    layers = (nn.Linear(784, 512), nn.ReLU(), nn.Linear(512, 512), nn.ReLU(), nn.Linear(512, 10))
+    return nn.Sequential(*layers), torch.rand(128, 784)
+
+
+def cnn():
+    layers = []
+    for i, o in ((3, 32), (32, 64), (64, 64)):
+        layers += [nn.Conv2d(i, o, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)]
+    model = nn.Sequential(*layers, nn.Flatten(), nn.Linear(64 * 4 * 4, 10))
+    return model, torch.rand(64, 3, 32, 32)
+
+
+class Attention(nn.Module):
+    def __init__(self, width, heads):
+        super().__init__()
+        self.heads = heads
+        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+
+    def forward(self, x):
+        b, s, w = x.shape
+        qkv = self.qkv(x).reshape(b, s, 3, self.heads, w // self.heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+        weights = (q @ k.transpose(-2, -1)) / math.sqrt(w // self.heads)
+        return self.out((weights.softmax(-1) @ v).transpose(1, 2).reshape(b, s, w))
+
+
+class Block(nn.Module):
+    def __init__(self, width, heads):
+        super().__init__()
+        self.ln1, self.attention = nn.LayerNorm(width), Attention(width, heads)
+        self.ln2 = nn.LayerNorm(width)
+        self.fc1, self.fc2 = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+
+    def forward(self, x):
+        x = x + self.attention(self.ln1(x))
+        return x + self.fc2(F.gelu(self.fc1(self.ln2(x))))
+
+
+class Encoder(nn.Module):
+    def __init__(self, vocabulary=256, width=128, heads=4, layers=2, length=64, classes=10):
+        super().__init__()
+        self.tokens = nn.Embedding(vocabulary, width)
+        self.positions = nn.Parameter(0.02 * torch.randn(length, width))
+        self.blocks = nn.ModuleList(Block(width, heads) for _ in range(layers))
+        self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, classes)
+
+    def forward(self, ids):
+        x = self.tokens(ids) + self.positions
+        for block in self.blocks:
+            x = block(x)
+        return self.head(self.norm(x).mean(1))
+
+
+def encoder():
+    return Encoder(), torch.randint(0, 256, (16, 64))
+
+
+def work(make):
+    """(model, batch, one vector, a stack of eight)."""
+    torch.manual_seed(0)
+    model, x = make()
+    batch = (x, torch.randint(0, 10, (len(x),)))
+    g = torch.Generator().manual_seed(1)
+    params = dict(model.named_parameters())
+    v = {k: torch.randn(p.shape, generator=g) for k, p in params.items()}
+    stack = {k: torch.randn(8, *p.shape, generator=g) for k, p in params.items()}
+    return model, batch, v, stack
+
+
+def layer_names(model):
+    return [
+        f"{m}.{p}"
+        for m, module in model.named_modules()
+        if isinstance(module, (nn.Linear, nn.Conv2d))
+        for p, _ in module.named_parameters(recurse=False)
+    ]
+
+
+def ours(model, batch, v, stack):
+    generator = torch.Generator().manual_seed(0)
+    problem = fp.problem(model, fp.losses.cross_entropy)
+    params = problem.params
+    # The same model with all but the layers' parameters constant, for K-FAC.
+    names = layer_names(model)
+    trainable = {k: p.requires_grad for k, p in model.named_parameters()}
+    for k, p in model.named_parameters():
+        p.requires_grad_(k in names)
+    layers = fp.problem(model, fp.losses.cross_entropy)
+    for k, p in model.named_parameters():
+        p.requires_grad_(trainable[k])
+    lv = {k: v[k] for k in layers.params}
+
+    def factored(**options):
+        return fp.KroneckerFactored(layers, layers.params, batch, generator=generator, **options)
+
+    def ggn():
+        return fp.GGN(problem, params, batch)
+
+    hessian, kept = fp.Hessian(problem, params, batch), ggn()
+    inverse = factored().inverse(1e-3, split="equal")
+    options = {"generator": generator}
+    return {
+        "Hessian, one product": lambda: fp.Hessian(problem, params, batch) @ v,
+        "Hessian, kept": lambda: hessian @ v,
+        "Hessian, 8 columns": lambda: fp.Hessian(problem, params, batch) @ stack,
+        "GGN, one product": lambda: fp.ggn_mv(problem, params, batch, v),
+        "GGN, kept": lambda: kept @ v,
+        "GGN, 8 columns": lambda: ggn() @ stack,
+        "empirical Fisher, one product": lambda: fp.fisher_mv(
+            problem, params, batch, v, labels="empirical"
+        ),
+        "sampled Fisher, one product": lambda: fp.fisher_mv(
+            problem, params, batch, v, labels="mc", **options
+        ),
+        "sampled Fisher, 8 columns": lambda: (
+            fp.Fisher(problem, params, batch, labels="mc", **options) @ stack
+        ),
+        "K-FAC factors, mc": lambda: factored(),
+        "K-FAC factors, exact": lambda: factored(kind="kflr"),
+        "K-FAC factors, inputs only": lambda: factored(kind="foof"),
+        "K-FAC inverse and one solve": lambda: factored_inverse(factored(), lv),
+        "K-FAC solve": lambda: inverse @ lv,
+        "EKFAC": lambda: factored(kind="ekfac"),
+        "GGN diagonal, 8 products": lambda: fp.hutchinson_diagonal(ggn(), 8, **options),
+        "GGN trace, 9 products": lambda: fp.hutchinson_trace(ggn(), 9, **options),
+        "GGN Hutch++, 9 products": lambda: fp.hutchpp(ggn(), 9, **options),
+        "GGN spectrum, 16 steps": lambda: fp.spectral_density(ggn(), steps=16, **options),
+    }
+
+
+def factored_inverse(factored, v):
+    return factored.inverse(1e-3, split="equal") @ v
+
+
+def theirs(model, batch, v, stack):
+    import curvlinops as cl
+
+    params, data = list(model.parameters()), [batch]
+    loss = nn.CrossEntropyLoss()
+    base = {"check_deterministic": False, "num_data": len(batch[0])}
+    hessian = cl.HessianLinearOperator(model, loss, params, data, **base)
+    ggn = cl.GGNLinearOperator(model, loss, params, data, **base)
+    empirical = cl.EFLinearOperator(model, loss, params, data, **base)
+    sampled = cl.FisherMCLinearOperator(model, loss, params, data, **base)
+    one, columns = list(v.values()), [s.movedim(0, -1).contiguous() for s in stack.values()]
+    named = dict(model.named_parameters())
+    names = layer_names(model)
+    of_layers, lv = [named[k] for k in names], [v[k] for k in names]
+    options = {"num_per_example_loss_terms": 1, "separate_weight_and_bias": False, **base}
+    kinds = cl.FisherType
+
+    def kfac(kind):
+        op = cl.KFACLinearOperator(model, loss, of_layers, data, fisher_type=kind, **options)
+        op.compute_kronecker_factors()
+        return op
+
+    def ekfac():
+        cls = cl.EKFACLinearOperator
+        op = cls(model, loss, of_layers, data, fisher_type=kinds.MC, **options)
+        op._maybe_compute_ekfac()
+
+    inverse = cl.KFACInverseLinearOperator(kfac(kinds.MC), damping=1e-3)
+    inverse @ lv
+    return {
+        "Hessian, one product": lambda: hessian @ one,
+        "Hessian, kept": lambda: hessian @ one,
+        "Hessian, 8 columns": lambda: hessian @ columns,
+        "GGN, one product": lambda: ggn @ one,
+        "GGN, kept": lambda: ggn @ one,
+        "GGN, 8 columns": lambda: ggn @ columns,
+        "empirical Fisher, one product": lambda: empirical @ one,
+        "sampled Fisher, one product": lambda: sampled @ one,
+        "sampled Fisher, 8 columns": lambda: sampled @ columns,
+        "K-FAC factors, mc": lambda: kfac(kinds.MC),
+        "K-FAC factors, exact": lambda: kfac(kinds.TYPE2),
+        "K-FAC factors, inputs only": lambda: kfac(kinds.FORWARD_ONLY),
+        "K-FAC inverse and one solve": lambda: (
+            cl.KFACInverseLinearOperator(kfac(kinds.MC), damping=1e-3) @ lv
+        ),
+        "K-FAC solve": lambda: inverse @ lv,
+        "EKFAC": ekfac,
+        "GGN diagonal, 8 products": lambda: cl.hutchinson_diag(ggn, 8),
+        "GGN trace, 9 products": lambda: cl.hutchinson_trace(ggn, 9),
+        "GGN Hutch++, 9 products": lambda: cl.hutchpp_trace(ggn, 9),
+        "GGN spectrum, 16 steps": lambda: cl.lanczos_approximate_spectrum(
+            ggn, ncv=16, num_repeats=1, boundaries=(0.0, 50.0)
+        ),
+    }
+
+
+def gradient(model, batch):
+    params, loss = list(model.parameters()), nn.CrossEntropyLoss()
+    return lambda: torch.autograd.grad(loss(model(batch[0]), batch[1]), params)
+
+
+def clock(call):
+    start = time.process_time()
+    call()
+    return time.process_time() - start
+
+
+def measure(contenders, reference, rounds):
+    """The median of a call's time over the mean of the two gradients around it."""
+    ratios = {key: [] for key in contenders}
+    order, shuffle = list(contenders), random.Random(0)
+    for r in range(rounds + 1):
+        shuffle.shuffle(order)
+        for key in order:
+            before, own, after = clock(reference), clock(contenders[key]), clock(reference)
+            if r:  # the first round warms up
+                ratios[key].append(2 * own / (before + after))
+    return {key: statistics.median(x) for key, x in ratios.items()}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--problems", default="mlp,cnn,encoder")
+    parser.add_argument("--only", default="", help="part of the operations' names")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    makers = {"mlp": mlp, "cnn": cnn, "encoder": encoder}
+    names = args.problems.split(",")
+    table: dict[str, dict[str, tuple[float, float]]] = {}
+    for name in names:
+        model, batch, v, stack = work(makers[name])
+        sides = {"ours": ours(model, batch, v, stack), "theirs": theirs(model, batch, v, stack)}
+        calls = {
+            (side, key): call
+            for side, of_side in sides.items()
+            for key, call in of_side.items()
+            if args.only in key
+        }
+        found = measure(calls, gradient(model, batch), args.rounds)
+        for _, key in calls:
+            table.setdefault(key, {})[name] = (found["ours", key], found["theirs", key])
+    print(f"torch {torch.__version__}, one thread, CPU time, {args.rounds} rounds; in gradients")
+    print("| operation | " + " | ".join(f"{n}: ours | curvlinops | ratio" for n in names) + " |")
+    print("|---" * (1 + 3 * len(names)) + "|")
+    over = []
+    for key, row in table.items():
+        cells = []
+        for n in names:
+            a, b = row[n]
+            over.append(a / b)
+            cells.append(f"{a:.2f} | {b:.2f} | {a / b:.2f}")
+        print(f"| {key} | " + " | ".join(cells) + " |")
+    print(f"\nours / curvlinops: median {statistics.median(over):.2f}, worst {max(over):.2f}")
+
+
+if __name__ == "__main__":
+    main()
