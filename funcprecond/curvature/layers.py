@@ -14,11 +14,11 @@ from collections.abc import Iterable, Sequence
 from typing import Any, ClassVar, Literal
 
 import torch
-import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
 from funcprecond.capture import Call
+from funcprecond.curvature.patches import unfold
 from funcprecond.evaluation import Evaluation
 from funcprecond.observe import Need, observe
 from funcprecond.problem import Params, Problem
@@ -237,35 +237,8 @@ def split_block(name: str) -> tuple[str, str | None]:
     return weight, bias or None
 
 
-def unfold(x: Tensor, kernel, stride, padding, dilation) -> Tensor:
-    """(N, C, *space) to (N, C * kernel, T) patches, for any number of spatial axes.
-
-    The patch axis is ordered as the flattened weight's: channel first, then the kernel's axes.
-    """
-    dims = len(kernel)
-    x = F.pad(x, _pads(kernel, padding, dilation))
-    for axis in range(dims):
-        window = dilation[axis] * (kernel[axis] - 1) + 1
-        x = x.unfold(2 + axis, window, stride[axis])[..., :: dilation[axis]]
-    # (N, C, *out, *kernel) -> (N, C, *kernel, *out)
-    order = [0, 1, *range(2 + dims, 2 + 2 * dims), *range(2, 2 + dims)]
-    x = x.permute(order)
-    return x.flatten(1, 1 + dims).flatten(2)
-
-
 def _stack(tensors: Sequence[Tensor]) -> Tensor:
     return torch.stack(list(tensors)) if len(tensors) > 1 else tensors[0].unsqueeze(0)
-
-
-def _pads(kernel, padding, dilation) -> list[int]:
-    pads: list[int] = []
-    for axis in reversed(range(len(kernel))):
-        if padding == "same":
-            total = dilation[axis] * (kernel[axis] - 1)
-            pads += [total // 2, total - total // 2]
-        else:
-            pads += [0, 0] if padding == "valid" else [padding[axis]] * 2
-    return pads
 
 
 def _with_shape(call: Call, params: Params) -> Call:

@@ -8,21 +8,11 @@ host.
 import torch
 from torch import Tensor
 
+from funcprecond.solver.newton_schulz import triples
+
 __all__ = ["coupled_newton", "norm_bound", "polar_express"]
 
-# Optimal odd quintics for singular values in [1e-3, 1], one for each step, with a safety factor of
-# 1.01 in all but the last kind (Amsel, Persson, Musco & Gower, arXiv 2505.16932).
-_QUINTICS = (
-    (8.28721201814563, -23.595886519098837, 17.300387312530933),
-    (4.107059111542203, -2.9478499167379106, 0.5448431082926601),
-    (3.9486908534822946, -2.908902115962949, 0.5518191394370137),
-    (3.3184196573706015, -2.488488024314874, 0.51004894012372),
-    (2.300652019954817, -1.6689039845747493, 0.4188073119525673),
-    (1.891301407787398, -1.2679958271945868, 0.37680408948524835),
-    (1.8750014808534479, -1.2500016453999487, 0.3750001645474248),
-)
-_LAST = (1.875, -1.25, 0.375)
-_SAFETY = 1.01
+# Enough for singular values in [1e-3, 1].
 _STEPS = 10
 
 
@@ -81,10 +71,7 @@ def _square_roots(a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """
     eye = torch.eye(a.shape[-1], dtype=a.dtype, device=a.device).expand_as(a)
     root, inverse = a, eye
-    for step in range(_STEPS):
-        c1, c3, c5 = _QUINTICS[step] if step < len(_QUINTICS) else _LAST
-        if step < len(_QUINTICS):
-            c1, c3, c5 = c1 / _SAFETY, c3 / _SAFETY**3, c5 / _SAFETY**5
+    for c1, c3, c5 in triples("polar_express", _STEPS):
         square = inverse @ root
         polynomial = c1 * eye + c3 * square + c5 * (square @ square)
         root, inverse = root @ polynomial, polynomial @ inverse

@@ -6,7 +6,8 @@ import torch.nn.functional as F
 from torch import nn
 
 import funcprecond as fp
-from funcprecond.curvature.layers import LayerStatistics, layer_statistics, split_block, unfold
+from funcprecond.curvature.layers import LayerStatistics, layer_statistics, split_block
+from funcprecond.curvature.patches import unfold
 from tests import problems, reference
 from tests.equality import assert_close
 from tests.problems import Toy, initialised, normal, seeded

@@ -1,0 +1,40 @@
+"""The patches that a convolution multiplies its kernel with, for any number of spatial axes."""
+
+import torch.nn.functional as F
+from torch import Tensor
+
+__all__ = ["unfold"]
+
+
+def unfold(
+    x: Tensor,
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int] | str,
+    dilation: Sequence[int],
+) -> Tensor:
+    """(N, C, *space) to (N, C * kernel, T) patches, for any number of spatial axes.
+
+    The patch axis is ordered as the flattened weight's: channel first, then the kernel's axes.
+    """
+    dims = len(kernel)
+    x = F.pad(x, _pads(kernel, padding, dilation))
+    for axis in range(dims):
+        window = dilation[axis] * (kernel[axis] - 1) + 1
+        x = x.unfold(2 + axis, window, stride[axis])[..., :: dilation[axis]]
+    # (N, C, *out, *kernel) -> (N, C, *kernel, *out)
+    x = x.permute(0, 1, *range(2 + dims, 2 + 2 * dims), *range(2, 2 + dims))
+    return x.flatten(1, 1 + dims).flatten(2)
+
+
+def _pads(
+    kernel: Sequence[int], padding: Sequence[int] | str, dilation: Sequence[int]
+) -> list[int]:
+    pads: list[int] = []
+    for axis in reversed(range(len(kernel))):
+        if padding == "same":
+            total = dilation[axis] * (kernel[axis] - 1)
+            pads += [total // 2, total - total // 2]
+        else:
+            pads += [0, 0] if isinstance(padding, str) else [padding[axis]] * 2
+    return pads
