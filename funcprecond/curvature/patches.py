@@ -1,5 +1,7 @@
 """The patches that a convolution multiplies its kernel with, for any number of spatial axes."""
 
+from collections.abc import Sequence
+
 import torch.nn.functional as F
 from torch import Tensor
 
