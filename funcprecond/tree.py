@@ -8,7 +8,7 @@ only file that touches torch's pytree registry.
 
 import dataclasses
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeVar, dataclass_transform
 
 import torch
@@ -20,6 +20,7 @@ Vector = dict[str, Tensor]
 
 __all__ = [
     "add",
+    "chunks",
     "dot",
     "flatten",
     "from_dict",
@@ -28,6 +29,7 @@ __all__ = [
     "load",
     "map",
     "mul",
+    "multi_tensor",
     "norm",
     "ravel",
     "save",
@@ -37,6 +39,7 @@ __all__ = [
     "to_dict",
     "unflatten",
     "unravel",
+    "write_over",
 ]
 
 
@@ -89,6 +92,54 @@ unflatten = pytree.tree_unflatten
 def in_transform() -> bool:
     """Whether a ``torch.func`` transform is running the code that asks."""
     return torch._C._functorch.peek_interpreter_stack() is not None  # pyright: ignore
+
+
+def multi_tensor(*values: Iterable[Any]) -> bool:
+    """Whether torch's multi-tensor operations can take ``values``, and change results in place.
+
+    Not in a ``torch.func`` transform, which has no rules for them; not where autograd records,
+    which may keep a result for its backward pass; and not if there is no tensor.
+    """
+    if in_transform():
+        return False
+    tensors = [x for row in values for x in row if isinstance(x, Tensor)]
+    recorded = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+    return len(tensors) > 0 and not recorded
+
+
+def chunks(tensors: Sequence[Tensor], entries: int = 2**16) -> list[slice]:
+    """Runs of neighbours to take through several operations together.
+
+    On a CPU those of about ``entries`` entries, which stay in its cache from one operation to the
+    next; elsewhere all, for the fewest launches.
+    """
+    starts, room = [0], entries
+    for i, x in enumerate(tensors):
+        if x.device.type == "cpu" and room < x.numel() and i > starts[-1]:
+            starts.append(i)
+            room = entries
+        room -= x.numel()
+    return [slice(a, b) for a, b in zip(starts, [*starts[1:], len(tensors)], strict=True)]
+
+
+def write_over(old: T, new: T) -> T:
+    """Copy the values of ``new`` into the tensors of ``old``, and return those.
+
+    The one function here that changes a tensor it was given. It leaves 0-d tensors alone and
+    returns the new ones: in torch 2.13 a compiled function loses what is written over a 0-d float64
+    argument. If the two trees have not the same structure, shapes and dtypes, it changes nothing
+    and returns ``new``.
+    """
+    ours, structure = flatten(old)
+    theirs, other = flatten(new)
+    alike = structure == other and all(
+        a.shape == b.shape and a.dtype == b.dtype for a, b in zip(ours, theirs, strict=True)
+    )
+    if not alike:
+        return new
+    # All are copied before any is written over: one may be a view of another.
+    pairs = [(a, b if a is b else b.clone()) for a, b in zip(ours, theirs, strict=True)]
+    return unflatten([a.copy_(b) if a.ndim and a is not b else b for a, b in pairs], structure)
 
 
 # --------------------------------------------------------------------- vectors shaped like params

@@ -1,3 +1,5 @@
+import functools
+
 import pytest
 import torch
 
@@ -154,3 +156,135 @@ def test_a_rate_multiplies_while_it_subtracts(rate):
         )
     ]
     assert_close(*ends)
+
+
+# ------------------------------------------------------------------------------------- make_update
+def test_an_update_is_what_a_step_does_after_the_gradient():
+    toy = problems.mlp()
+    opt = fp.chain(fp.shampoo(every=2, refresh_every=3, stagger=True), fp.adamw(), fp.momentum())
+    step, update = fp.make_step(toy.problem, opt, rate=0.1), fp.make_update(opt, rate=0.1)
+    a = b = (toy.params, opt.init(toy.params))
+    for t in range(5):
+        *a, evidence = step(*a, toy.at(t), t)
+        b = update(*b, evidence.grads, t)
+        assert_same(tuple(a), b)
+
+
+def test_an_update_says_what_it_cannot_measure(randn):
+    params = {"w": randn(2)}
+    opt = fp.kfac()
+    with pytest.raises(fp.MissingEvidence, match="use fp.make_step"):
+        fp.make_update(opt)(params, opt.init(params), params, 0)
+
+
+# ---------------------------------------------------------------------------------------- donation
+@pytest.fixture(params=["aot_eager", "inductor"])
+def backend(request, monkeypatch):
+    compile_ = functools.partial(torch.compile, backend=request.param)
+    monkeypatch.setattr(torch, "compile", compile_)
+    torch._dynamo.reset()
+    return request.param
+
+
+def fresh(toy):
+    return copy(toy.params)
+
+
+@pytest.mark.compile
+def test_a_donated_step_is_the_pure_one_bit_for_bit_in_the_same_tensors(backend):
+    toy = problems.mlp()
+    opt = fp.chain(fp.adamw(), fp.momentum(0.9), fp.scale(lambda t: 0.1 / (1 + t)))
+    pure = fp.make_step(toy.problem, opt, compile=True)
+    donated = fp.make_step(toy.problem, opt, compile=True, donate=True)
+    params, state = fresh(toy), opt.init(toy.params)
+    mine, my_state = fresh(toy), opt.init(toy.params)
+    arrays = [x for x in fp.tree.leaves((mine, my_state)) if x.ndim]
+    start, seen = copy(toy.problem.params), []
+    for t in range(4):
+        params, state, expected = pure(params, state, toy.at(t), t)
+        mine, my_state, evidence = donated(mine, my_state, toy.at(t), t)
+        assert_same((mine, my_state), (params, state))
+        now = [x for x in fp.tree.leaves((mine, my_state)) if x.ndim]
+        assert all(a is b for a, b in zip(now, arrays, strict=True))
+        assert evidence.params == {}
+        seen.append((evidence.loss, evidence.outputs, evidence.grads))
+        assert_same(seen[-1], (expected.loss, expected.outputs, expected.grads))
+        if t == 0:
+            first = copy(seen[0])
+    assert_same(seen[0], first)  # nothing of it was written over since
+    assert_same(toy.problem.params, start)
+
+
+@pytest.mark.compile
+@pytest.mark.parametrize(
+    ("backend", "build"),
+    [("inductor", fp.shampoo), ("aot_eager", fp.kfac), ("aot_eager", fp.lbfgs)],
+    indirect=["backend"],
+)
+def test_intervals_layers_and_old_parameters_in_the_state_can_be_donated(build, backend):
+    """Roots that stay, a state that is empty at first, and one that holds the parameters."""
+    toy, slow = problems.mlp(), {} if build is fp.lbfgs else {"refresh_every": 2}
+    opt = fp.chain(build(**slow), fp.momentum(0.9), fp.scale(0.05))
+    ends = []
+    for donate in (False, True):
+        step = fp.make_step(toy.problem, opt, compile=True, donate=donate)
+        params, state = fresh(toy), opt.init(toy.params)
+        for t in range(4):
+            noise = fp.draw(toy.problem, params, toy.at(t), opt.needs(t), generator=seeded(t))
+            params, state, _ = step(params, state, toy.at(t), t, noise)
+        ends.append((params, state))
+    assert_same(*ends)
+
+
+@pytest.mark.compile
+def test_evidence_of_a_donated_step_shares_no_memory_with_the_parameters(backend):
+    """Outputs that are a parameter, gradients that are another."""
+    params = {"a": torch.tensor([1.0, 2.0]), "b": torch.tensor([3.0, 4.0])}
+    problem = fp.problem(
+        lambda p, x: (p["a"], p["b"].view(2, 1)),
+        lambda outputs, batch: (outputs[0] * outputs[1].view(2)).sum(),
+        params=params,
+    )
+    step = fp.make_step(problem, fp.sgd(), rate=0.5, compile=True, donate=True)
+    donated = copy(params)
+    new, _, evidence = step(donated, (), (torch.zeros(1), torch.zeros(1)), 0)
+    assert new["a"] is donated["a"]
+    assert donated["a"].tolist() == [-0.5, 0.0]
+    assert evidence.outputs[0].tolist() == [1, 2]
+    assert evidence.outputs[1].flatten().tolist() == [3, 4]
+    assert evidence.grads["a"].tolist() == [3, 4]
+    memory = {x.untyped_storage().data_ptr() for x in fp.tree.leaves(donated)}
+    seen = fp.tree.leaves(evidence)
+    assert memory.isdisjoint(x.untyped_storage().data_ptr() for x in seen)
+
+
+@pytest.mark.compile
+def test_a_donated_update_leaves_the_gradients_alone(backend, randn):
+    grads = {"w": randn(3, 2), "b": randn(2)}
+    opt, params = fp.adamw(), {"w": randn(3, 2), "b": randn(2)}
+    pure, donated = ((copy(params), opt.init(params)) for _ in range(2))
+    kept = copy(grads)
+    update = fp.make_update(opt, rate=0.1, compile=True)
+    over = fp.make_update(opt, rate=0.1, compile=True, donate=True)
+    for t in range(3):
+        pure, donated = update(*pure, grads, t), over(*donated, grads, t)
+    assert_same(donated, pure)
+    assert_same(grads, kept)
+
+
+def test_donation_is_for_compiled_steps():
+    toy = problems.mlp()
+    with pytest.raises(ValueError, match="compile=True"):
+        fp.make_step(toy.problem, fp.sgd(), donate=True)
+    with pytest.raises(ValueError, match="compile=True"):
+        fp.make_update(fp.sgd(), donate=True)
+
+
+def test_donation_refuses_what_is_not_the_callers_to_give():
+    toy = problems.mlp()
+    step = fp.make_step(toy.problem, fp.sgd(), compile=True, donate=True)
+    with pytest.raises(ValueError, match="pass copies"):
+        step(toy.problem.params, (), toy.batch, 0)
+    params = fresh(toy)
+    with pytest.raises(ValueError, match="two places"):
+        step(params, params, toy.batch, 0)

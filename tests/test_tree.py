@@ -1,8 +1,10 @@
+import itertools
 import pickle
 
 import pytest
 import torch
 from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor
 
 import funcprecond as fp
@@ -181,3 +183,57 @@ def test_a_file_is_plain_tensors_that_torch_loads_with_weights_only(tmp_path):
 
 def test_states_are_pickled_by_name():
     assert_same(pickle.loads(pickle.dumps(pair())), pair())
+
+
+# --------------------------------------------------------------------------- many tensors at once
+def test_many_at_once_is_not_for_transforms_nor_where_autograd_records():
+    x = torch.ones(2)
+    assert tree.multi_tensor([x], [])
+    assert not tree.multi_tensor([], [])
+    leaf = x.clone().requires_grad_()
+    assert not tree.multi_tensor([x], [leaf])
+    with torch.no_grad():
+        assert tree.multi_tensor([x], [leaf])
+    seen = []
+    torch.vmap(lambda y: seen.append(tree.multi_tensor([y])) or y)(x)
+    torch.func.grad(lambda y: seen.append(tree.multi_tensor([x])) or y.sum())(x)
+    assert seen == [False, False]
+
+
+@given(st.lists(st.integers(0, 9)), st.integers(1, 12))
+def test_chunks_are_runs_of_neighbours_within_a_size(sizes, entries):
+    tensors = [torch.zeros(n) for n in sizes]
+    parts = [sizes[i] for i in tree.chunks(tensors, entries)]
+    assert [n for part in parts for n in part] == sizes
+    assert all(sum(part) <= entries or len(part) == 1 for part in parts)
+    # As few as neighbours allow: the next chunk's first did not fit.
+    assert all(sum(a) + b[0] > entries for a, b in itertools.pairwise(parts))
+
+
+def test_chunks_on_another_device_are_one():
+    assert tree.chunks([torch.zeros(9, device="meta")] * 3, 1) == [slice(0, 3)]
+
+
+def test_writing_over_keeps_the_tensors_and_takes_the_values():
+    old, new = pair(), tree.map(lambda x: x + 1, pair())
+    expected = tree.map(torch.clone, new)
+    result = tree.write_over(old, new)
+    assert_same((result, new), (expected, expected))
+    # All but the 0-d one, which the compiler would lose.
+    kept = [a is b for a, b in zip(tree.leaves(result), tree.leaves(old), strict=True)]
+    assert kept == [True, True, True, False]
+
+
+def test_writing_over_may_permute():
+    a, b = torch.arange(3.0), torch.ones(3)
+    tree.write_over((a, b), (b, a.flip(0)))
+    assert (a.tolist(), b.tolist()) == ([1, 1, 1], [2, 1, 0])
+
+
+@pytest.mark.parametrize(
+    "new", [{"a": torch.ones(1)}, {"a": torch.ones(2).double()}, {"b": torch.ones(2)}]
+)
+def test_nothing_is_written_over_what_is_not_alike(new):
+    old = {"a": torch.zeros(2)}
+    assert tree.write_over(old, new) is new
+    assert old["a"].tolist() == [0, 0]

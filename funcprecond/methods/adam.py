@@ -9,14 +9,18 @@ Row: (F̂_emp^batch)^½, element, division. Kingma & Ba, arXiv 1412.6980; Loshch
 Needs the gradient only. Two copies of the parameters; about ten operations an entry.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
+from funcprecond import tree
+from funcprecond.observe import Evidence
 from funcprecond.problem import Params
 from funcprecond.representation.diagonal import factor_dtype
 from funcprecond.taxonomy import Card
-from funcprecond.transform import Transform, chain, counter, gradient_only
-from funcprecond.transforms.weight_decay import weight_decay
+from funcprecond.transform import Transform, counter
+from funcprecond.transforms.weight_decay import parameters
 from funcprecond.tree import state
 
 __all__ = ["AdamState", "adam", "adamw"]
@@ -42,32 +46,7 @@ def adam(
         betas: the weights of the old mean and of the old second moment.
         damping: added to the bias-corrected root, as in the paper and in ``torch.optim``.
     """
-    b1, b2 = betas
-
-    def init(params: Params) -> AdamState:
-        def zeros() -> Params:
-            return {k: torch.zeros_like(p, dtype=factor_dtype(p)) for k, p in params.items()}
-
-        return AdamState(zeros(), zeros(), counter(params))
-
-    def update(state: AdamState, grads: Params) -> tuple[AdamState, Params]:
-        step = state.step + 1
-        names = list(grads)
-        g = [grads[k].to(state.mean[k].dtype) for k in names]
-        m, v = [state.mean[k] for k in names], [state.second_moment[k] for k in names]
-        m = [b1 * m_ + (1 - b1) * g_ for m_, g_ in zip(m, g, strict=True)]
-        v = [b2 * v_ + (1 - b2) * g_ * g_ for v_, g_ in zip(v, g, strict=True)]
-        # In float64 whatever torch's default is: in float32 the first of these is off by 1e-5.
-        t = step.double()
-        correct1, correct2 = 1 - b1**t, (1 - b2**t) ** 0.5
-        direction = {
-            k: ((m_ / correct1) / (v_.sqrt() / correct2 + damping)).to(grads[k].dtype)
-            for k, m_, v_ in zip(names, m, v, strict=True)
-        }
-        new = AdamState(dict(zip(names, m, strict=True)), dict(zip(names, v, strict=True)), step)
-        return new, direction
-
-    return gradient_only(init, update)
+    return _adam(betas, damping, None)
 
 
 def adamw(
@@ -76,8 +55,72 @@ def adamw(
     damping: float | Tensor = 1e-8,
     decay_rate: float | Tensor = 0.01,
 ) -> Transform:
-    """Adam with decoupled weight decay: ``chain(adam(...), weight_decay(decay_rate))``."""
-    return chain(adam(betas=betas, damping=damping), weight_decay(decay_rate))
+    """Adam with decoupled weight decay, ``chain(adam(...), weight_decay(decay_rate))`` in one pass.
+
+    Args:
+        betas, damping: as for :func:`adam`.
+        decay_rate: as for :func:`funcprecond.weight_decay`.
+    """
+    return _adam(betas, damping, decay_rate)
+
+
+def _adam(betas, damping, decay_rate) -> Transform:
+    b1, b2 = betas
+    numbers = not any(isinstance(x, Tensor) for x in (b1, b2, damping, decay_rate))
+
+    def init(params: Params) -> AdamState:
+        def zeros() -> Params:
+            return {k: torch.zeros_like(p, dtype=factor_dtype(p)) for k, p in params.items()}
+
+        return AdamState(zeros(), zeros(), counter(params))
+
+    def update(
+        state: AdamState, grads: Params, evidence: Evidence | None = None
+    ) -> tuple[AdamState, Params]:
+        names, step = list(grads), state.step + 1
+        m, v = [state.mean[k] for k in names], [state.second_moment[k] for k in names]
+        g = [grads[k].to(m_.dtype) for k, m_ in zip(names, m, strict=True)]
+        decayed = None if decay_rate is None else parameters(evidence)
+        p = [] if decayed is None else [decayed[k] for k in names]
+        # In float64 whatever torch's default is: in float32 the first of these is off by 1e-5.
+        correct1 = 1 - _power(b1, step.double())
+        correct2 = (1 - _power(b2, step.double())) ** 0.5
+        # The direction is m / (ratio sqrt(v) + shift).
+        ratio, shift = correct1 / correct2, correct1 * damping
+        if numbers and tree.multi_tensor(g, m, v, p):
+            parts = [in_place(m[i], v[i], g[i], p[i], ratio, shift) for i in tree.chunks(g)]
+            m, v, d = ([x for part in column for x in part] for column in zip(*parts, strict=True))
+        else:
+            m = [b1 * m_ + (1 - b1) * g_ for m_, g_ in zip(m, g, strict=True)]
+            v = [b2 * v_ + (1 - b2) * g_ * g_ for v_, g_ in zip(v, g, strict=True)]
+            d = [m_ / (ratio * v_.sqrt() + shift) for m_, v_ in zip(m, v, strict=True)]
+            if p and decay_rate is not None:
+                d = [d_ + decay_rate * p_ for d_, p_ in zip(d, p, strict=True)]
+        new = AdamState(dict(zip(names, m, strict=True)), dict(zip(names, v, strict=True)), step)
+        return new, {k: d_.to(grads[k].dtype) for k, d_ in zip(names, d, strict=True)}
+
+    def in_place(m, v, g, p, ratio, shift) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+        # Three new copies, changed in place from there: half the time.
+        m = torch._foreach_lerp(m, g, 1 - b1)
+        v = torch._foreach_mul(v, b2)
+        torch._foreach_addcmul_(v, g, g, 1 - b2)
+        d = torch._foreach_sqrt(v)
+        torch._foreach_mul_(d, ratio)
+        torch._foreach_add_(d, shift)
+        torch._foreach_reciprocal_(d)
+        torch._foreach_mul_(d, m)
+        if p:
+            torch._foreach_add_(d, p, alpha=decay_rate)
+        return m, v, d  # pyright: ignore[reportReturnType]
+
+    return Transform(init, update)
+
+
+def _power(beta: float | Tensor, t: Tensor) -> Tensor:
+    if isinstance(beta, Tensor):
+        return beta**t
+    # The compiler takes an exponential once for all parameters, but a power again for every entry.
+    return torch.exp(t * (math.log(beta) if beta else -math.inf))
 
 
 _ROW = ("(F̂_emp^batch)^½", "element", "G direct, division")

@@ -4,11 +4,12 @@ from collections.abc import Callable
 
 from torch import Tensor
 
+from funcprecond import tree
 from funcprecond.observe import Evidence, MissingEvidence
 from funcprecond.problem import Params
 from funcprecond.transform import Transform
 
-__all__ = ["weight_decay"]
+__all__ = ["parameters", "weight_decay"]
 
 
 def weight_decay(
@@ -31,13 +32,16 @@ def weight_decay(
     def update(
         state: tuple, grads: Params, evidence: Evidence | None = None
     ) -> tuple[tuple, Params]:
-        if evidence is None:
-            msg = "weight decay needs the parameters: pass the evidence of fp.observe to update"
-            raise MissingEvidence(msg)
-        params = evidence.params
-        return state, {
-            k: g + rate * params[k] if mask is None or mask(k, params[k]) else g
-            for k, g in grads.items()
-        }
+        params = parameters(evidence)
+        chosen = {k: g for k, g in grads.items() if mask is None or mask(k, params[k])}
+        return state, {**grads, **tree.add(chosen, params, rate)}
 
     return Transform(lambda params: (), update)
+
+
+def parameters(evidence: Evidence | None) -> Params:
+    """Where the evidence was taken; raises :class:`MissingEvidence` if there is none."""
+    if evidence is None:
+        msg = "weight decay needs the parameters: pass the evidence of fp.observe to update"
+        raise MissingEvidence(msg)
+    return evidence.params

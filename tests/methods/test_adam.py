@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 import funcprecond as fp
 from tests import strategies
-from tests.equality import assert_close
+from tests.equality import assert_close, assert_same, copy
 from tests.peers import run, run_torch
 from tests.problems import normal
 
@@ -83,3 +83,83 @@ def test_hyperparameters_may_be_tensors_that_gradients_flow_to(randn):
     b1 = torch.tensor(0.9, dtype=torch.float64)
     numeric = (size(b1 + 1e-6) - size(b1 - 1e-6)) / 2e-6
     assert torch.func.grad(size)(b1) == pytest.approx(numeric.item(), rel=1e-6)
+
+
+# ---------------------------------------------------------------------- many tensors at once
+def mixed(seed):
+    """Parameters of several dtypes, one of them without entries."""
+    dtypes = (torch.float32, torch.float64, torch.bfloat16, torch.float32)
+    shapes = ((3, 4), (5,), (2, 3), (0,))
+    pairs = enumerate(zip(shapes, dtypes, strict=True))
+    return {f"p{i}": normal(s, seed + i).to(d) for i, (s, d) in pairs}
+
+
+def evidence(params):
+    return fp.Evidence(params, torch.zeros(()), None, {}, {}, {})
+
+
+def test_one_tensor_at_a_time_gives_what_many_at_once_do():
+    """A tensor among the hyperparameters takes the first way, numbers the second."""
+    params, ends = mixed(0), []
+    for beta in (0.9, torch.tensor(0.9, dtype=torch.float64)):
+        opt = fp.adamw(betas=(beta, 0.99), decay_rate=0.3)
+        state, direction = opt.init(params), {}
+        for t in range(5):
+            state, direction = opt.update(state, mixed(10 * t), evidence(params))
+        ends.append((state, direction))
+    for k, p in params.items():
+        rtol = {torch.float64: 1e-14, torch.float32: 1e-6, torch.bfloat16: 1e-2}[p.dtype]
+        assert_close(*(d[k] for _, d in ends), rtol=rtol)
+        assert ends[0][1][k].dtype == p.dtype
+        assert_close(*(s.second_moment[k] for s, _ in ends), rtol=1e-6)
+
+
+@pytest.mark.parametrize("opt", [fp.adam(), fp.adamw()])
+def test_what_goes_in_stays_as_it_was(opt):
+    params, grads = mixed(0), mixed(1)
+    state, _ = opt.update(opt.init(params), grads, evidence(params))
+    before = copy((state, grads, params))
+    new, direction = opt.update(state, grads, evidence(params))
+    assert_same((state, grads, params), before)
+    old = {x.data_ptr() for x in fp.tree.leaves((state, grads, params)) if x.numel()}
+    assert old.isdisjoint(x.data_ptr() for x in fp.tree.leaves((new, direction)) if x.numel())
+
+
+def test_adamw_is_adam_and_decoupled_decay():
+    params = mixed(0)
+    chained = fp.chain(fp.adam(), fp.weight_decay(0.3))
+    one, other = fp.adamw(decay_rate=0.3), chained
+    a, b = one.init(params), other.init(params)
+    for t in range(3):
+        a, direction = one.update(a, mixed(t), evidence(params))
+        b, expected = other.update(b, mixed(t), evidence(params))
+    assert_same(a, b[0])
+    del direction["p2"], expected["p2"]  # in bfloat16 the chain rounds once more
+    assert_close(direction, expected, rtol=1e-6)
+
+
+def test_adamw_asks_for_the_parameters(randn):
+    g = {"w": randn(2)}
+    with pytest.raises(fp.MissingEvidence, match="parameters"):
+        fp.adamw().update(fp.adamw().init(g), g)
+
+
+def test_autograd_flows_through_updates(randn):
+    """Where it records, nothing that it kept may change in place."""
+    x = {"w": randn(3)}
+
+    def size(scale):
+        opt = fp.adamw(damping=0.1)
+        state, _ = opt.update(opt.init(x), {"w": scale * x["w"]}, evidence(x))
+        return opt.update(state, {"w": scale**2 * x["w"]}, evidence(x))[1]["w"].sum()
+
+    scale = torch.tensor(1.5, dtype=torch.float64, requires_grad=True)
+    (slope,) = torch.autograd.grad(size(scale), scale)
+    with torch.no_grad():
+        numeric = (size(scale + 1e-6) - size(scale - 1e-6)) / 2e-6
+    assert slope.item() == pytest.approx(numeric.item(), rel=1e-6)
+
+
+def test_a_model_without_parameters_is_no_error():
+    opt = fp.adam()
+    assert opt.update(opt.init({}), {})[1] == {}
