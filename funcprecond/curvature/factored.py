@@ -48,65 +48,167 @@ Split = Literal["joint", "pi", "equal"]
 
 @state
 class Factors:
-    """``M -> left M right^T`` of (..., o, i) matrices, or (..., J, o / J, i) for J groups.
+    """``M -> left M right`` of (..., o, i) matrices, or (..., J, o / J, i) for J groups.
+
+    A factor of n rows and columns may also be kept as fewer rows: (r, n) rows W stand for ``W^T
+    W``, or with a ridge for ``(I - W^T W) / ridge``, which is what an inverse of the former is.
 
     Attributes:
-        left: (o, o) or (J, o / J, o / J), symmetric; (o,) if it is diagonal.
-        right: (i, i) or (J, i, i), symmetric.
+        left: (o, o) or (J, o / J, o / J), symmetric; (o,) if it is diagonal; or rows.
+        right: (i, i) or (J, i, i), symmetric; or rows.
+        left_ridge, right_ridge: (), or (J,) for groups; None for a factor that is no inverse.
     """
 
     left: Tensor
     right: Tensor
+    left_ridge: Tensor | None = None
+    right_ridge: Tensor | None = None
 
     def apply(self, matrix: Tensor) -> Tensor:
         """The block times a vector."""
-        m = matrix @ self.right
-        return self.left.unsqueeze(-1) * m if self.left.ndim == 1 else self.left @ m
+        m = _times(matrix, self.right, self.right_ridge)
+        return _times(m.mT, self.left, self.left_ridge).mT
 
     def diagonal(self) -> Tensor:
         """(o, i) or (J, o / J, i)."""
-        left = self.left if self.left.ndim == 1 else self.left.diagonal(dim1=-2, dim2=-1)
-        return left.unsqueeze(-1) * self.right.diagonal(dim1=-2, dim2=-1).unsqueeze(-2)
+        left = _diagonal(self.left, self.left_ridge)
+        return left.unsqueeze(-1) * _diagonal(self.right, self.right_ridge).unsqueeze(-2)
 
     def squared_norm(self) -> Tensor:
         """The sum of the squared entries."""
-        axes = (-2, -1) if self.left.ndim > 1 else -1
-        return (self.left.square().sum(axes) * self.right.square().sum((-2, -1))).sum()
+        left = _squared_norm(self.left, self.left_ridge)
+        return (left * _squared_norm(self.right, self.right_ridge)).sum()
 
 
 @state
 class Rotated:
     """``M -> left (values * (left^T M right)) right^T``.
 
+    The bases may be thin: outside of the space that they span, the block is ``rest`` times the
+    identity.
+
     Attributes:
-        left: (o, o) or (J, o / J, o / J), orthogonal; None for the identity.
-        right: (i, i) or (J, i, i), orthogonal.
-        values: (o, i) or (J, o / J, i), the eigenvalues.
+        left: (o, r) or (J, o / J, r), orthonormal columns, some of which may be zero, with ``rest``
+            as their value; None for the identity.
+        right: (i, q) or (J, i, q), likewise.
+        values: (r, q) or (J, r, q), the eigenvalues.
+        rest: 0-d, or None if both bases are complete.
     """
 
     left: Tensor | None
     right: Tensor
     values: Tensor
+    rest: Tensor | None = None
 
     def apply(self, matrix: Tensor) -> Tensor:
         """The block times a vector."""
         m = matrix @ self.right
         if self.left is None:
-            return (self.values * m) @ self.right.mT
-        return self.left @ (self.values * (self.left.mT @ m)) @ self.right.mT
+            m = (self._above() * m) @ self.right.mT
+        else:
+            m = self.left @ (self._above() * (self.left.mT @ m)) @ self.right.mT
+        return m if self.rest is None else m + self.rest * matrix
 
     def diagonal(self) -> Tensor:
         """(o, i) or (J, o / J, i)."""
-        m = self.values @ self.right.square().mT
-        return m if self.left is None else self.left.square() @ m
+        m = self._above() @ self.right.square().mT
+        m = m if self.left is None else self.left.square() @ m
+        return m if self.rest is None else m + self.rest
 
     def squared_norm(self) -> Tensor:
         """The sum of the squared entries."""
-        return self.values.square().sum()
+        inside = self.values.square().sum()
+        return inside if self.rest is None else inside + self._outside() * self.rest**2
+
+    def logdet(self) -> Tensor:
+        """The sum of the eigenvalues' logarithms."""
+        inside = self.values.log().sum()
+        # Zero times the logarithm of a zero is zero here: complete bases have no outside.
+        if self.rest is None or not self._outside():
+            return inside
+        return inside + self._outside() * self.rest.log()
 
     def map(self, function: Callable[[Tensor], Tensor]) -> "Rotated":
         """The same eigenvectors with other eigenvalues."""
-        return Rotated(self.left, self.right, function(self.values))
+        rest = None if self.rest is None else function(self.rest)
+        return Rotated(self.left, self.right, function(self.values), rest)
+
+    def _above(self) -> Tensor:
+        return self.values if self.rest is None else self.values - self.rest
+
+    def _outside(self) -> int:
+        """The number of eigenvalues that are ``rest``, but for those among the values."""
+        outputs = self.values.shape[-2] if self.left is None else self.left.shape[-2]
+        groups = self.right.shape[0] if self.right.ndim == 3 else 1
+        return groups * outputs * self.right.shape[-2] - self.values.numel()
+
+
+def _as_rows(factor: Tensor) -> bool:
+    return factor.ndim > 1 and factor.shape[-2] < factor.shape[-1]
+
+
+def _times(x: Tensor, factor: Tensor, ridge: Tensor | None) -> Tensor:
+    """``x F`` for rows x."""
+    if factor.ndim == 1:
+        return x * factor
+    if not _as_rows(factor):
+        return x @ factor
+    product = (x @ factor.mT) @ factor
+    return product if ridge is None else (x - product) / ridge[..., None, None]
+
+
+def _diagonal(factor: Tensor, ridge: Tensor | None) -> Tensor:
+    if factor.ndim == 1:
+        return factor
+    if not _as_rows(factor):
+        return factor.diagonal(dim1=-2, dim2=-1)
+    diagonal = factor.square().sum(-2)
+    return diagonal if ridge is None else (1 - diagonal) / ridge.unsqueeze(-1)
+
+
+def _squared_norm(factor: Tensor, ridge: Tensor | None) -> Tensor:
+    if not _as_rows(factor):
+        return factor.square().sum((-2, -1) if factor.ndim > 1 else -1)
+    gram = factor @ factor.mT
+    squares = gram.square().sum((-2, -1))
+    if ridge is None:
+        return squares
+    trace = gram.diagonal(dim1=-2, dim2=-1).sum(-1)
+    return (factor.shape[-1] - 2 * trace + squares) / ridge**2
+
+
+def _square(factor: Tensor, ridge: Tensor | None) -> Tensor:
+    """The factor itself, formed; a diagonal as it is."""
+    if not _as_rows(factor):
+        return factor
+    product = factor.mT @ factor
+    if ridge is None:
+        return product
+    eye = torch.eye(product.shape[-1], dtype=product.dtype, device=product.device)
+    return (eye - product) / ridge[..., None, None]
+
+
+def _thin_basis(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """(eigenvalues (..., r), eigenvectors (..., n, r)) of ``rows^T rows``.
+
+    A direction whose eigenvalue is rounding beside the largest is given the zero vector and value.
+    """
+    wide = rows.double()
+    if rows.dtype == torch.float64:
+        _, s, vectors = torch.linalg.svd(wide, full_matrices=False)
+        values, vectors = s**2, vectors.mT
+        limit = 1e-28
+    else:
+        # What float32 rows lose by squaring, float64 has to spare.
+        values, q = torch.linalg.eigh(wide @ wide.mT)
+        values = values.clamp_min(0.0)
+        vectors = wide.mT @ q
+        vectors = vectors / torch.where(values > 0, values, 1.0).sqrt().unsqueeze(-2)
+        limit = 1e-9
+    kept = values > limit * values.amax(-1, keepdim=True)
+    values = torch.where(kept, values, 0.0)
+    vectors = torch.where(kept.unsqueeze(-2), vectors, 0.0)
+    return values.to(rows.dtype), vectors.to(rows.dtype)
 
 
 class Layerwise(Operator):
@@ -205,10 +307,14 @@ class Layerwise(Operator):
 
     def logdet(self, damping: float | Tensor = 0.0) -> Tensor:
         """``log det (C + damping I)``, a 0-d tensor; exact."""
-        values = [b.values for b in self._rotated().values()]
-        values += [torch.linalg.eigvalsh(x) for x in self.units.values()]
+
+        def damped(x: Tensor) -> Tensor:
+            return x.clamp_min(0.0) + damping
+
+        parts = [b.map(damped).logdet() for b in self._rotated().values()]
+        values = [torch.linalg.eigvalsh(x) for x in self.units.values()]
         values += list(self._rest().values())
-        return torch.stack([(x.clamp_min(0.0) + damping).log().sum() for x in values]).sum()
+        return torch.stack([*parts, *(damped(x).log().sum() for x in values)]).sum()
 
     def _rest(self) -> dict[str, Tensor]:
         """The diagonal of what has no block; zero for what the loss does not depend on."""
@@ -220,11 +326,24 @@ class Layerwise(Operator):
         """All blocks in their eigenbases: one batched decomposition for each size."""
         found = {k: b for k, b in self.layers.items() if isinstance(b, Rotated)}
         factors = {k: b for k, b in self.layers.items() if isinstance(b, Factors)}
-        left, left_vectors = eigenbases({k: b.left for k, b in factors.items()})
-        right, right_vectors = eigenbases({k: b.right for k, b in factors.items()})
+        sides = {
+            (k, side): (getattr(b, side), getattr(b, f"{side}_ridge"))
+            for k, b in factors.items()
+            for side in ("left", "right")
+        }
+        thin = {
+            k: _thin_basis(x) for k, (x, ridge) in sides.items() if _as_rows(x) and ridge is None
+        }
+        values, vectors = eigenbases(
+            {k: _square(*x) for k, x in sides.items() if k not in thin}  # pyright: ignore
+        )
+        values |= {k: x for k, (x, _) in thin.items()}
+        vectors |= {k: x for k, (_, x) in thin.items()}
         for k in factors:
-            values = left[k].unsqueeze(-1) * right[k].unsqueeze(-2)
-            found[k] = Rotated(left_vectors.get(k), right_vectors[k], values)
+            left, right = (k, "left"), (k, "right")
+            product = values[left].unsqueeze(-1) * values[right].unsqueeze(-2)
+            rest = product.new_zeros(()) if left in thin or right in thin else None
+            found[k] = Rotated(vectors.get(left), vectors[right], product, rest)
         return {k: found[k] for k in self.layers}
 
 
@@ -277,8 +396,16 @@ class KroneckerFactored(Layerwise):
                 yield layers, batch_weight(e), e
 
         # On one batch the statistics serve both of EKFAC's passes.
-        first = list(measured()) if batches is None else measured()
-        self.factors = _factors(first, params, sharing, forward_only=kind == "foof")
+        if batches is None:
+            first = list(measured())
+            layers = first[0][0]
+            if kind == "foof":
+                self.factors = _from_inputs(layers, params, sharing, keep_rows=True)
+            else:
+                self.factors = KroneckerIO.init(params, rows=True).accumulate(layers, None)
+        else:
+            first = measured()
+            self.factors = _factors(first, params, sharing, forward_only=kind == "foof")
         blocks: dict[str, Any] = {
             k: Factors(x, self.factors.right[k]) for k, x in self.factors.left.items()
         }
@@ -305,7 +432,10 @@ class KroneckerFactored(Layerwise):
             msg = f"split must be 'joint', 'pi' or 'equal', not {split!r}"
             raise ValueError(msg)
         factor = Cholesky(damping, split).prepare(self.factors, None)  # pyright: ignore
-        blocks = {k: Factors(x, factor.right[k]) for k, x in factor.left.items()}
+        blocks = {
+            k: Factors(x, factor.right[k], factor.left_ridge[k], factor.right_ridge[k])
+            for k, x in factor.left.items()
+        }
         others = {k: 1 / (d + damping) for k, d in self._rest().items()}
         return Layerwise(self.like, blocks, factor.units, others)
 
@@ -379,7 +509,9 @@ class _Mean:
         return {k: x / self.weights[k] for k, x in self.totals.items()}
 
 
-def _from_inputs(layers: Layers, params: Params, sharing: Sharing) -> KroneckerIO:
+def _from_inputs(
+    layers: Layers, params: Params, sharing: Sharing, keep_rows: bool = False
+) -> KroneckerIO:
     """FOOF's factors: the inputs' second moments, and the identity everywhere else."""
     left, right, units = {}, {}, {}
     for name, uses in layers.uses.items():
@@ -400,7 +532,7 @@ def _from_inputs(layers: Layers, params: Params, sharing: Sharing) -> KroneckerI
         a = torch.cat([x.flatten(-3, -2) for x in rows], -2)
         if bias is not None:
             a = torch.cat([a, torch.ones_like(a[..., :1])], -1)
-        moment = a.mT @ a / a.shape[-2]
+        moment = a * a.shape[-2] ** -0.5 if keep_rows and _as_rows(a) else a.mT @ a / a.shape[-2]
         if call.kind == "conv":
             groups = call.options[4]
             eye = torch.eye(p.shape[0] // groups, dtype=eye.dtype, device=p.device)
@@ -438,7 +570,7 @@ def _corrected(
                 found = second_moments(uses, bias, bases[name].left, bases[name].right)
                 moments.add(name, found * layers.scale, share, not is_sum(evaluation))
     return {
-        k: Rotated(bases[k].left, bases[k].right, x.reshape(bases[k].values.shape))
+        k: Rotated(bases[k].left, bases[k].right, x.reshape(bases[k].values.shape), bases[k].rest)
         for k, x in moments.means().items()
     }
 
