@@ -81,7 +81,7 @@ def lanczos(operator: Operator, start: Tensor, steps: int, space: Krylov | None 
             basis.append(v)
             rows = torch.stack(basis)
         w = tree.ravel(operator @ tree.unravel(v, operator.like)).to(v.dtype)
-        alpha = w.double().dot(v.double())
+        alpha = w.dot(v).double()
         w = w - alpha.to(w.dtype) * v
         if i:
             w = w - betas[-1].to(w.dtype) * rows[i - 1]
