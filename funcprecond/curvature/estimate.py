@@ -79,10 +79,10 @@ def hutchinson_trace(
         chunk_size: see :meth:`Operator.matmat`.
     """
     v = _probes(operator, products, generator, distribution, probes)
-    # Parameter by parameter: neither stack is copied, and the sums are in float64.
+    # Parameter by parameter: neither stack is copied.
     columns = _columns(operator, v)
     product = operator.matmat(columns, chunk_size)
-    parts = [(columns[k] * product[k]).flatten(1).sum(1, dtype=torch.float64) for k in columns]
+    parts = [(columns[k] * product[k]).flatten(1).sum(1).double() for k in columns]
     return _mean(torch.stack(parts).sum(0))
 
 

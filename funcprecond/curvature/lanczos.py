@@ -100,7 +100,7 @@ def lanczos(operator: Operator, start: Tensor, steps: int, space: Krylov | None 
         betas.append(torch.where(alive, beta, 0.0).double())
         if plain and not bool(alive):
             break
-    rows = torch.stack(basis) if buffer is None else buffer[: len(alphas)].clone()
+    rows = torch.stack(basis) if buffer is None else buffer[: len(alphas)]
     return Krylov(rows, torch.stack(alphas), torch.stack(betas), v)
 
 
