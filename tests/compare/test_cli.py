@@ -118,7 +118,7 @@ def test_batch_larger_than_the_data_is_a_sentence(tmp_path, capsys):
 
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
 def test_stopped_and_started_again(tmp_path, how):
-    arguments = ["compare", *QUICK, "--steps", "400", "--out", tmp_path]
+    arguments = ["compare", *QUICK, "--steps", "1500", "--out", tmp_path]
     process = start(*arguments)
     results = tmp_path / "results.json"
     deadline = time.monotonic() + 60
