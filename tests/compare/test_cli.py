@@ -116,6 +116,15 @@ def test_batch_larger_than_the_data_is_a_sentence(tmp_path, capsys):
     assert "1,257 training examples" in capsys.readouterr().err
 
 
+@pytest.fixture
+def _sigint_is_heard():
+    # A shell starts background jobs deaf to it, which their children inherit.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("_sigint_is_heard")
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
 def test_stopped_and_started_again(tmp_path, how):
     arguments = ["compare", *QUICK, "--steps", "1500", "--out", tmp_path]
