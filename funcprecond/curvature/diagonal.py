@@ -13,8 +13,7 @@ from torch import Tensor
 
 from funcprecond import tree
 from funcprecond.curvature.data import check_data, each_batch, mean_over, seed_of, seeded
-from funcprecond.curvature.fisher import check_labels
-from funcprecond.curvature.layers import Labels, Layers, LayerStatistics, split_block
+from funcprecond.curvature.layers import Labels, Layers, LayerStatistics, check_labels, split_block
 from funcprecond.curvature.moments import second_moments, unit_moments
 from funcprecond.curvature.operator import Operator
 from funcprecond.evaluation import Evaluation

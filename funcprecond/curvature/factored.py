@@ -20,13 +20,13 @@ from funcprecond.curvature.data import (
     seed_of,
     seeded,
 )
-from funcprecond.curvature.fisher import check_labels
 from funcprecond.curvature.layers import (
     Labels,
     Layers,
     LayerStatistics,
     LayerUse,
     Sharing,
+    check_labels,
     layer_uses,
     split_block,
 )

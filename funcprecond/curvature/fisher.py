@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from funcprecond import tree
-from funcprecond.curvature.layers import Labels
+from funcprecond.curvature.layers import Labels, check_labels
 from funcprecond.evaluation import Evaluation
 from funcprecond.problem import Buffers, Params, Problem
 
@@ -85,13 +85,3 @@ def draw_labels(
 ) -> Tensor:
     """The random numbers from which labels are sampled."""
     return problem.loss.draw(problem.split(batch)[1], samples, generator)
-
-
-def check_labels(labels: Labels, samples: int) -> None:
-    """Raise ValueError unless both are known."""
-    if labels not in ("mc", "empirical", "exact") or samples < 1:
-        msg = (
-            "labels must be 'mc', 'empirical' or 'exact' and samples at least 1, "
-            f"not {labels!r}, {samples}"
-        )
-        raise ValueError(msg)

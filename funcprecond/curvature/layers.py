@@ -30,6 +30,7 @@ __all__ = [
     "LayerUse",
     "Layers",
     "Sharing",
+    "check_labels",
     "layer_statistics",
     "layer_uses",
     "split_block",
@@ -148,12 +149,7 @@ class LayerStatistics(Need):
     taps: ClassVar[bool] = True
 
     def __post_init__(self):
-        if self.labels not in ("mc", "empirical", "exact"):
-            msg = f"labels must be 'mc', 'empirical' or 'exact', not {self.labels!r}"
-            raise ValueError(msg)
-        if self.samples < 1:
-            msg = f"samples must be at least 1, not {self.samples}"
-            raise ValueError(msg)
+        check_labels(self.labels, self.samples)
 
     def draw(
         self, problem: Problem, params: Params, batch: Any, generator: torch.Generator | None
@@ -276,3 +272,13 @@ def _blocks(evaluation: Evaluation, by_example: bool) -> dict[str, list[int]]:
         )
 
     return {name: indices for name, indices in blocks.items() if usable(name, indices)}
+
+
+def check_labels(labels: Labels, samples: int) -> None:
+    """Raise ValueError unless both are known."""
+    if labels not in ("mc", "empirical", "exact") or samples < 1:
+        msg = (
+            "labels must be 'mc', 'empirical' or 'exact' and samples at least 1, "
+            f"not {labels!r}, {samples}"
+        )
+        raise ValueError(msg)

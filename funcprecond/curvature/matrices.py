@@ -16,8 +16,8 @@ from torch import Tensor
 
 from funcprecond.curvature.data import check_data, mean_over, seed_of, seeded
 from funcprecond.curvature.diagonal import exact_diagonal
-from funcprecond.curvature.fisher import check_labels, draw_labels, fisher_product
-from funcprecond.curvature.layers import Labels
+from funcprecond.curvature.fisher import draw_labels, fisher_product
+from funcprecond.curvature.layers import Labels, check_labels
 from funcprecond.curvature.operator import Operator, stack, unstack
 from funcprecond.evaluation import Evaluation, untransformed
 from funcprecond.losses import Loss
