@@ -47,6 +47,13 @@ class Attention(nn.Module):
         return out.transpose(1, 2).flatten(2)
 
 
+class WrittenOut(Attention):
+    def forward(self, x):
+        q, k, v = self.qkv(x).unflatten(-1, (3, 2, 2)).permute(2, 0, 3, 1, 4)
+        scores = (q @ k.mT / 2**0.5).softmax(-1)
+        return (scores @ v).transpose(1, 2).flatten(2)
+
+
 class SelfAttention(nn.Module):
     def __init__(self, **options):
         super().__init__()
@@ -66,6 +73,19 @@ class TiedEmbedding(nn.Module):
         return F.linear(h, self.embedding.weight)
 
 
+class TiedLinear(nn.Module):
+    """One weight under two names, and once more transposed."""
+
+    def __init__(self):
+        super().__init__()
+        self.encode, self.decode, self.head = (nn.Linear(4, n) for n in (4, 4, 3))
+        self.decode.weight = self.encode.weight
+
+    def forward(self, x):
+        h = torch.tanh(self.decode(torch.tanh(self.encode(x))))
+        return self.head(torch.tanh(F.linear(h, self.decode.weight.T)))
+
+
 def flat(layer, features=6):
     return Body(nn.Linear(4, features), layer, features)
 
@@ -78,9 +98,19 @@ def sequence(layer, features=4):
     return Body(nn.Linear(4, 4), layer, 3 * features)
 
 
+def signal(layer, outputs):
+    return Body(nn.Conv1d(2, 4, 1), layer, outputs)
+
+
+def volume(layer, outputs):
+    return Body(nn.Conv3d(1, 2, 1), layer, outputs)
+
+
 FLAT, IMAGE, SEQUENCE = (N, 4), (N, 2, 4, 4), (N, 3, 4)
+SIGNAL, VOLUME = (N, 2, 6), (N, 1, 3, 3, 3)
 TOKENS = torch.tensor([[0, 1, 1], [2, 2, 0], [1, 0, 2]])
 MODELS = {
+    "linear, tied": (TiedLinear, FLAT),
     "layer norm": (lambda: flat(nn.LayerNorm(6)), FLAT),
     "layer norm without bias": (lambda: flat(nn.LayerNorm(6, bias=False)), FLAT),
     "rms norm": (lambda: flat(nn.RMSNorm(6)), FLAT),
@@ -92,6 +122,9 @@ MODELS = {
     ),
     "batch norm, train": (lambda: flat(nn.BatchNorm1d(6)), FLAT),
     "batch norm, eval": (lambda: flat(nn.BatchNorm1d(6)).eval(), FLAT),
+    "batch norm of images, eval": (lambda: image(nn.BatchNorm2d(4).eval(), 64).eval(), IMAGE),
+    "batch norm of volumes, train": (lambda: volume(nn.BatchNorm3d(2), 54), VOLUME),
+    "instance norm of sequences": (lambda: signal(nn.InstanceNorm1d(4, affine=True), 24), SIGNAL),
     "batch norm of images, train": (lambda: image(nn.BatchNorm2d(4), 64), IMAGE),
     "conv": (lambda: image(nn.Conv2d(4, 3, 3), 12), IMAGE),
     "conv, grouped": (lambda: image(nn.Conv2d(4, 6, 2, groups=2), 54), IMAGE),
@@ -103,9 +136,39 @@ MODELS = {
         IMAGE,
     ),
     "conv of sequences": (lambda: Body(nn.Linear(4, 4), nn.Conv1d(3, 2, 2), 6), SEQUENCE),
+    "conv of sequences, grouped and dilated": (
+        lambda: signal(nn.Conv1d(4, 6, 2, dilation=2, groups=2), 24),
+        SIGNAL,
+    ),
+    "conv of volumes": (lambda: volume(nn.Conv3d(2, 3, 2, padding=1, stride=2), 24), VOLUME),
+    "conv of volumes, grouped and dilated": (
+        lambda: volume(nn.Conv3d(2, 4, 2, dilation=2, groups=2), 4),
+        VOLUME,
+    ),
+    "transposed conv of sequences": (
+        lambda: signal(nn.ConvTranspose1d(4, 2, 3, stride=2, output_padding=1), 28),
+        SIGNAL,
+    ),
+    "transposed conv": (
+        lambda: image(nn.ConvTranspose2d(4, 2, 2, groups=2, dilation=2), 72),
+        IMAGE,
+    ),
+    "transposed conv of volumes": (
+        lambda: volume(nn.ConvTranspose3d(2, 1, 2, padding=1), 8),
+        VOLUME,
+    ),
     "max pool": (lambda: Body(nn.Conv2d(2, 4, 1), nn.MaxPool2d(2), 16), IMAGE),
+    "max pool of sequences": (lambda: signal(nn.MaxPool1d(2, 1), 20), SIGNAL),
+    "max pool of volumes": (lambda: volume(nn.MaxPool3d(2, 1), 16), VOLUME),
+    "average pool": (lambda: image(nn.AvgPool2d(2, 1, 1), 100), IMAGE),
+    "average pool of sequences": (lambda: signal(nn.AvgPool1d(3), 8), SIGNAL),
+    "average pool of volumes": (lambda: volume(nn.AvgPool3d(2, 1), 16), VOLUME),
+    "adaptive average pool": (lambda: image(nn.AdaptiveAvgPool2d((1, 3)), 12), IMAGE),
+    "adaptive max pool": (lambda: image(nn.AdaptiveMaxPool2d(2), 16), IMAGE),
+    "power-average pool": (lambda: image(nn.LPPool2d(2, 2), 16), IMAGE),
     "embedding": (lambda: Body(nn.Embedding(3, 4), nn.Linear(4, 2), 6), TOKENS),
     "tied embedding": (TiedEmbedding, TOKENS),
+    "attention, written out": (lambda: sequence(WrittenOut()), SEQUENCE),
     "attention": (lambda: sequence(Attention()), SEQUENCE),
     "attention, causal": (lambda: sequence(Attention(causal=True)), SEQUENCE),
     "attention, dropout": (lambda: sequence(Attention(dropout=0.4)), SEQUENCE),
@@ -116,12 +179,22 @@ MODELS = {
         lambda: sequence(nn.TransformerEncoderLayer(4, 2, 5, 0.0, "gelu", batch_first=True)),
         SEQUENCE,
     ),
+    "encoder layer, dropout": (
+        lambda: sequence(nn.TransformerEncoderLayer(4, 2, 5, 0.3, batch_first=True)),
+        SEQUENCE,
+    ),
     "encoder layer, eval": (
         lambda: sequence(nn.TransformerEncoderLayer(4, 2, 5, batch_first=True)).eval(),
         SEQUENCE,
     ),
     "dropout": (lambda: flat(nn.Dropout(0.4)), FLAT),
     "dropout of channels": (lambda: image(nn.Dropout2d(0.4), 64), IMAGE),
+    "dropout that keeps the variance": (lambda: flat(nn.AlphaDropout(0.4)), FLAT),
+    "rnn": (lambda: sequence(nn.RNN(4, 2, batch_first=True), 2), SEQUENCE),
+    "lstm, stacked in both directions": (
+        lambda: sequence(nn.LSTM(4, 2, 2, batch_first=True, bidirectional=True), 4),
+        SEQUENCE,
+    ),
     "lstm": (lambda: sequence(nn.LSTM(4, 2, batch_first=True), 2), SEQUENCE),
     "gru": (lambda: sequence(nn.GRU(4, 2, batch_first=True), 2), SEQUENCE),
 }
@@ -256,6 +329,7 @@ def test_layer_pairs_rebuild_the_gradient_of_linear_layers(model):
     for call, a, g in zip(e.calls, e.layer_inputs, e.layer_grads, strict=True):
         if call.kind == "linear" and call.weight not in e.unrecorded:
             pair = g.flatten(0, -2).T @ a.flatten(0, -2)
+            pair = pair.T if call.options == ("in_out",) else pair
             rebuilt[call.weight] = rebuilt.get(call.weight, 0.0) + pair
     for name, gradient in rebuilt.items():
         if all(c.kind == "linear" for c in e.calls if c.weight == name):
@@ -264,7 +338,8 @@ def test_layer_pairs_rebuild_the_gradient_of_linear_layers(model):
 
 COUPLED = [m for m in MODELS if "batch norm" in m and "eval" not in m]
 # The upstream limits of facts/torch-func.md: no batching rule, and buffers written in place.
-NOT_MAPPED = ["lstm", "gru", "instance norm, tracking"]
+RECURRENT = ["rnn", "lstm", "lstm, stacked in both directions", "gru"]
+NOT_MAPPED = [*RECURRENT, "instance norm, tracking"]
 
 
 @pytest.mark.parametrize("model", [m for m in MODELS if m not in COUPLED + NOT_MAPPED])

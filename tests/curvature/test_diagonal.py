@@ -7,12 +7,10 @@ from tests import problems, reference
 from tests.curvature.test_matrices import LOSSES, with_loss
 from tests.equality import assert_close
 from tests.problems import normal, seeded
-from tests.test_op_table import MODELS, build
-
-COUPLED = {"batch norm, train", "batch norm of images, train"}
+from tests.test_op_table import COUPLED, MODELS, build
 
 
-@pytest.mark.parametrize("model", sorted(MODELS.keys() - COUPLED))
+@pytest.mark.parametrize("model", [m for m in MODELS if m not in COUPLED])
 def test_on_every_layer_it_is_the_diagonal_of_the_products(model):
     problem, batch = build(model)
     ggn = fp.GGN(problem, problem.params, batch, generator=seeded(3))

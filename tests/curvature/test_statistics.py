@@ -5,11 +5,10 @@ import funcprecond as fp
 from tests import problems, reference
 from tests.equality import assert_close
 from tests.problems import initialised, normal, seeded
-from tests.test_op_table import MODELS, build
+from tests.test_op_table import COUPLED, MODELS, NOT_MAPPED, build
 
-COUPLED = {"batch norm, train", "batch norm of images, train"}
-# Not to be mapped over by vmap, which the reference needs.
-SINGLE = sorted(MODELS.keys() - COUPLED - {"lstm", "gru", "instance norm, tracking"})
+# The reference maps over the examples.
+SINGLE = [m for m in MODELS if m not in COUPLED + NOT_MAPPED]
 
 
 @pytest.mark.parametrize("model", SINGLE)
