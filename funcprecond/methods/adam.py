@@ -88,8 +88,8 @@ def _adam(betas, damping, decay_rate) -> Transform:
         # The direction is m / (ratio sqrt(v) + shift).
         ratio, shift = correct1 / correct2, correct1 * damping
         if numbers and tree.multi_tensor(g, m, v, p):
-            parts = [in_place(m[i], v[i], g[i], p[i], ratio, shift) for i in tree.chunks(g)]
-            m, v, d = ([x for part in column for x in part] for column in zip(*parts, strict=True))
+            alone = g[0].device.type == "cpu" and not torch.compiler.is_compiling()
+            m, v, d = (one_by_one if alone else together)(m, v, g, p, ratio, shift)
         else:
             m = [b1 * m_ + (1 - b1) * g_ for m_, g_ in zip(m, g, strict=True)]
             v = [b2 * v_ + (1 - b2) * g_ * g_ for v_, g_ in zip(v, g, strict=True)]
@@ -99,7 +99,7 @@ def _adam(betas, damping, decay_rate) -> Transform:
         new = AdamState(dict(zip(names, m, strict=True)), dict(zip(names, v, strict=True)), step)
         return new, {k: d_.to(grads[k].dtype) for k, d_ in zip(names, d, strict=True)}
 
-    def in_place(m, v, g, p, ratio, shift) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    def together(m, v, g, p, ratio, shift):
         # Three new copies, changed in place from there: half the time.
         m = torch._foreach_lerp(m, g, 1 - b1)
         v = torch._foreach_mul(v, b2)
@@ -111,7 +111,19 @@ def _adam(betas, damping, decay_rate) -> Transform:
         torch._foreach_mul_(d, m)
         if p:
             torch._foreach_add_(d, p, alpha=decay_rate)
-        return m, v, d  # pyright: ignore[reportReturnType]
+        return m, v, d
+
+    def one_by_one(m, v, g, p, ratio, shift):
+        # The same where a launch costs nothing: two passes fewer, and a tensor stays in the cache.
+        ratio, new_m, new_v, directions = float(ratio), [], [], []
+        for i, g_ in enumerate(g):
+            new_m.append(torch.lerp(m[i], g_, 1 - b1))
+            new_v.append(torch.mul(v[i], b2).addcmul_(g_, g_, value=1 - b2))
+            d = torch.sqrt(new_v[i])
+            torch.add(shift, d, alpha=ratio, out=d)
+            torch.div(new_m[i], d, out=d)
+            directions.append(d.add_(p[i], alpha=decay_rate) if p else d)
+        return new_m, new_v, directions
 
     return Transform(init, update)
 

@@ -6,6 +6,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from funcprecond import tree
 from funcprecond.problem import Params
 from funcprecond.representation.diagonal import Diagonal
 
@@ -31,8 +32,17 @@ class Divide:
 
     def prepare(self, representation: Diagonal, previous: Params) -> Params:
         """The power of the diagonal."""
-        return {k: d.abs() ** self.power for k, d in representation.diagonal().items()}
+        new = representation.diagonal()
+        if tree.multi_tensor(new.values()):
+            # Those are new: changed in place, not copied twice.
+            return {k: d.abs_().pow_(self.power) for k, d in new.items()}
+        return {k: d.abs() ** self.power for k, d in new.items()}
 
     def apply(self, factor: Params, grads: Params) -> Params:
         """One division an entry."""
-        return {k: (g / (factor[k] + self.damping)).to(g.dtype) for k, g in grads.items()}
+        direction = {}
+        for name, g in grads.items():
+            divisor = factor[name] + self.damping
+            own = tree.multi_tensor((divisor, g)) and divisor.dtype == g.dtype
+            direction[name] = torch.div(g, divisor, out=divisor if own else None).to(g.dtype)
+        return direction
