@@ -251,6 +251,15 @@ def untransformed(tensors: Any) -> bool:
         return False
     if tree.in_transform() or forward_ad._current_level >= 0:
         return False
-    if not torch.is_grad_enabled():
-        return True
-    return not any(isinstance(x, Tensor) and x.requires_grad for x in tree.leaves(tensors))
+    return not torch.is_grad_enabled() or not _requires_grad(tensors)
+
+
+def _requires_grad(tensors: Any) -> bool:
+    # The plain containers by hand: in a small step torch's walk over trees would be felt.
+    if isinstance(tensors, Tensor):
+        return tensors.requires_grad
+    if isinstance(tensors, dict):
+        return any(map(_requires_grad, tensors.values()))
+    if type(tensors) in (tuple, list):
+        return any(map(_requires_grad, tensors))
+    return any(isinstance(x, Tensor) and x.requires_grad for x in tree.leaves(tensors))

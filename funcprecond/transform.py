@@ -100,15 +100,16 @@ def make_step(
         donate: write the results into the tensors of ``params`` and ``state`` that were passed in,
             and return those (0-d ones, such as a step counter, are new). It saves fresh memory,
             which for an element-wise method is most of the time. This is the one exception to
-            purity: the old values are gone, no gradient flows through the step, and
-            ``evidence.params`` is empty. Start from a copy of ``problem.params``. A step that
-            changes the structure of the state, such as K-FAC's first, donates nothing.
+            purity: the old values are gone, and no gradient flows through the step. Start from a
+            copy of ``problem.params``. A step that changes the structure of the state, such as
+            K-FAC's first, donates nothing.
 
     Returns:
         ``step(params, state, batch, t, noise=None, buffers=None) -> (params, state, evidence)``. It
         can be vmapped over ensembles and differentiated through. ``noise`` comes from
-        :func:`funcprecond.draw`; the evidence returned holds no measured values, since some are
-        functions of the batch.
+        :func:`funcprecond.draw`. The evidence returned holds the loss, the outputs and the buffers;
+        its ``params``, ``grads`` and ``measured`` are empty, for a gradient that nobody waits for
+        leaves its memory to the new parameters. To see gradients, observe and update yourself.
 
     Raises:
         ValueError: ``donate`` without ``compile``; or, by the step, donated tensors that would be
@@ -118,10 +119,8 @@ def make_step(
     def body(params: Params, state: Any, needs: tuple, batch: Any, noise: Noise, buffers: Buffers):
         evidence = observe(problem, params, batch, needs, noise=noise, buffers=buffers)
         state, direction = opt.update(state, evidence.grads, evidence)
-        where = {} if donate else params
-        seen = Evidence(
-            where, evidence.loss, evidence.outputs, evidence.grads, evidence.buffers, {}
-        )
+        seen = Evidence({}, evidence.loss, evidence.outputs, {}, evidence.buffers, {})
+        del evidence
         return apply(params, direction, rate), state, seen
 
     run = _driver(body, compile, donate, (problem.params, problem.buffers))

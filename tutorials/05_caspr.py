@@ -86,7 +86,6 @@ def error(x: torch.Tensor, reference: torch.Tensor) -> float:
 
 
 driver, generator = fp.chain(fp.sgd(), fp.momentum(0.9)), torch.Generator().manual_seed(0)
-step = fp.make_step(problem, driver, rate=0.1)
 params, trajectory = problem.params, driver.init(problem.params)
 states = {name: opt.init(params) for name, opt in methods.items()}
 compared, losses = ("Shampoo", "CASPR"), []
@@ -95,7 +94,9 @@ of_gradient = {(layer, name): [] for layer in layers for name in compared}
 gaps, traces = [], []
 for t in range(401):
     batch = torch.randint(1400, (64,), generator=generator)
-    params, trajectory, evidence = step(params, trajectory, (inputs[batch], targets[batch]), t)
+    evidence = fp.observe(problem, params, (inputs[batch], targets[batch]))
+    trajectory, direction = driver.update(trajectory, evidence.grads)
+    params = fp.apply(params, direction, rate=0.1)
     losses.append(float(evidence.loss))
     due = t % 10 == 0
     for name, opt in methods.items():

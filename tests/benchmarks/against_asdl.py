@@ -131,8 +131,16 @@ def main():
     parser.add_argument("--methods", default=",".join(OURS))
     parser.add_argument("--intervals", default="1,10")
     parser.add_argument("--compiled", action="store_true", help="also our step compiled")
+    parser.add_argument(
+        "--cold-heap",
+        action="store_true",
+        help="leave the C library as it starts: it hands freed memory back to the system, to be "
+        "faulted in again, until a large block has been freed once, as in loading any data set",
+    )
     args = parser.parse_args()
     torch.set_num_threads(1)
+    if not args.cold_heap:
+        torch.empty(2**24, dtype=torch.uint8)
     data = batches(10)
     print(f"torch {torch.__version__}, one thread, CPU time, {args.rounds} rounds")
     print("| method | interval | ours ms | ASDL ms | ours / ASDL | compiled / ASDL |")
