@@ -11,8 +11,9 @@ Three jobs, done in one pass because they all need the same interception:
   a ``tap`` so that gradients with respect to it can be taken;
 * *dropout*: masks come from tensors drawn beforehand, or from the caller's generator, never from
   the global one;
-* *attention*: the fused kernels have no second derivative, so a run that is differentiated twice
-  takes the math kernel.
+* *kernels without a second derivative*: a run that is differentiated twice takes the math kernel of
+  attention and torch's own recurrent layers instead of cuDNN's; an embedding that would write into
+  its weight is refused.
 """
 
 import dataclasses
@@ -59,6 +60,7 @@ _TRANSPOSES = {
     torch.Tensor.T.__get__,  # pyright: ignore[reportAttributeAccessIssue]
     torch.Tensor.mT.__get__,  # pyright: ignore[reportAttributeAccessIssue]
 }
+_RECURRENT = (torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu)
 _METADATA = {
     torch.Tensor.dim,
     torch.Tensor.size,
@@ -102,10 +104,14 @@ def _in_training(index: int, name: str) -> Callable:
     return draws
 
 
-def _between_layers(args, kwargs) -> bool:
-    """A recurrent network's dropout: its options follow the only flag that comes before them."""
+def _recurrent_options(args) -> tuple[int, float, bool]:
+    """(layers, dropout, training) of a recurrent network: they follow its first flag."""
     bias = next(i for i, a in enumerate(args) if isinstance(a, bool))
-    layers, p, training = args[bias + 1 : bias + 4]
+    return args[bias + 1 : bias + 4]
+
+
+def _between_layers(args, kwargs) -> bool:
+    layers, p, training = _recurrent_options(args)
     return layers > 1 and p > 0 and training
 
 
@@ -142,7 +148,7 @@ _DRAWS = dict.fromkeys(_ALWAYS_DRAW, _always) | {
     torch.alpha_dropout: _in_training(2, "train"),
     torch.feature_dropout: _in_training(2, "train"),
     torch.feature_alpha_dropout: _in_training(2, "train"),
-    **dict.fromkeys((torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu), _between_layers),
+    **dict.fromkeys(_RECURRENT, _between_layers),
 }
 
 
@@ -221,6 +227,15 @@ class Capture(TorchFunctionMode):
                 return _COMPOSITES[func](*args, **kwargs)
         if func is F.scaled_dot_product_attention:
             return self._attention(func, *args, **kwargs)
+        if func in (F.embedding, F.embedding_bag):
+            args, kwargs = _pure_embedding(func, args, kwargs)
+        if func in _RECURRENT and (self.twice or not _recurrent_options(args)[2]):
+            # cuDNN's have no second derivative, and in eval mode no first one.
+            with torch.backends.cudnn.flags(enabled=False):
+                return self._call(func, args, kwargs)
+        return self._call(func, args, kwargs)
+
+    def _call(self, func, args, kwargs):
         if self.tap is None:
             return func(*args, **kwargs)
         return self._layer(self.tap, func, args, kwargs)
@@ -255,8 +270,7 @@ class Capture(TorchFunctionMode):
         elif func is F.embedding:
             if weight := self._name(argument(1, "weight")):
                 padding = argument(2, "padding_idx")
-                if argument(3, "max_norm") is None:
-                    return record("embedding", argument(0, "input"), weight, None, (padding,))
+                return record("embedding", argument(0, "input"), weight, None, (padding,))
         elif func in _NORMS:
             scale, bias, normalise, axes = _norm(func, argument)
             if weight := self._name(scale):
@@ -333,6 +347,25 @@ class Capture(TorchFunctionMode):
             is_bool = attn_mask.dtype == torch.bool
             scores = scores.masked_fill(~attn_mask, -torch.inf) if is_bool else scores + attn_mask
         return self._dropout(F.dropout, scores.softmax(-1), dropout_p) @ value
+
+
+def _pure_embedding(func, args, kwargs) -> tuple[tuple, dict]:
+    """The arguments with dense gradients; what has no gradient of its own is refused."""
+    sparse = 6 if func is F.embedding else 7
+    for i, name, does in (
+        (3, "max_norm", "writes into its weight"),
+        (5, "scale_grad_by_freq", "changes its own gradient"),
+    ):
+        value = args[i] if len(args) > i else kwargs.get(name)
+        if value is not None and value is not False:
+            msg = (
+                f"an embedding with {name}={value} {does}, so that the loss is no function of the "
+                "parameters: do the same in the model, to the rows that were looked up"
+            )
+            raise RuntimeError(msg)
+    if len(args) > sparse:
+        return (*args[:sparse], False, *args[sparse + 1 :]), kwargs
+    return args, {**kwargs, "sparse": False}
 
 
 def _norm(func, argument) -> tuple[Any, Any, Callable[[Tensor], Tensor], tuple]:

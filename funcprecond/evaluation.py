@@ -23,6 +23,7 @@ from funcprecond import tree
 from funcprecond.capture import Call, Capture
 from funcprecond.problem import Buffers, Params, Problem, detach, example_count
 from funcprecond.routes import FunctionRun, GraphRun, opened_once, renamed, untransformed
+from funcprecond.unsupported import explained
 
 __all__ = ["Evaluation", "untransformed"]
 
@@ -46,6 +47,7 @@ class Evaluation:
         inputs, targets: the batch's two halves.
     """
 
+    @explained
     def __init__(
         self,
         problem: Problem,
@@ -116,11 +118,13 @@ class Evaluation:
         return self._run.loss.detach() if isinstance(self._run, GraphRun) else self._run.loss
 
     @property
+    @explained
     def grads(self) -> Params:
         """The gradient of the loss."""
         return self._run.grads[0]
 
     @property
+    @explained
     def layer_grads(self) -> Sequence[Tensor]:
         """The gradient of the loss with respect to each call's output."""
         return self._run.grads[1]
@@ -130,10 +134,12 @@ class Evaluation:
         """The loss's reduction constant ``c``."""
         return self.problem.loss.constant(self.outputs, self.targets)
 
+    @explained
     def pull(self, cotangents: Any) -> Params:
         """``J^T cotangents``: the cotangents are shaped like the outputs. About 0.7 gradients."""
         return self._run.pull(cotangents)
 
+    @explained
     def pull_layers(self, cotangents: Any) -> Sequence[Tensor]:
         """The cotangents pulled back to each call's output. About 0.3 gradients."""
         return self._run.pull_layers(cotangents)
@@ -222,16 +228,19 @@ class Evaluation:
             return self._loss(params)[0]
 
     # -------------------------------------------------------------------------- second derivatives
+    @explained
     def hvp(self, vector: Params) -> Params:
         """The loss's Hessian times a vector. The first call opens the second-order graph."""
         return self._run.hvp(self, vector)
 
+    @explained
     def jvp(self, vector: Params) -> Any:
         """``J vector``, shaped like the outputs, with the masks and kernels of the forward run."""
         if vector is self._along and self._run.tangents is not None:
             return self._run.tangents
         return self._run.jvp(self, vector)
 
+    @explained
     def ggn_mv(self, vector: Params) -> Params:
         """The Gauss-Newton matrix ``J^T H_L J`` of the loss times a vector."""
         product = self.problem.loss.hessian_product(self.outputs, self.targets, self.jvp(vector))

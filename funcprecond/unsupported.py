@@ -1,0 +1,146 @@
+"""Where torch has no derivative: its message said again, with the layer's name and the way out."""
+
+import functools
+import re
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import (
+    register_module_forward_hook,
+    register_module_forward_pre_hook,
+)
+
+from funcprecond import tree
+from funcprecond.losses import Custom
+
+__all__ = ["explained"]
+
+Method = TypeVar("Method", bound=Callable)
+
+_MISSING = re.compile(r"derivative for '?(?:aten::)?(\w+?)(_backward)?'? is not implemented")
+_OTHER = ("FlexAttention does not support", "cudnn RNN backward", "once_differentiable")
+# What a part of the operation's name, or of the message, tells to do.
+_WAYS = {
+    "cudnn": "run it within torch.backends.cudnn.flags(enabled=False)",
+    "flexattention": "use F.scaled_dot_product_attention, or matrix products and a softmax",
+    "scaleddotproduct": "run it within torch.nn.attention.sdpa_kernel(SDPBackend.MATH)",
+    "ctcloss": "write the loss out with logsumexp",
+    "embeddingbag": "use an Embedding and the mean or sum of its rows",
+    "cdist": "write the distances out, (x.unsqueeze(-2) - y.unsqueeze(-3)).square().sum(-1).sqrt()",
+    "oncedifferentiable": "make its backward differentiable, or write it out in torch's operations",
+}
+
+
+def explained(method: Method) -> Method:
+    """A method of an :class:`funcprecond.Evaluation` whose missing derivatives are explained.
+
+    Raises:
+        NotImplementedError: torch cannot differentiate a part of the model, or the loss, as often
+            as is asked; its own error is the cause.
+    """
+
+    @functools.wraps(method)
+    def call(evaluation, *args, **kwargs):
+        if torch.compiler.is_compiling():
+            return method(evaluation, *args, **kwargs)
+        try:
+            return method(evaluation, *args, **kwargs)
+        except RuntimeError as error:
+            missing = _MISSING.search(str(error))
+            known = missing is not None or any(part in str(error) for part in _OTHER)
+            if not known or error.__cause__ is not None:
+                raise
+            operation = _plain(missing.group(1)) if missing else ""
+            where = _raised_in(error, evaluation) or _made_in(operation, evaluation)
+            raise NotImplementedError(_sentence(where, str(error))) from error
+
+    return call  # pyright: ignore[reportReturnType]
+
+
+def _sentence(where: str, message: str) -> str:
+    ways = [way for part, way in _WAYS.items() if part in _plain(message)]
+    way = ways[0] if ways else "write it out in operations that have one"
+    torchs = message.splitlines()[0].split(". ")[0].rstrip(".")
+    missing = _MISSING.search(message)
+    if "once_differentiable" not in message and not (missing and missing.group(2)):
+        return f"{where} cannot be differentiated here: {way} (torch: {torchs})"
+    return (
+        f"{where} cannot be differentiated twice: {way}; or take a curvature that needs gradients "
+        "only, fp.KroneckerFactored or fp.DiagonalGGN, with labels='empirical' if the loss is no "
+        f"known likelihood (torch: {torchs})"
+    )
+
+
+def _raised_in(error: BaseException, evaluation: Any) -> str | None:
+    """The innermost layer in whose forward the error was raised."""
+    owner, step = None, error.__traceback__
+    names = _names(evaluation)
+    while step is not None:
+        caller = step.tb_frame.f_locals.get("self")
+        if isinstance(caller, nn.Module) and caller in names:
+            owner = caller
+        step = step.tb_next
+    return None if owner is None else _layer(owner, names)
+
+
+def _made_in(operation: str, evaluation: Any) -> str:
+    """The innermost layer that makes the operation, or the loss, found by one more run."""
+    if not operation or tree.in_transform():
+        return "the model or its loss"
+    names, seen, running, found = _names(evaluation), set(), [], []
+
+    def makes(tensors: Any) -> bool:
+        """Whether the operation is new in these tensors' graph."""
+        stack = [x.grad_fn for x in tree.leaves(tensors) if isinstance(x, Tensor)]
+        new = False
+        while stack:
+            node = stack.pop()
+            if node is None or node in seen:
+                continue
+            seen.add(node)
+            name = _plain(node.name()).rstrip("0123456789").removesuffix("backward")
+            new = new or operation.startswith(name)
+            stack += [following for following, _ in node.next_functions]
+        return new
+
+    def note(tensors: Any) -> None:
+        if not found and makes(tensors):
+            found.append(_layer(running[-1], names) if running else "the model")
+
+    def enter(module, inputs):
+        note(inputs)
+        running.append(module)
+
+    def leave(module, inputs, outputs):
+        note(outputs)
+        running.pop()
+
+    params = {k: p.detach().requires_grad_() for k, p in evaluation.params.items()}
+    hooks = register_module_forward_pre_hook(enter), register_module_forward_hook(leave)
+    try:
+        with torch.enable_grad():
+            note(evaluation._forward(params, None)[0])
+    finally:
+        for hook in hooks:
+            hook.remove()
+    if found:
+        return found[0]
+    loss = evaluation.problem.loss
+    loss = loss.function if isinstance(loss, Custom) else loss
+    return f"the loss {getattr(loss, '__name__', loss)}"
+
+
+def _names(evaluation: Any) -> dict[nn.Module, str]:
+    module = evaluation.problem.module
+    return {} if module is None else {m: name for name, m in module.named_modules()}
+
+
+def _layer(module: nn.Module, names: dict[nn.Module, str]) -> str:
+    name, kind = names.get(module), type(module).__name__
+    return f"layer {name!r} ({kind})" if name else f"the model ({kind})"
+
+
+def _plain(text: str) -> str:
+    return re.sub(r"[^a-z0-9]", "", text.lower())
