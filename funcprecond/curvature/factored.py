@@ -6,7 +6,7 @@ damping and determinants are those of s. Norm layers have exact 2 x 2 blocks, an
 covers its diagonal.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any, Literal
 
 import torch
@@ -20,22 +20,22 @@ from funcprecond.curvature.data import (
     seed_of,
     seeded,
 )
+from funcprecond.curvature.gram import input_factor
 from funcprecond.curvature.layers import (
     Labels,
     Layers,
     LayerStatistics,
-    LayerUse,
     Sharing,
     check_labels,
     layer_uses,
     split_block,
 )
-from funcprecond.curvature.layerwise import Factors, Layerwise, Rotated, as_rows
+from funcprecond.curvature.layerwise import Factors, Layerwise, Rotated
 from funcprecond.curvature.moments import second_moments
 from funcprecond.evaluation import Evaluation
 from funcprecond.problem import Buffers, Params, Problem
 from funcprecond.representation.diagonal import factor_dtype, zero_weight
-from funcprecond.representation.kronecker_io import KroneckerIO
+from funcprecond.representation.kronecker_io import KroneckerIO, frequencies, inputs_are_left
 from funcprecond.solver.cholesky import Cholesky
 
 __all__ = ["KroneckerFactored", "Split"]
@@ -89,17 +89,20 @@ class KroneckerFactored(Layerwise):
                 g = seeded(seed, i)
                 noise = need.draw(problem, params, b, g)
                 e = Evaluation(problem, params, b, buffers=buffers, generator=g, taps=True)
-                layers = _inputs_only(e) if kind == "foof" else need.measure(e, noise)
-                yield layers, batch_weight(e), e
+                if kind == "foof":
+                    parts = (_inputs_only(e),)
+                else:
+                    # EKFAC takes its layers twice; else no two cotangents need be in memory.
+                    parts = (need.measure(e, noise),) if kind == "ekfac" else need.each(e, noise)
+                yield parts, batch_weight(e), e
 
-        # On one batch the statistics serve both of EKFAC's passes.
         if batches is None:
             first = list(measured())
-            layers = first[0][0]
+            parts = first[0][0]
             if kind == "foof":
-                self.factors = _from_inputs(layers, params, sharing, keep_rows=True)
+                self.factors = _from_inputs(*parts, params, sharing, keep_rows=True)
             else:
-                self.factors = KroneckerIO.init(params, rows=True).accumulate(layers, None)
+                self.factors = _of_parts(parts, params, rows=True)[0]
         else:
             first = measured()
             self.factors = _factors(first, params, sharing, forward_only=kind == "foof")
@@ -144,8 +147,20 @@ def _inputs_only(evaluation: Evaluation) -> Layers:
     return Layers(layer_uses(evaluation, grads), {}, evaluation.constant)
 
 
+def _of_parts(
+    parts: Iterable[Layers], params: Params, rows: bool = False
+) -> tuple[KroneckerIO, Layers]:
+    """The factors of all cotangents, and the first one's layers."""
+    rest = iter(parts)
+    first = next(rest)
+    found = KroneckerIO.init(params, rows).accumulate(first, None)
+    for more in rest:
+        found = found.with_cotangents(more)
+    return found, first
+
+
 def _factors(
-    measured: Iterable[tuple[Layers, Tensor, Evaluation]],
+    measured: Iterable[tuple[Iterable[Layers], Tensor, Evaluation]],
     params: Params,
     sharing: Sharing,
     forward_only: bool,
@@ -159,18 +174,19 @@ def _factors(
     inputs, outputs = _Mean(), _Mean()
     units, others = _Mean(), _Mean()
     inputs_left: dict[str, bool] = {}
-    for layers, share, evaluation in measured:
+    for parts, share, evaluation in measured:
         if forward_only:
+            (layers,) = parts
             one = _from_inputs(layers, params, sharing)
         else:
-            one = KroneckerIO.init(params).accumulate(layers, None)
+            one, layers = _of_parts(parts, params)
         is_mean = not is_sum(evaluation)
         for name in one.left:
             uses = layers.uses[name]
-            inputs_left[name] = _inputs_are_left(uses[0])
+            inputs_left[name] = inputs_are_left(uses[0])
             a, g = one.left[name], one.right[name]
             a, g = (a, g) if inputs_left[name] else (g, a)
-            inputs.add(name, a, share.new_tensor(sum(_positions(u, sharing) for u in uses)))
+            inputs.add(name, a, share.new_tensor(sum(u.positions(sharing) for u in uses)))
             outputs.add(name, g, share, is_mean or forward_only)
         for name, x in one.units.items():
             units.add(name, x, share, is_mean or forward_only)
@@ -222,19 +238,14 @@ def _from_inputs(
             continue
         if call.kind == "embedding":
             eye = torch.eye(p.shape[1], dtype=eye.dtype, device=p.device)
-            left[name], right[name] = _frequencies(uses, eye), eye
+            left[name], right[name] = frequencies(uses), eye
             continue
-        rows = [use.input_rows().to(eye.dtype) for use in uses]
-        rows = [x.mean(-2, keepdim=True) if sharing == "reduce" else x for x in rows]
-        a = torch.cat([x.flatten(-3, -2) for x in rows], -2)
-        if bias is not None:
-            a = torch.cat([a, torch.ones_like(a[..., :1])], -1)
-        moment = a * a.shape[-2] ** -0.5 if keep_rows and as_rows(a) else a.mT @ a / a.shape[-2]
+        moment = input_factor(uses, bias is not None, sharing, eye.dtype, keep_rows)
         if call.kind == "conv":
             groups = call.options[4]
             eye = torch.eye(p.shape[0] // groups, dtype=eye.dtype, device=p.device)
             moment, eye = (moment[0], eye) if groups == 1 else (moment, eye.expand(groups, -1, -1))
-        if _inputs_are_left(uses[0]):
+        if inputs_are_left(uses[0]):
             eye = torch.eye(p.shape[1], dtype=eye.dtype, device=p.device)
             left[name], right[name] = moment, eye
         else:
@@ -245,22 +256,12 @@ def _from_inputs(
     return KroneckerIO(left, right, units, others, one, tuple(params))
 
 
-def _frequencies(uses: Sequence[LayerUse], like: Tensor) -> Tensor:
-    padding, vocabulary = uses[0].call.options
-    ids = torch.cat([use.input_rows().reshape(-1) for use in uses])
-    kept = torch.ones_like(ids, dtype=like.dtype)
-    if padding is not None:
-        kept = (ids != padding).to(like.dtype)
-    counts = like.new_zeros(vocabulary).index_add(0, ids, kept)
-    return counts / counts.sum()
-
-
 def _corrected(
-    measured: Iterable[tuple[Layers, Tensor, Evaluation]], bases: dict[str, Rotated]
+    measured: Iterable[tuple[Iterable[Layers], Tensor, Evaluation]], bases: dict[str, Rotated]
 ) -> dict[str, Any]:
     """EKFAC: the exact second moments in the factors' eigenbases."""
     moments = _Mean()
-    for layers, share, evaluation in measured:
+    for (layers,), share, evaluation in measured:
         for name, uses in layers.uses.items():
             if name in bases:
                 bias = split_block(name)[1] is not None
@@ -270,22 +271,3 @@ def _corrected(
         k: Rotated(bases[k].left, bases[k].right, x.reshape(bases[k].values.shape), bases[k].rest)
         for k, x in moments.means().items()
     }
-
-
-def _inputs_are_left(use: LayerUse) -> bool:
-    """Whether the inputs' factor is that of the weight's axis 0."""
-    return use.call.kind == "embedding" or use.call.options == ("in_out",)
-
-
-def _positions(use: LayerUse, sharing: Sharing) -> int:
-    """How many rows the mean in the inputs' factor is over."""
-    shape, channel = use.call.shape, 1 if use.call.kind == "conv" else -1
-    if use.call.kind == "embedding":
-        padding = use.call.options[0]
-        return use.inputs.numel() if padding is None else int((use.inputs != padding).sum())
-    if sharing == "reduce":
-        return shape[0]
-    count = 1
-    for axis, n in enumerate(shape):
-        count *= 1 if axis == channel % len(shape) else n
-    return count

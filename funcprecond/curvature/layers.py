@@ -10,7 +10,8 @@ Letters: V cotangents, N examples, T positions, J groups, i and o input and outp
 """
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+import math
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -61,8 +62,8 @@ class LayerUse:
         """(N, T, i) inputs, (J, N, T, i / J * kernel) patches of a convolution, (N, T) ids."""
         x, call = self.inputs, self.call
         if call.kind == "conv":
-            patches = unfold(x, self._kernel, *call.options[1:4])
-            return rearrange(patches, "n (j c) t -> j n t c", j=call.options[4])
+            *geometry, groups = self.geometry
+            return rearrange(unfold(x, *geometry), "n (j c) t -> j n t c", j=groups)
         if call.kind == "embedding":
             return x.reshape(x.shape[0], -1) if x.ndim > 1 else x.reshape(-1, 1)
         if call.kind == "norm":
@@ -78,9 +79,21 @@ class LayerUse:
             return self._norm_rows(g)
         return g.reshape(g.shape[0], g.shape[1], -1, g.shape[-1])
 
+    def positions(self, sharing: Sharing) -> int:
+        """How many rows there are: of every position with "expand", of every example else."""
+        shape, call = self.call.shape, self.call
+        if call.kind == "embedding":
+            padding = call.options[0]
+            return self.inputs.numel() if padding is None else int((self.inputs != padding).sum())
+        if sharing == "reduce":
+            return shape[0]
+        return math.prod(shape) // shape[1 if call.kind == "conv" else -1]
+
     @property
-    def _kernel(self) -> tuple[int, ...]:
-        return self.call.options[5]
+    def geometry(self) -> tuple:
+        """A convolution's kernel, stride, padding, dilation and groups."""
+        _, stride, padding, dilation, groups, kernel = self.call.options
+        return kernel, stride, padding, dilation, groups
 
     def _norm_rows(self, x: Tensor) -> Tensor:
         lead = x.shape[: x.ndim - len(self.call.shape) + 1]
@@ -165,6 +178,25 @@ class LayerStatistics(Need):
         else:
             pulled = [evaluation.pull_layers(u) for u in cotangents]
             grads = [_stack(g) for g in zip(*pulled, strict=True)]
+        return self._layers(evaluation, cotangents, grads, scale)
+
+    def each(self, evaluation: Evaluation, noise: Any) -> Iterator[Layers]:
+        """The same measurement in parts of one cotangent, of which one is in memory at a time."""
+        cotangents, scale = self._cotangents(evaluation, noise)
+        if cotangents is None:
+            yield self.measure(evaluation, noise)
+            return
+        for u in cotangents:
+            grads = [g.unsqueeze(0) for g in evaluation.pull_layers(u)]
+            yield self._layers(evaluation, [u], grads, scale)
+
+    def _layers(
+        self,
+        evaluation: Evaluation,
+        cotangents: list[Tensor] | None,
+        grads: Sequence[Tensor],
+        scale: Tensor,
+    ) -> Layers:
         uses = layer_uses(evaluation, grads, self.by_example)
         covered = {part for name in uses for part in split_block(name) if part}
         names = [k for k in evaluation.params if k not in covered]

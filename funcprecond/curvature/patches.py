@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["unfold"]
+__all__ = ["pads", "unfold"]
 
 
 def unfold(
@@ -20,7 +20,7 @@ def unfold(
     The patch axis is ordered as the flattened weight's: channel first, then the kernel's axes.
     """
     dims = len(kernel)
-    x = F.pad(x, _pads(kernel, padding, dilation))
+    x = F.pad(x, pads(kernel, padding, dilation))
     for axis in range(dims):
         window = dilation[axis] * (kernel[axis] - 1) + 1
         x = x.unfold(2 + axis, window, stride[axis])[..., :: dilation[axis]]
@@ -29,14 +29,13 @@ def unfold(
     return x.flatten(1, 1 + dims).flatten(2)
 
 
-def _pads(
-    kernel: Sequence[int], padding: Sequence[int] | str, dilation: Sequence[int]
-) -> list[int]:
-    pads: list[int] = []
+def pads(kernel: Sequence[int], padding: Sequence[int] | str, dilation: Sequence[int]) -> list[int]:
+    """What :func:`torch.nn.functional.pad` takes for a convolution's padding."""
+    found: list[int] = []
     for axis in reversed(range(len(kernel))):
         if padding == "same":
             total = dilation[axis] * (kernel[axis] - 1)
-            pads += [total // 2, total - total // 2]
+            found += [total // 2, total - total // 2]
         else:
-            pads += [0, 0] if isinstance(padding, str) else [padding[axis]] * 2
-    return pads
+            found += [0, 0] if isinstance(padding, str) else [padding[axis]] * 2
+    return found

@@ -7,12 +7,14 @@ output gradients, ``left = scale Σ g g^T``, and of the inputs, ``right = mean [
 Only the product has meaning; it has the scale of the loss.
 """
 
+import dataclasses
 import functools
 
 import torch
 from einops import rearrange
 from torch import Tensor
 
+from funcprecond.curvature.gram import gram, input_factor
 from funcprecond.curvature.layers import Layers, LayerUse, Sharing, split_block
 from funcprecond.problem import Params
 from funcprecond.representation import average
@@ -85,6 +87,24 @@ class KroneckerIO:
             self.rows,
         )
 
+    def with_cotangents(self, value: Layers) -> "KroneckerIO":
+        """Take in further cotangents of the inputs that were measured last.
+
+        A sum over many cotangents is taken one by one so, and none of their gradients is kept.
+        """
+        value = value.restrict(self.names)
+        left, right, units = dict(self.left), dict(self.right), dict(self.units)
+        for block, uses in value.uses.items():
+            if uses[0].call.kind == "norm":
+                bias = split_block(block)[1] is not None
+                units[block] = units[block] + _unit_blocks(uses, bias, value.scale)
+                continue
+            side = right if inputs_are_left(uses[0]) else left
+            new = _output_factor(uses, value.sharing, value.scale, self.rows)
+            side[block] = _joined(side[block], new)
+        others = {k: self.others[k] + d * value.scale for k, d in value.others.items()}
+        return dataclasses.replace(self, left=left, right=right, units=units, others=others)
+
     def block(self, name: str) -> Tensor:
         """A layer's block as a dense matrix, in the order of the flattened ``[W | b]``."""
         left, right = (product(x) / self.weight for x in (self.left[name], self.right[name]))
@@ -104,6 +124,13 @@ def product(factor: Tensor) -> Tensor:
     return factor.mT @ factor
 
 
+def _joined(a: Tensor, b: Tensor) -> Tensor:
+    """The sum of two factors: as rows while they are fewer than their columns."""
+    if a.shape[-2] + b.shape[-2] < a.shape[-1]:
+        return torch.cat([a, b], -2)
+    return product(a) + product(b)
+
+
 def layer_rows(use: LayerUse, bias: bool, sharing: Sharing) -> tuple[Tensor, Tensor]:
     """The rows whose second moments are a layer's factors, in float32 or wider.
 
@@ -115,12 +142,10 @@ def layer_rows(use: LayerUse, bias: bool, sharing: Sharing) -> tuple[Tensor, Ten
         (..., M, i) inputs, with ones appended if there is a bias, and (..., V M, o) output
         gradients; the leading axis is a convolution's groups.
     """
-    a, g = use.input_rows(), use.grad_rows()
+    a, g = use.input_rows(), _grad_rows(use, sharing)
     if sharing == "reduce":
-        a, g = a.mean(-2, keepdim=True), g.sum(-2, keepdim=True)
-    dtype = factor_dtype(g)
-    a = rearrange(a.to(dtype), "... n t i -> ... (n t) i")
-    g = rearrange(g.to(dtype), "... v n t o -> ... (v n t) o")
+        a = a.mean(-2, keepdim=True)
+    a = rearrange(a.to(g.dtype), "... n t i -> ... (n t) i")
     if bias:
         a = torch.cat([a, torch.ones_like(a[..., :1])], -1)
     return a, g
@@ -129,37 +154,40 @@ def layer_rows(use: LayerUse, bias: bool, sharing: Sharing) -> tuple[Tensor, Ten
 def _factors(
     uses: tuple[LayerUse, ...], bias: bool, sharing: Sharing, scale: Tensor, keep_rows: bool
 ) -> tuple[Tensor, Tensor]:
-    call = uses[0].call
-    if call.kind == "embedding":
-        return _embedding_factors(uses, scale)
-    pairs = [layer_rows(use, False, sharing) for use in uses]
-    share = 1 / pairs[0][0].new_tensor(sum(a.shape[-2] for a, _ in pairs))
-    # Rows of several uses are not joined: only a single use is kept as rows.
-    keep_rows = keep_rows and len(pairs) == 1
-    inputs = _total([_second_moment(a, share, bias, keep_rows) for a, _ in pairs])
-    outputs = _total([_second_moment(g, scale, False, keep_rows) for _, g in pairs])
+    if uses[0].call.kind == "embedding":
+        return frequencies(uses), _embedding_moment(uses) * scale
+    outputs = _output_factor(uses, sharing, scale, keep_rows)
+    inputs = input_factor(uses, bias, sharing, outputs.dtype, keep_rows)
     if inputs.ndim == 3 and inputs.shape[0] == 1:
-        inputs, outputs = inputs[0], outputs[0]
-    if call.kind == "linear" and call.options == ("in_out",):
-        return inputs, outputs
-    return outputs, inputs
+        inputs = inputs[0]
+    return (inputs, outputs) if inputs_are_left(uses[0]) else (outputs, inputs)
 
 
-def _embedding_factors(uses: tuple[LayerUse, ...], scale: Tensor) -> tuple[Tensor, Tensor]:
-    """The input is one-hot: its second moment is the diagonal of the tokens' frequencies."""
+def inputs_are_left(use: LayerUse) -> bool:
+    """Whether the inputs' factor is that of the weight's axis 0."""
+    return use.call.kind == "embedding" or use.call.options == ("in_out",)
+
+
+def frequencies(uses: tuple[LayerUse, ...]) -> Tensor:
+    """An embedding's input is one-hot: its second moment is the tokens' frequencies."""
     padding, vocabulary = uses[0].call.options
-    counts, outputs = [], []
+    ids = torch.cat([use.input_rows().reshape(-1) for use in uses])
+    kept = torch.ones_like(ids, dtype=factor_dtype(uses[0].grads))
+    if padding is not None:
+        kept = (ids != padding).to(kept.dtype)
+    total = kept.new_zeros(vocabulary).index_add(0, ids, kept)
+    return total / total.sum()
+
+
+def _embedding_moment(uses: tuple[LayerUse, ...]) -> Tensor:
+    padding = uses[0].call.options[0]
+    parts = []
     for use in uses:
-        ids, g = use.input_rows().reshape(-1), use.grad_rows()
-        g = rearrange(g.to(factor_dtype(g)), "v n t d -> v (n t) d")
-        kept = torch.ones_like(ids, dtype=g.dtype)
+        g = use.grad_rows().to(factor_dtype(use.grads))
         if padding is not None:
-            kept = (ids != padding).to(g.dtype)
-        g = (g * kept.unsqueeze(-1)).flatten(0, 1)
-        counts.append(g.new_zeros(vocabulary).index_add(0, ids, kept))
-        outputs.append(g.mT @ g)
-    total = _total(counts)
-    return total / total.sum(), _total(outputs) * scale.to(total.dtype)
+            g = g * (use.input_rows() != padding).unsqueeze(-1)
+        parts.append(gram(g.flatten(0, -2)))
+    return _total(parts)
 
 
 def _unit_blocks(uses: tuple[LayerUse, ...], bias: bool, scale: Tensor) -> Tensor:
@@ -174,20 +202,39 @@ def _unit_blocks(uses: tuple[LayerUse, ...], bias: bool, scale: Tensor) -> Tenso
     return _total(blocks) * scale.to(blocks[0].dtype)
 
 
-def _second_moment(rows: Tensor, scale: Tensor, bias: bool, keep_rows: bool) -> Tensor:
-    """``scale rows^T rows``, of the rows with a 1 appended if there is a bias; or those rows."""
-    scale = scale.to(rows.dtype)
-    if rows.shape[-2] < rows.shape[-1]:
-        # The rows are smaller than their product: they, not it, are scaled and extended.
-        rows = torch.cat([rows, torch.ones_like(rows[..., :1])], -1) if bias else rows
-        rows = rows * scale.sqrt()
-        return rows if keep_rows else rows.mT @ rows
-    gram = rows.mT @ rows
-    if bias:
-        sums = rows.sum(-2, keepdim=True)
-        count = torch.full_like(sums[..., :1], rows.shape[-2])
-        gram = torch.cat([torch.cat([gram, sums], -2), torch.cat([sums, count], -1).mT], -1)
-    return gram * scale
+def _grad_rows(use: LayerUse, sharing: Sharing) -> Tensor:
+    g = use.grad_rows()
+    if sharing == "reduce":
+        g = g.sum(-2, keepdim=True)
+    return rearrange(g.to(factor_dtype(g)), "... v n t o -> ... (v n t) o")
+
+
+def _output_factor(
+    uses: tuple[LayerUse, ...], sharing: Sharing, scale: Tensor, keep_rows: bool
+) -> Tensor:
+    """``scale Σ g g^T``, or ``scale^1/2 g`` as rows if they are fewer than their columns."""
+    if uses[0].call.kind == "embedding":
+        return _embedding_moment(uses) * scale
+    # Rows of several uses are not joined: only a single use is kept as rows.
+    keep_rows = keep_rows and len(uses) == 1
+    parts = []
+    for use in uses:
+        g = use.grads
+        if use.call.kind == "conv" and sharing == "expand":
+            groups = use.call.options[4]
+            g = rearrange(g.to(factor_dtype(g)).flatten(3), "v n (j o) t -> (v n) j o t", j=groups)
+            if g.shape[2] <= g.shape[3]:
+                # No larger than the gradients themselves, which need not be moved for it.
+                parts.append((g @ g.mT).sum(0) * scale)
+                continue
+        rows = _grad_rows(use, sharing)
+        if rows.shape[-2] < rows.shape[-1]:
+            rows = rows * scale.to(rows.dtype).sqrt()
+            parts.append(rows if keep_rows else gram(rows))
+        else:
+            parts.append(gram(rows) * scale)
+    total = _total(parts)
+    return total[0] if total.ndim == 3 and total.shape[0] == 1 else total
 
 
 def _total(parts: list[Tensor]) -> Tensor:
