@@ -13,6 +13,7 @@ gets wrong for normalisation layers, and never from ``linearize``.
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -257,7 +258,7 @@ class Evaluation:
 
     def _forward(self, params: Params, tap: Callable | None) -> tuple[Any, Buffers, Capture]:
         capture = Capture(params, tap, self.masks, self._generator, self._twice)
-        with capture:
+        with _no_checkpoints(), capture:
             outputs, buffers = self.problem.forward(params, self._buffers, self.inputs)
         self.masks = tuple(capture.masks)
         return outputs, buffers, capture
@@ -265,3 +266,14 @@ class Evaluation:
     def _loss(self, params: Params) -> tuple[Tensor, Any]:
         outputs, buffers, _ = self._forward(params, None)
         return self.problem.loss(outputs, self.targets), (outputs, buffers)
+
+
+def _no_checkpoints() -> AbstractContextManager:
+    """Refuses activation checkpointing: what it recomputes is at the module's own parameters."""
+    if torch.compiler.is_compiling():
+        return nullcontext()
+    return torch.autograd.graph.disable_saved_tensors_hooks(
+        "activation checkpointing recomputes a layer at the module's own parameters, not at those "
+        "that were passed in: switch it off in the model (torch.utils.checkpoint, or "
+        "gradient_checkpointing_disable() in transformers), and use smaller batches"
+    )

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.utils.checkpoint
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
@@ -36,6 +37,28 @@ def test_an_embedding_with_sparse_gradients_has_dense_ones():
         lambda p: fp.GGN(p, p.params, batch) @ p.params,
     ):
         assert_same(of(sparse), of(dense))
+
+
+class Checkpointed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner, self.head = nn.Linear(4, 4), nn.Linear(4, 3)
+
+    def forward(self, x):
+        h = torch.utils.checkpoint.checkpoint(self.inner, x, use_reentrant=False)
+        return self.head(torch.tanh(h))
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_activation_checkpointing_is_refused_because_it_recomputes_elsewhere(inside):
+    problem = fp.problem(initialised(Checkpointed()), fp.losses.cross_entropy)
+    batch = (normal((3, 4)), LABELS)
+    gradient = lambda p: fp.observe(problem, p, batch).grads  # noqa: E731
+    if inside:
+        stacked = {k: p.unsqueeze(0) for k, p in problem.params.items()}
+        gradient = lambda p: torch.vmap(lambda q: fp.observe(problem, q, batch).grads)(stacked)  # noqa: E731
+    with pytest.raises(RuntimeError, match="checkpointing recomputes a layer"):
+        gradient(problem.params)
 
 
 class CuDNN(TorchFunctionMode):
