@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.func import grad, jacrev
 
+from funcprecond.losses import GaussianNLL
+
 
 def ravel(tree: dict[str, Tensor]) -> Tensor:
     return torch.cat([x.reshape(-1) for x in tree.values()])
@@ -50,12 +52,29 @@ def jacobian(model, params: dict[str, Tensor]) -> Tensor:
 
 # ------------------------------------------------------------------------------------- curvature
 def ggn(problem, params: dict[str, Tensor], batch) -> Tensor:
-    """(P, P): ``J^T H J`` with the loss's Hessian in the outputs from autodiff of its value."""
+    """(P, P): ``J^T H J`` with :func:`output_hessian`."""
     inputs, targets = batch
     outputs = problem(params, inputs)
     j = jacobian(lambda p: problem(p, inputs), params)
-    h = jacrev(grad(lambda f: problem.loss(f.reshape(outputs.shape), targets)))(outputs.reshape(-1))
-    return j.T @ h @ j
+    return j.T @ output_hessian(problem.loss, outputs, targets) @ j
+
+
+def output_hessian(loss, outputs: Tensor, targets) -> Tensor:
+    """The loss's Hessian in its outputs, by autodiff of its value.
+
+    Of a Gaussian with a predicted variance the mean over the labels: it is quadratic in each, so
+    that the mean over the two at one standard deviation is the expectation.
+    """
+    if isinstance(loss, GaussianNLL):
+        mean, variance = outputs.chunk(2, -1)
+        labels = [mean + variance.sqrt(), mean - variance.sqrt()]
+    else:
+        labels = [targets]
+    flat = outputs.reshape(-1)
+    hessians = [
+        jacrev(grad(lambda f, y=y: loss(f.reshape(outputs.shape), y)))(flat) for y in labels
+    ]
+    return sum(hessians) / len(hessians)
 
 
 def fisher(problem, params: dict[str, Tensor], batch, weights: Tensor | None = None) -> Tensor:

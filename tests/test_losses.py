@@ -6,10 +6,19 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.func import grad, jacrev
+from torch.func import grad
 
 import funcprecond as fp
-from funcprecond.losses import MSE, BCEWithLogits, CrossEntropy, Custom, as_loss
+from funcprecond.losses import (
+    MSE,
+    BCEWithLogits,
+    CrossEntropy,
+    Custom,
+    GaussianNLL,
+    Huber,
+    as_loss,
+)
+from tests import reference
 from tests.equality import assert_close
 from tests.problems import normal, seeded
 
@@ -27,6 +36,10 @@ def labels(*shape, ignore=None):
 
 def probabilities(*shape):
     return normal((*shape, C), 2).softmax(-1)
+
+
+def moments(*shape):
+    return torch.cat([normal((*shape, C), 3), normal((*shape, C), 4).exp()], -1)
 
 
 X, SEQUENCE = normal((N, C), 0), normal((N, 2, C), 0)
@@ -74,12 +87,17 @@ CASES = {
         X,
         labels(N, C).clamp_max(1).double(),
     ),
+    "huber": (Huber(), X, normal((N, C), 3)),
+    "huber, narrow sum": (Huber(0.5, "sum"), X, normal((N, C), 3)),
+    "huber, sequences": (Huber(), SEQUENCE, normal((N, 2, C), 3)),
+    "gaussian nll": (GaussianNLL(), moments(N), normal((N, C), 5)),
+    "gaussian nll, full sum": (GaussianNLL(True, reduction="sum"), moments(N), X),
+    "gaussian nll, sequences": (GaussianNLL(), moments(N, 2), SEQUENCE),
 }
 every_loss = pytest.mark.parametrize(("loss", "f", "y"), CASES.values(), ids=CASES.keys())
 
 
-def dense_hessian(loss, f, y):
-    return jacrev(grad(lambda v: loss(v.reshape(f.shape), y)))(f.reshape(-1))
+dense_hessian = reference.output_hessian
 
 
 def outer(rows):
@@ -158,7 +176,43 @@ def test_mse_and_bce_are_torchs(reduction):
         assert_close(as_loss(torchs)(X, y), torchs(X, y), rtol=1e-13)
 
 
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_huber_and_the_gaussian_are_torchs(reduction):
+    y, f = normal((N, C), 9), moments(N)
+    f[0, -1] = 1e-9
+    for torchs in (
+        nn.HuberLoss(reduction, 0.7),
+        nn.SmoothL1Loss(reduction=reduction),
+    ):
+        assert isinstance(as_loss(torchs), Huber)
+        assert_close(as_loss(torchs)(X, y), torchs(X, y), rtol=1e-13)
+    for full in (False, True):
+        torchs = nn.GaussianNLLLoss(full=full, reduction=reduction, eps=1e-3)
+        value = lambda f, t=torchs: t(f[:, :C], y, f[:, C:])  # noqa: E731
+        assert_close(as_loss(torchs)(f, y), value(f), rtol=1e-13)
+        found, expected = grad(lambda f, t=torchs: as_loss(t)(f, y))(f), grad(value)(f)
+        assert_close(found, expected, rtol=1e-12)
+
+
+def test_an_outlier_has_a_gradient_and_no_curvature():
+    f, y = torch.tensor([[0.1, 5.0]]), torch.zeros(1, 2)
+    loss = Huber(reduction="sum")
+    assert loss.empirical(f, y).tolist() == [[pytest.approx(0.1), 1.0]]
+    assert loss.hessian_product(f, y, torch.ones(1, 2)).tolist() == [[1.0, 0.0]]
+
+
+def test_torchs_other_losses_keep_their_reduction():
+    weighted = nn.BCEWithLogitsLoss(weight=POSITIVE, reduction="sum")
+    assert as_loss(weighted).reduction == "sum"
+    y = labels(N, C).clamp_max(1).double()
+    assert_close(as_loss(weighted).constant(X, y), torch.ones((), dtype=torch.float64))
+    assert as_loss(nn.KLDivLoss(reduction="batchmean")).reduction == "mean"
+    assert as_loss(nn.SmoothL1Loss(beta=0.5)).reduction == "mean"
+
+
 def test_torchs_functions_become_our_losses():
+    assert isinstance(as_loss(F.huber_loss), Huber)
+    assert isinstance(as_loss(F.gaussian_nll_loss), GaussianNLL)
     assert as_loss(F.cross_entropy).class_dim == 1
     assert isinstance(as_loss(F.mse_loss), MSE)
     assert isinstance(as_loss(F.binary_cross_entropy_with_logits), BCEWithLogits)
@@ -188,13 +242,19 @@ def test_a_callable_says_that_it_has_no_likelihood():
             ask()
 
 
+@pytest.mark.parametrize("bad", [lambda f, y: (f - y).square(), lambda f, y: 1.0])
+def test_a_loss_that_is_no_scalar_is_explained(bad):
+    with pytest.raises(ValueError, match="must return a 0-d tensor, not .*take its mean or sum"):
+        as_loss(bad)(X, X)
+
+
 # ------------------------------------------------------------------------------------------ errors
 def test_what_is_not_callable_is_no_loss():
     with pytest.raises(TypeError, match="callable as loss"):
         as_loss("cross_entropy")
 
 
-@pytest.mark.parametrize("loss", [nn.CrossEntropyLoss, nn.MSELoss, nn.BCEWithLogitsLoss])
+@pytest.mark.parametrize("loss", [nn.CrossEntropyLoss, nn.MSELoss, nn.HuberLoss, nn.NLLLoss])
 def test_a_torch_loss_without_reduction_is_refused(loss):
     with pytest.raises(ValueError, match="'mean' or 'sum'"):
         as_loss(loss(reduction="none"))
@@ -207,6 +267,10 @@ def test_targets_of_the_wrong_shape_are_explained():
         fp.losses.mse(X, X[:, :1])
     with pytest.raises(ValueError, match="must agree"):
         fp.losses.bce_with_logits(X, X[0])
+    with pytest.raises(ValueError, match="must agree"):
+        fp.losses.huber(X, X[0])
+    with pytest.raises(ValueError, match="means and the variances along the last axis"):
+        fp.losses.gaussian_nll((X, X), X)
 
 
 def test_sampling_reaches_the_last_class_and_the_first():

@@ -115,23 +115,38 @@ LOSSES = {
     "weighted": lambda r: fp.losses.CrossEntropy(
         weight=torch.tensor([0.5, 1.0, 2.0], dtype=torch.float64), reduction=r
     ),
+    "soft targets": lambda r: fp.losses.CrossEntropy(reduction=r),
     "mse": fp.losses.MSE,
     "bce": lambda r: fp.losses.BCEWithLogits(reduction=r),
+    "huber": lambda r: fp.losses.Huber(0.8, r),
+    "gaussian nll": lambda r: fp.losses.GaussianNLL(reduction=r),
 }
+
+
+class Moments(torch.nn.Module):
+    """A mean and a positive variance from the first two of three outputs."""
+
+    def forward(self, x):
+        return torch.cat([x[..., :1], torch.nn.functional.softplus(x[..., 1:2])], -1)
 
 
 def with_loss(name, reduction, rank):
     loss = LOSSES[name](reduction)
     module, shape = problems.mlp_module(), {2: (), 3: (2,), 4: (2, 2)}[rank]
-    x = normal((7, *shape, 3), 1)
-    if name == "mse":
-        y = normal((7, *shape, 3), 2)
-    elif name == "bce":
-        y = (normal((7, *shape, 3), 2) > 0).double()
-    else:
-        y = torch.randint(0, 3, (7, *shape), generator=seeded(2))
-        y = y if rank == 2 else torch.where(torch.rand(y.shape, generator=seeded(3)) < 0.2, -100, y)
-    return Toy(fp.problem(module, loss), ((x, y),))
+    x, real = normal((7, *shape, 3), 1), normal((7, *shape, 3), 2)
+    drawn = torch.randint(0, 3, (7, *shape), generator=seeded(2))
+    ignored = torch.rand(drawn.shape, generator=seeded(3)) < 0.2
+    labels = drawn if rank == 2 else torch.where(ignored, -100, drawn)
+    targets = {
+        "mse": real,
+        "huber": real,
+        "bce": (real > 0).double(),
+        "soft targets": real.softmax(-1),
+        "gaussian nll": real[..., :1],
+    }
+    if name == "gaussian nll":
+        module = torch.nn.Sequential(*module, Moments())
+    return Toy(fp.problem(module, loss), ((x, targets.get(name, labels)),))
 
 
 @pytest.mark.parametrize("rank", [2, 3, 4])
