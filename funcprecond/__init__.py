@@ -34,6 +34,7 @@ from funcprecond.evaluation import Evaluation
 from funcprecond.methods.adagrad import adagrad, adagrad_full
 from funcprecond.methods.adahessian import adahessian
 from funcprecond.methods.adam import adam, adamw
+from funcprecond.methods.adaptive_kfac import adaptive_kfac
 from funcprecond.methods.caspr import caspr
 from funcprecond.methods.ekfac import ekfac
 from funcprecond.methods.ggt import ggt
@@ -56,6 +57,7 @@ from funcprecond.transform import Transform, apply, chain, make_step, make_updat
 from funcprecond.transforms.accumulate import accumulate
 from funcprecond.transforms.clip import clip_norm
 from funcprecond.transforms.graft import graft
+from funcprecond.transforms.kl_clip import kl_clip
 from funcprecond.transforms.momentum import momentum
 from funcprecond.transforms.partition import assign, partition
 from funcprecond.transforms.scale import scale

@@ -66,6 +66,7 @@ fang | FANG (Grosse & Salakhutdinov 2015) | F̂_nmc | full, sparse | L/G direct,
 psgd_kron | ★ PSGD (KF) (Li 2018) | \|H\| | layer, KF-io | G iter, triangular solve & SGD
 kbfgs | ★ K-BFGS (Goldfarb 2021) | Ĥ_bfgs | layer, KF-io | G iter, BFGS
 kfac
+adaptive_kfac
 kflr
 kfra | KFRA (Botev 2017) | G, by recursion | layer, KF-io | L/G direct, Cholesky & recursion
 ekfac

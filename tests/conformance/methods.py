@@ -44,6 +44,7 @@ METHODS: dict[str, Line] = {
     "shampoo": Line(references.shampoo),
     "caspr": Line(references.caspr),
     "kfac": Line(references.kfac, {"damping": 1e-2}, EXACT, learns_layers=True),
+    "adaptive_kfac": Line(None, {"damping": 1.0}, learns_layers=True),
     "kflr": Line(references.kfac, {"damping": 1e-2}, learns_layers=True),
     "ekfac": Line(references.ekfac, {"damping": 1e-2}, EXACT, learns_layers=True),
     "adahessian": Line(None),

@@ -53,7 +53,7 @@ def caspr(problem, params, batch):
 DAMPING = 1e-2
 
 
-def _layers(problem, params, batch):
+def mlp_layers(problem, params, batch):
     """(A, B, exact Fisher block in [W | b]) of both layers of :func:`tests.problems.mlp`.
 
     The gradient of an example in the bias is its gradient at the layer's output, so B is the bias's
@@ -77,7 +77,7 @@ def _layers(problem, params, batch):
 def _damped(problem, params, batch, solve):
     size = reference.ravel(params).numel()
     matrix = torch.zeros(size, size, dtype=torch.float64)
-    for a, b, fisher, order in _layers(problem, params, batch):
+    for a, b, fisher, order in mlp_layers(problem, params, batch):
         index = torch.tensor(order)
         matrix[index.unsqueeze(1), index] = solve(a, b, fisher)
     return matrix

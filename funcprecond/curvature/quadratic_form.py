@@ -1,0 +1,48 @@
+"""The quadratic form of the Gauss-Newton matrix on a few vectors: how much they curve the model."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from funcprecond import tree
+from funcprecond.evaluation import Evaluation
+from funcprecond.observe import Need
+from funcprecond.problem import Params
+
+__all__ = ["GGNForm"]
+
+
+@dataclasses.dataclass(frozen=True)
+class GGNForm(Need):
+    """The function ``[v_1, ..., v_k] -> (k, k)``, entries ``v_iᵀ G v_j``, on this batch.
+
+    A push of each vector to the outputs, where the loss's Hessian is applied, and no pull-back:
+    about one gradient a vector. Parameters that a vector does not name count as zero. The function
+    lives for one step.
+    """
+
+    twice: ClassVar[bool] = True
+
+    def measure(self, evaluation: Evaluation, noise: Any) -> Callable[[Sequence[Params]], Tensor]:
+        return functools.partial(_form, evaluation)
+
+
+def _form(evaluation: Evaluation, vectors: Sequence[Params]) -> Tensor:
+    loss, outputs, targets = evaluation.problem.loss, evaluation.outputs, evaluation.targets
+    pushed = [evaluation.jvp(_whole(v, evaluation.params)) for v in vectors]
+    curved = [loss.hessian_product(outputs, targets, u) for u in pushed]
+    return torch.stack([torch.stack([_dot(u, c) for c in curved]) for u in pushed])
+
+
+def _whole(vector: Params, params: Params) -> Params:
+    return {
+        k: vector[k].to(p.dtype) if k in vector else torch.zeros_like(p) for k, p in params.items()
+    }
+
+
+def _dot(x: Any, y: Any) -> Tensor:
+    return tree.dot(*({str(i): v for i, v in enumerate(tree.leaves(z))} for z in (x, y)))
