@@ -67,7 +67,9 @@ class Operator(abc.ABC):
             (K, *shape) for each parameter.
         """
         if chunk_size is not None:
-            return torch.vmap(self.matvec, chunk_size=chunk_size)(vectors)
+            # What a product draws, all columns share: dropout masks and sampled labels.
+            mapped = torch.vmap(self.matvec, chunk_size=chunk_size, randomness="same")
+            return mapped(vectors)
         return stack([self.matvec(v) for v in unstack(vectors)])
 
     def __matmul__(self, other: Any) -> Any:

@@ -72,7 +72,7 @@ def as_loss(loss: Any) -> Loss:
             return ours
     if isinstance(loss, nn.modules.loss._Loss):
         return _from_module(loss)
-    return Custom(loss)
+    return Custom(loss)  # pyright: ignore[reportArgumentType]
 
 
 def _from_module(loss: Any) -> Loss:
