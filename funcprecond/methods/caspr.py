@@ -8,7 +8,8 @@ ICLR 2024. With Shampoo's factors S_i and k axes::
 for a matrix ``U = (L^(-1/4) G + G R^(-1/4)) / 2``, then the same of ``U``: the square of
 ``(L^(-1/4) ⊗ I + I ⊗ R^(-1/4)) / 2``. X lies between Shampoo's preconditioner (p → ∞) and the one
 of full-matrix AdaGrad. Vectors and scalars get diagonal AdaGrad. Needs the gradient only; Shampoo's
-memory and refresh; p k products a step where Shampoo takes k.
+memory and refresh; 2 k products a step where Shampoo takes k, in the factors' eigenbases, see
+:mod:`funcprecond.solver.kronecker_sum`.
 """
 
 import torch
@@ -48,7 +49,7 @@ def caspr(
         epsilon: the ridge, relative to each factor's largest eigenvalue; CASPR is more sensitive to
             it than Shampoo, see :class:`funcprecond.solver.kronecker_sum.KroneckerSum`.
         decay: "sum", or the weight of the old value of a bias-corrected moving average.
-        p: the number of passes, the number of axes by default; 1 averages the one-sided
+        p: the order of the mean, the number of axes by default; 1 averages the one-sided
             preconditioners.
         every, refresh_every, start: the intervals, as for :func:`funcprecond.shampoo`.
         stagger: refresh a few factors at each step instead of all at one, see

@@ -28,6 +28,8 @@ def accumulate(total: Tensor | None, new: Tensor, decay: Decay) -> Tensor:
         return (1 - decay) * new  # pyright: ignore[reportOperatorIssue]
     if isinstance(decay, str):
         return total + new
+    if isinstance(decay, float):
+        return torch.lerp(new, total, decay)
     return decay * total + (1 - decay) * new
 
 

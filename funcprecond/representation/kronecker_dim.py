@@ -5,11 +5,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from funcprecond.curvature.gradient import unfold_mode
 from funcprecond.problem import Params
 from funcprecond.representation import average
 from funcprecond.representation.blocks import Blocking
 from funcprecond.representation.diagonal import factor_dtype, zero_weight
+from funcprecond.representation.modes import grams
 from funcprecond.representation.stacks import over_stacks
 from funcprecond.tree import state, static
 
@@ -61,13 +61,18 @@ class KroneckerDim:
                 diagonals[name] = average.accumulate(self.diagonals[name], g.square(), decay)
             else:
                 blocks |= self.blocking.split(name, g)
-        pairs = [(x, axis) for x in blocks.values() for axis in self.blocking.axes(x.shape)]
-        grams = iter(
-            over_stacks(mode_gram, [x for x, _ in pairs], static=[axis for _, axis in pairs])
+        names, layout = list(blocks), self.blocking
+        new = over_stacks(
+            grams,
+            [blocks[k] for k in names],
+            static=[layout.axes(blocks[k].shape) for k in names],
         )
         totals = {
-            block: tuple(average.accumulate(s, next(grams), decay) for s in self.totals[block])
-            for block in blocks
+            name: tuple(
+                average.accumulate(s, c, decay)
+                for s, c in zip(self.totals[name], found, strict=True)
+            )
+            for name, found in zip(names, new, strict=True)
         }
         weight = average.weight(self.weight, decay)
         return KroneckerDim(totals, diagonals, weight, self.blocking)
@@ -88,5 +93,4 @@ def axes_of(shape: torch.Size) -> tuple[int, ...]:
 
 def mode_gram(tensor: Tensor, axis: int) -> Tensor:
     """(n_axis, n_axis): the Gram matrix of the slices along ``axis``."""
-    rows = unfold_mode(tensor, axis)
-    return rows @ rows.T
+    return grams(tensor, (axis,))[0]

@@ -8,37 +8,44 @@ from torch import Tensor
 
 __all__ = ["by_shape", "over_stacks"]
 
+# Entries: a matrix of 64 by 64.
+LARGE = 4096
+
 
 def by_shape(
-    function: Callable[..., Tensor], *lists: Sequence[Tensor], static: Sequence[Any]
-) -> list[Tensor]:
+    function: Callable[..., Any], *lists: Sequence[Tensor], static: Sequence[Any]
+) -> list[Any]:
     """Map ``function(*tensors, static)`` over lists of tensors, equal shapes as one stack.
 
-    The function takes any number of leading axes. A CPU gains nothing from a stack of large
-    matrices and pays for its copies, so there they go one by one.
+    The function takes any number of leading axes, and returns a tensor or a tuple of tensors. A CPU
+    gains nothing from a stack of large tensors and pays for its copies, so there they go one by
+    one.
 
     Entries are grouped by the first list's shape, dtype and device and by ``static``.
     """
     groups: dict[Any, list[int]] = {}
     for i, (x, s) in enumerate(zip(lists[0], static, strict=True)):
-        alone = i if x.device.type == "cpu" and x.shape[-1] > 64 else None
+        alone = i if x.device.type == "cpu" and x.numel() > LARGE else None
         groups.setdefault((tuple(x.shape), x.dtype, x.device, s, alone), []).append(i)
-    results: dict[int, Tensor] = {}
+    results: dict[int, Any] = {}
     for (*_, s, _), indices in groups.items():
         if len(indices) == 1:
             results[indices[0]] = function(*(tensors[indices[0]] for tensors in lists), s)
         else:
             stacks = [torch.stack([tensors[i] for i in indices]) for tensors in lists]
-            results |= dict(zip(indices, function(*stacks, s).unbind(), strict=True))
+            found = function(*stacks, s)
+            alone = isinstance(found, Tensor)
+            rows = found.unbind() if alone else zip(*(x.unbind() for x in found), strict=True)
+            results |= dict(zip(indices, rows, strict=True))
     return [results[i] for i in range(len(results))]
 
 
 def over_stacks(
-    function: Callable[..., Tensor], *lists: Sequence[Tensor], static: Sequence[Any]
-) -> list[Tensor]:
+    function: Callable[..., Any], *lists: Sequence[Tensor], static: Sequence[Any]
+) -> list[Any]:
     """:func:`by_shape` for a function of single tensors: stacks go through ``vmap``."""
 
-    def either(*args: Any) -> Tensor:
+    def either(*args: Any) -> Any:
         *tensors, (s, ndim) = args
         if tensors[0].ndim == ndim:
             return function(*tensors, s)

@@ -4,9 +4,8 @@ A factor that is zero or not finite, or whose root does not converge, keeps its 
 """
 
 import dataclasses
-import functools
-from collections.abc import Callable
-from typing import ClassVar
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -17,11 +16,12 @@ from funcprecond.representation.blocks import Blocking
 from funcprecond.representation.dense import Dense
 from funcprecond.representation.diagonal import factor_dtype
 from funcprecond.representation.kronecker_dim import KroneckerDim
+from funcprecond.representation.modes import multiply
 from funcprecond.representation.stacks import by_shape, over_stacks
 from funcprecond.solver.root import Method, inverse_root
 from funcprecond.tree import state, static
 
-__all__ = ["InverseRoot", "Roots", "mode_product"]
+__all__ = ["InverseRoot", "Roots", "diagonal_roots", "mode_product", "refreshed"]
 
 
 # A dense matrix acts on the whole parameter as one axis.
@@ -44,30 +44,9 @@ class Roots:
     kept: Tensor
     blocking: Blocking = static(default=Blocking())
 
-    def apply(self, grads: Params, solve: Callable[[tuple[Tensor, ...], Tensor], Tensor]) -> Params:
+    def apply(self, grads: Params, solve: Callable[..., Tensor]) -> Params:
         """``solve(roots, block)`` for each block, and a product with the rest's diagonal."""
-        blocks: dict[str, Tensor] = {}
-        for name, g in grads.items():
-            if name not in self.diagonals:
-                blocks |= self.blocking.split(name, g.to(factor_dtype(g)))
-        solved: dict[str, Tensor] = {}
-        for k in sorted({len(self.roots[block]) for block in blocks}):
-            names = [block for block in blocks if len(self.roots[block]) == k]
-            found = over_stacks(
-                lambda x, *roots: solve(roots[:-1], x),
-                [blocks[block] for block in names],
-                *([self.roots[block][i] for block in names] for i in range(k)),
-                static=[None] * len(names),
-            )
-            solved |= dict(zip(names, found, strict=True))
-        return {
-            name: (
-                g * self.diagonals[name]
-                if name in self.diagonals
-                else self.blocking.join(name, solved, g)
-            ).to(g.dtype)
-            for name, g in grads.items()
-        }
+        return apply_blocks(solve, (self.roots,), self.diagonals, self.blocking, grads)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,13 +80,9 @@ class InverseRoot:
     ) -> Roots:
         """Take the roots, all of them or those whose turn it is."""
         factors, diagonals, blocking = _factors(representation)
-        flat = [s for f in factors.values() for s in f]
-        roots = [r for f in previous.roots.values() for r in f]
-        powers = [1 / (self.exponent or 0.5 / len(f)) for f in factors.values() for _ in f]
-        due = range(len(flat)) if turn is None else turn.share([s.shape[-1] ** 3 for s in flat])
-        failures = []
 
-        def take(stack: Tensor, before: Tensor, p: float) -> Tensor:
+        def take(stack: Tensor, before: Tensor, k: int) -> tuple[Tensor, Tensor]:
+            p = 1 / (self.exponent or 0.5 / k)
             root, ok = inverse_root(
                 stack / representation.weight,
                 p,
@@ -115,41 +90,101 @@ class InverseRoot:
                 method=self.method,
                 dtype=self.dtype,
             )
-            failures.append((~ok).sum())
-            return torch.where(ok[..., None, None], root, before)
+            return torch.where(ok[..., None, None], root, before), ok
 
-        new = by_shape(
-            take, [flat[i] for i in due], [roots[i] for i in due], static=[powers[i] for i in due]
-        )
-        for i, root in zip(due, new, strict=True):
-            roots[i] = root
-        rest = iter(roots)
-        return Roots(
-            {k: tuple(next(rest) for _ in f) for k, f in factors.items()},
-            self._diagonals(representation, diagonals, previous),
-            functools.reduce(torch.add, failures, previous.kept),
-            blocking,
-        )
+        (roots,), failed = refreshed(take, factors, (previous.roots,), turn)
+        inverses = diagonal_roots(representation, diagonals, previous.diagonals, self.epsilon)
+        return Roots(roots, inverses, previous.kept + failed, blocking)
 
     def apply(self, factor: Roots, grads: Params) -> Params:
         """One product an axis."""
 
         def solve(roots: tuple[Tensor, ...], x: Tensor) -> Tensor:
-            for axis, root in zip(factor.blocking.axes(x.shape), roots, strict=True):
-                x = mode_product(root, x, axis)
-            return x
+            return multiply(roots, x, factor.blocking.axes(x.shape))
 
         return factor.apply(grads, solve)
 
-    def _diagonals(self, representation, diagonals, previous: Roots) -> dict[str, Tensor]:
-        new = {}
-        for name, d in diagonals.items():
-            d = d / representation.weight
-            largest = d.max() if d.numel() else d.new_zeros(())
-            ok = torch.isfinite(largest) & (largest > 0)
-            ridge = self.epsilon * torch.where(ok, largest, 1.0)
-            new[name] = torch.where(ok, (d + ridge).rsqrt(), previous.diagonals[name])
-        return new
+
+def apply_blocks(
+    solve: Callable[..., Tensor],
+    factors: Sequence[dict[str, tuple[Tensor, ...]]],
+    diagonals: Params,
+    blocking: Blocking,
+    grads: Params,
+) -> Params:
+    """``solve(*factors of the block, block)`` for each, and a product with the rest's diagonal."""
+    blocks: dict[str, Tensor] = {}
+    for name, g in grads.items():
+        if name not in diagonals:
+            blocks |= blocking.split(name, g.to(factor_dtype(g)))
+    solved: dict[str, Tensor] = {}
+    for k in sorted({len(factors[0][block]) for block in blocks}):
+        names = [block for block in blocks if len(factors[0][block]) == k]
+
+        def either(x: Tensor, *flat: Any, k: int = k) -> Tensor:
+            return solve(*(flat[i : i + k] for i in range(0, len(flat) - 1, k)), x)
+
+        found = over_stacks(
+            either,
+            [blocks[block] for block in names],
+            *([f[block][i] for block in names] for f in factors for i in range(k)),
+            static=[None] * len(names),
+        )
+        solved |= dict(zip(names, found, strict=True))
+    return {
+        name: (g * diagonals[name] if name in diagonals else blocking.join(name, solved, g)).to(
+            g.dtype
+        )
+        for name, g in grads.items()
+    }
+
+
+def refreshed(
+    take: Callable[..., tuple[Tensor, ...]],
+    factors: dict[str, tuple[Tensor, ...]],
+    previous: Sequence[dict[str, tuple[Tensor, ...]]],
+    turn: Turn | None,
+) -> tuple[list[dict[str, tuple[Tensor, ...]]], Tensor | int]:
+    """``take(stack, *before, k) -> (*new, ok)`` of all factors, or of those whose turn it is.
+
+    Args:
+        take: what to compute of a stack of factors of blocks with k axes.
+        factors, previous: for each block a tuple with an entry for each axis.
+        turn: whose turn it is.
+
+    Returns:
+        What ``previous`` becomes, and of how many factors ``ok`` is False.
+    """
+    flat = [s for f in factors.values() for s in f]
+    axes = [len(f) for f in factors.values() for _ in f]
+    lists = [[x for f in tree.values() for x in f] for tree in previous]
+    due = range(len(flat)) if turn is None else turn.share([s.shape[-1] ** 3 for s in flat])
+    found = by_shape(
+        take,
+        [flat[i] for i in due],
+        *([x[i] for i in due] for x in lists),
+        static=[axes[i] for i in due],
+    )
+    failed = sum((~ok).sum() for *_, ok in found)
+    for i, (*new, _) in zip(due, found, strict=True):
+        for x, value in zip(lists, new, strict=True):
+            x[i] = value
+    rest = [iter(x) for x in lists]
+    return [{k: tuple(next(x) for _ in f) for k, f in factors.items()} for x in rest], failed
+
+
+def diagonal_roots(
+    representation: KroneckerDim | Dense, diagonals: Params, previous: Params, epsilon
+) -> Params:
+    """The inverse roots of the parameters without factors, entry by entry."""
+    new = {}
+    for name, d in diagonals.items():
+        d = d / representation.weight
+        largest = d.max() if d.numel() else d.new_zeros(())
+        ok = torch.isfinite(largest) & (largest > 0)
+        ridge = epsilon * torch.where(ok, largest, 1.0)
+        new[name] = torch.where(ok, (d + ridge).rsqrt(), previous[name])
+    return new
 
 
 def mode_product(matrix: Tensor, x: Tensor, axis: int) -> Tensor:

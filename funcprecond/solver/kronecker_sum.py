@@ -5,6 +5,11 @@ roots commute, so this is their power mean of order 1/p: p = 1 is the plain aver
 preconditioners, p = 2 is CASPR for matrices, and :math:`p \to \infty` is the geometric mean,
 Shampoo. With p = k the roots are exactly Shampoo's, and the total degree is always that of one
 inverse square root.
+
+In the eigenbases :math:`Q_i` of the factors all roots are diagonal: with :math:`S_i = Q_i
+\Lambda_i Q_i^T`, rotate, multiply each entry by :math:`(\frac1k \sum_i \lambda_i^{-1/2p})^p`, and
+rotate back. That takes 2 k products for any p, p passes of roots take p k; so where roots come from
+eigendecompositions anyway, it is the eigenvectors that are kept.
 """
 
 import dataclasses
@@ -15,23 +20,51 @@ from torch import Tensor
 
 from funcprecond.observe import Turn
 from funcprecond.problem import Params
+from funcprecond.representation.blocks import Blocking
 from funcprecond.representation.kronecker_dim import KroneckerDim
-from funcprecond.solver.inverse_root import InverseRoot, Roots, mode_product
-from funcprecond.solver.root import Method
+from funcprecond.representation.modes import multiply
+from funcprecond.solver.inverse_root import (
+    InverseRoot,
+    Roots,
+    apply_blocks,
+    diagonal_roots,
+    mode_product,
+    refreshed,
+)
+from funcprecond.solver.root import Method, eigen_root
+from funcprecond.tree import state, static
 
-__all__ = ["KroneckerSum"]
+__all__ = ["KroneckerSum", "Spectra"]
+
+
+@state
+class Spectra:
+    """Inverse roots in two parts, ready to be applied.
+
+    Attributes:
+        bases, values: for each block a tuple of (n_i, n_i) eigenvectors, as columns, and one of
+            (n_i,) eigenvalues' roots, one an axis with a factor.
+        diagonals, kept, blocking: see :class:`funcprecond.solver.inverse_root.Roots`.
+    """
+
+    bases: dict[str, tuple[Tensor, ...]]
+    values: dict[str, tuple[Tensor, ...]]
+    diagonals: Params
+    kept: Tensor
+    blocking: Blocking = static(default=Blocking())
 
 
 @dataclasses.dataclass(frozen=True)
 class KroneckerSum:
-    """``p`` passes, each the average over the axes of a mode product with ``S_i^(-1/2p)``.
+    """The power mean of the axes' preconditioners.
 
     Attributes:
         epsilon: the ridge, relative to each factor's largest eigenvalue. A direction that one axis
             has seen and another has not is amplified by about ``epsilon^(-1/2) / 4``, Shampoo's by
             ``epsilon^(-1/4)``: keep it at 1e-6 or above in float32.
-        p: the number of passes; by default the number of axes.
-        dtype, method: see :func:`funcprecond.solver.root.inverse_root`.
+        p: the order; by default the number of axes.
+        dtype, method: see :func:`funcprecond.solver.root.inverse_root`. With "eigh", which "auto"
+            is on a CPU, eigenvectors are kept; otherwise roots, applied in p passes.
     """
 
     epsilon: float | Tensor = 1e-6
@@ -40,25 +73,61 @@ class KroneckerSum:
     method: Method = "auto"
     accepts: ClassVar[tuple[type, ...]] = (KroneckerDim,)
 
-    def init(self, representation: KroneckerDim) -> Roots:
+    def init(self, representation: KroneckerDim) -> Roots | Spectra:
         """Identity."""
-        return self._root.init(representation)
+        roots = self._root.init(representation)
+        on_cpu = representation.weight.device.type == "cpu"
+        if not (self.method == "eigh" or (self.method == "auto" and on_cpu)):
+            return roots
+        values = {
+            k: tuple(torch.ones_like(x[0]) for x in factors) for k, factors in roots.roots.items()
+        }
+        return Spectra(roots.roots, values, roots.diagonals, roots.kept, roots.blocking)
 
     def prepare(
-        self, representation: KroneckerDim, previous: Roots, turn: Turn | None = None
-    ) -> Roots:
-        """Take the roots, all of them or those whose turn it is."""
-        return self._root.prepare(representation, previous, turn)
+        self, representation: KroneckerDim, previous: Roots | Spectra, turn: Turn | None = None
+    ) -> Roots | Spectra:
+        """Decompose the factors, all of them or those whose turn it is."""
+        if isinstance(previous, Roots):
+            return self._root.prepare(representation, previous, turn)
 
-    def apply(self, factor: Roots, grads: Params) -> Params:
-        """``p k`` products a block of k axes: four for a matrix, where Shampoo takes two."""
+        def take(stack: Tensor, vectors: Tensor, values: Tensor, k: int) -> tuple[Tensor, ...]:
+            order = 2 * (self.p or k)
+            q, root, ok = eigen_root(
+                stack / representation.weight, order, epsilon=self.epsilon, dtype=self.dtype
+            )
+            kept = ok.unsqueeze(-1)
+            q = torch.where(kept.unsqueeze(-1), q, vectors).contiguous()
+            return q, torch.where(kept, root, values), ok
 
-        def solve(roots: tuple[Tensor, ...], x: Tensor) -> Tensor:
+        (bases, values), failed = refreshed(
+            take, representation.totals, (previous.bases, previous.values), turn
+        )
+        diagonals = diagonal_roots(
+            representation, representation.diagonals, previous.diagonals, self.epsilon
+        )
+        kept = previous.kept + failed
+        return Spectra(bases, values, diagonals, kept, representation.blocking)
+
+    def apply(self, factor: Roots | Spectra, grads: Params) -> Params:
+        """``2 k`` products a block of k axes in eigenbases, where Shampoo takes k; p k by roots."""
+        layout = factor.blocking
+
+        def by_passes(roots: tuple[Tensor, ...], x: Tensor) -> Tensor:
             for _ in range(self.p or len(roots)):
-                x = _mean_over_axes(roots, factor.blocking.axes(x.shape), x)
+                x = _mean_over_axes(roots, layout.axes(x.shape), x)
             return x
 
-        return factor.apply(grads, solve)
+        def in_bases(bases: tuple[Tensor, ...], values: tuple[Tensor, ...], x: Tensor) -> Tensor:
+            axes = layout.axes(x.shape)
+            y = multiply([q.mT for q in bases], x, axes)
+            y = y * _mean(values, axes, x.ndim) ** (self.p or len(bases))
+            return multiply(bases, y, axes)
+
+        if isinstance(factor, Roots):
+            return factor.apply(grads, by_passes)
+        factors = (factor.bases, factor.values)
+        return apply_blocks(in_bases, factors, factor.diagonals, layout, grads)
 
     @property
     def _root(self) -> InverseRoot:
@@ -72,3 +141,11 @@ def _mean_over_axes(roots: tuple[Tensor, ...], axes: tuple[int, ...], x: Tensor)
         return torch.addmm(x @ right.mT, left, x, beta=0.5, alpha=0.5)
     total = sum(mode_product(r, x, axis) for axis, r in zip(axes, roots, strict=True))
     return total / len(roots)  # pyright: ignore[reportReturnType]
+
+
+def _mean(values: tuple[Tensor, ...], axes: tuple[int, ...], ndim: int) -> Tensor:
+    """The outer sum of vectors along the axes of a tensor, over their number, to be broadcast."""
+    total = torch.zeros((), dtype=values[0].dtype, device=values[0].device)
+    for v, axis in zip(values, axes, strict=True):
+        total = total + (v / len(values)).reshape([-1 if i == axis else 1 for i in range(ndim)])
+    return total

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from funcprecond.solver.product_root import coupled_newton, norm_bound, polar_express
 
-__all__ = ["Method", "inverse_root"]
+__all__ = ["Method", "chosen", "eigen_root", "inverse_root"]
 
 Method = Literal["auto", "eigh", "polar_express", "coupled_newton"]
 
@@ -41,10 +41,50 @@ def inverse_root(
         The roots, in the dtype of ``matrices``, and (...,) booleans: False where the matrix was
         zero or not finite or the method did not converge, and the root is meaningless.
     """
-    method = _chosen(method, p, matrices.device)
+    method = chosen(method, p, matrices.device)
+    if method == "eigh":
+        vectors, values, ok = eigen_root(matrices, 2 * p, epsilon=epsilon, dtype=dtype, wide=True)
+        half = vectors * values.unsqueeze(-2)
+        return (half @ half.mT).to(matrices.dtype), ok
+    a, scale, ok = _scaled(matrices, dtype or torch.float32)
+    a = a + epsilon * norm_bound(a) * torch.eye(a.shape[-1], dtype=a.dtype, device=a.device)
+    iterate = polar_express if method == "polar_express" else coupled_newton
+    root, residual = iterate(a, int(p))
+    root = root * (scale ** (-1.0 / p))[..., None, None]
+    return root.to(matrices.dtype), ok & (residual <= 0.1)
+
+
+def eigen_root(
+    matrices: Tensor,
+    p: float | Tensor,
+    *,
+    epsilon: float | Tensor,
+    dtype: torch.dtype | None = None,
+    wide: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The same root in two parts: the eigenvectors, and each eigenvalue's root.
+
+    Args:
+        matrices, p, epsilon, dtype: see :func:`inverse_root`.
+        wide: return them in the dtype that they were computed in.
+
+    Returns:
+        (..., n, n) and (..., n), so that ``vectors diag(values) vectors^T`` is the root, and the
+        booleans of :func:`inverse_root`.
+    """
     if dtype is None:
-        exact = method == "eigh" and matrices.device.type == "cpu"
-        dtype = torch.float64 if exact else torch.float32
+        dtype = torch.float64 if matrices.device.type == "cpu" else torch.float32
+    a, scale, ok = _scaled(matrices, dtype)
+    eigenvalues, vectors, converged = _eigh(a)
+    values = (eigenvalues.clamp_min(0.0) + epsilon * eigenvalues[..., -1:]) ** (-1.0 / p)
+    values = values * (scale ** (-1.0 / p)).unsqueeze(-1)
+    if not wide:
+        vectors, values = vectors.to(matrices.dtype), values.to(matrices.dtype)
+    return vectors, values, ok & converged
+
+
+def _scaled(matrices: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """Symmetric, of mean eigenvalue 1; that mean; and False where there is none: the identity."""
     dtype = torch.promote_types(matrices.dtype, dtype)
     a = (matrices + matrices.mT).to(dtype) / 2
     # One scale for all magnitudes, so that neither the computation nor a root over- or underflows.
@@ -52,20 +92,11 @@ def inverse_root(
     ok = torch.isfinite(a).all(-1).all(-1) & (scale > 0)
     scale = torch.where(ok, scale, 1.0)
     eye = torch.eye(a.shape[-1], dtype=dtype, device=a.device)
-    a = torch.where(ok[..., None, None], a / scale[..., None, None], eye)
-    if method == "eigh":
-        root, converged = _by_eigh(a, p, epsilon, eye)
-    else:
-        a = a + epsilon * norm_bound(a) * eye
-        power = int(p)  # pyright: ignore[reportArgumentType]
-        iterate = polar_express if method == "polar_express" else coupled_newton
-        root, residual = iterate(a, power)
-        converged = residual <= 0.1
-    root = root * (scale ** (-1.0 / p))[..., None, None]
-    return root.to(matrices.dtype), ok & converged
+    return torch.where(ok[..., None, None], a / scale[..., None, None], eye), scale, ok
 
 
-def _chosen(method: Method, p: float | Tensor, device: torch.device) -> Method:
+def chosen(method: Method, p: float | Tensor, device: torch.device) -> Method:
+    """What "auto" stands for; raises ValueError if the method cannot take this p."""
     whole = not isinstance(p, Tensor) and float(p).is_integer()
     if method == "auto":
         if device.type == "cpu" or not whole:
@@ -83,14 +114,7 @@ def _chosen(method: Method, p: float | Tensor, device: torch.device) -> Method:
     return method
 
 
-def _by_eigh(a: Tensor, p: float | Tensor, epsilon: float | Tensor, eye: Tensor):
-    eigenvalues, vectors, converged = _eigh(a, eye)
-    ridge = epsilon * eigenvalues[..., -1:]
-    half = vectors * ((eigenvalues.clamp_min(0.0) + ridge) ** (-0.5 / p)).unsqueeze(-2)
-    return half @ half.mT, converged
-
-
-def _eigh(a: Tensor, eye: Tensor) -> tuple[Tensor, Tensor, bool]:
+def _eigh(a: Tensor) -> tuple[Tensor, Tensor, bool]:
     """Eigenvalues, vectors, and whether they were found, if not in ``a``'s dtype in float64."""
     try:
         return *torch.linalg.eigh(a), True
@@ -100,4 +124,4 @@ def _eigh(a: Tensor, eye: Tensor) -> tuple[Tensor, Tensor, bool]:
         values, vectors = torch.linalg.eigh(a.double())
         return values.to(a.dtype), vectors.to(a.dtype), True
     except torch.linalg.LinAlgError:
-        return torch.ones_like(a[..., 0]), eye.expand_as(a), False
+        return torch.ones_like(a[..., 0]), torch.zeros_like(a), False

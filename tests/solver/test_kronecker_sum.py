@@ -4,8 +4,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from funcprecond.representation.kronecker_dim import KroneckerDim
-from funcprecond.solver.inverse_root import InverseRoot
-from funcprecond.solver.kronecker_sum import KroneckerSum
+from funcprecond.solver.inverse_root import InverseRoot, Roots
+from funcprecond.solver.kronecker_sum import KroneckerSum, Spectra
 from tests import reference, strategies
 from tests.equality import assert_close, assert_same
 from tests.problems import normal
@@ -41,11 +41,34 @@ def test_the_default_power_is_the_number_of_long_axes():
     assert_close(applied(KroneckerSum(), rep, g), applied(KroneckerSum(p=3), rep, g), rtol=1e-12)
 
 
-def test_it_shares_its_roots_with_shampoo():
+def test_by_products_it_shares_its_roots_with_shampoo():
     mats = [with_spectrum(torch.linspace(1, 2, n).double(), n) for n in (2, 3)]
     rep = statistics(*mats)
-    ours, theirs = (s.prepare(rep, s.init(rep)) for s in (KroneckerSum(1e-6), InverseRoot(1e-6)))
+    solvers = (kind(1e-6, method="coupled_newton") for kind in (KroneckerSum, InverseRoot))
+    ours, theirs = (s.prepare(rep, s.init(rep)) for s in solvers)
     assert_same(ours, theirs)
+
+
+@pytest.mark.parametrize("p", [None, 1, 2, 5])
+@pytest.mark.parametrize("sizes", [(3, 4), (2, 3, 4), (2, 3, 2, 3)])
+def test_passes_of_roots_and_eigenbases_agree(sizes, p):
+    """CA-8, without a ridge, which the two take of different norms."""
+    rep = statistics(*(with_spectrum(torch.logspace(0, -1, n).double(), n) for n in sizes))
+    g = normal(sizes)
+    passes, bases = (KroneckerSum(0.0, p, method=m) for m in ("coupled_newton", "eigh"))
+    assert isinstance(passes.init(rep), Roots)
+    assert isinstance(bases.init(rep), Spectra)
+    assert_close(applied(passes, rep, g), applied(bases, rep, g), rtol=1e-8)
+
+
+def test_what_cannot_be_decomposed_stays_as_it_was_and_is_counted():
+    solver, g = KroneckerSum(), normal((3, 4))
+    rep = statistics(g @ g.T, g.T @ g)
+    before = solver.prepare(rep, solver.init(rep))
+    bad = statistics(torch.full((3, 3), float("nan")).double(), torch.zeros(4, 4).double())
+    after = solver.prepare(bad, before)
+    assert_same((after.bases, after.values), (before.bases, before.values))
+    assert (int(before.kept), int(after.kept)) == (0, 2)
 
 
 @pytest.mark.parametrize("shape", [(3, 1, 2), (1, 3, 2)])

@@ -1,0 +1,100 @@
+"""A tensor along each of its axes: their Gram matrices, and a matrix for each.
+
+Neighbouring axes of a few entries, such as a convolution's kernel, go through memory together: the
+Gram matrix of both holds that of each as a partial trace, and the Kronecker product of their
+matrices is one matrix.
+"""
+
+import functools
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from funcprecond import tree
+
+__all__ = ["grams", "multiply"]
+
+# Neighbours up to this many entries together are cheaper as one axis than one after another.
+TOGETHER = 32
+# Symmetric products of more rows are taken by halves, the one off the diagonal once.
+HALVE = 256
+
+
+def grams(x: Tensor, axes: Sequence[int]) -> tuple[Tensor, ...]:
+    """``unfold_i(x) unfold_i(x)^T``, (n_i, n_i), for each of the axes, in ascending order."""
+    found = []
+    for run in _runs(x.shape, axes):
+        if run[0] in axes:
+            sizes = x.shape[run[0] : run[-1] + 1]
+            gram = _gram(x.reshape(math.prod(x.shape[: run[0]]), math.prod(sizes), -1))
+            found += [gram] if len(run) == 1 else _partial_traces(gram, sizes)
+    return tuple(found)
+
+
+def multiply(matrices: Sequence[Tensor], x: Tensor, axes: Sequence[int]) -> Tensor:
+    """``x ×_i M_i``: axis i of x contracted with the second axis of (n_i, n_i) M_i, in its place.
+
+    Each product takes the first axis to the end, which costs nothing, and leaves the next one where
+    it can be taken without a copy.
+    """
+    of = dict(zip(axes, matrices, strict=True))
+    y = x
+    for run in _runs(x.shape, axes):
+        y = y.reshape(math.prod(x.shape[i] for i in run), -1).mT
+        if run[0] in of:
+            y = y @ functools.reduce(torch.kron, [of[i] for i in run]).mT
+    return y.reshape(x.shape).contiguous()
+
+
+def _runs(shape: Sequence[int], axes: Sequence[int]) -> list[tuple[int, ...]]:
+    """All axes in order, neighbours to be taken together in one tuple."""
+    runs: list[tuple[int, ...]] = []
+    for i, n in enumerate(shape):
+        last = runs[-1] if runs else ()
+        inside = i in axes and bool(last) and last[-1] in axes
+        if inside and n * math.prod(shape[j] for j in last) <= TOGETHER:
+            runs[-1] = (*last, i)
+        else:
+            runs.append((i,))
+    return runs
+
+
+def _gram(x: Tensor) -> Tensor:
+    """Of the middle axis of three."""
+    if x.shape[0] == 1:
+        return _symmetric(x[0])
+    if x.shape[2] == 1:
+        return _symmetric(x[..., 0].mT)
+    return _symmetric(x.movedim(1, 0).flatten(1))
+
+
+def _symmetric(rows: Tensor) -> Tensor:
+    """``rows rows^T``."""
+    n = rows.shape[0]
+    by_halves = n > HALVE and rows.device.type == "cpu" and not torch.compiler.is_compiling()
+    if not by_halves or not tree.multi_tensor((rows,)):
+        return rows @ rows.mT
+    return _fill(rows, rows.new_empty((n, n)))
+
+
+def _fill(rows: Tensor, out: Tensor) -> Tensor:
+    if rows.shape[0] <= HALVE:
+        return torch.mm(rows, rows.mT, out=out)
+    half = rows.shape[0] // 2
+    _fill(rows[:half], out[:half, :half])
+    _fill(rows[half:], out[half:, half:])
+    torch.mm(rows[half:], rows[:half].mT, out=out[half:, :half])
+    out[:half, half:] = out[half:, :half].mT
+    return out
+
+
+def _partial_traces(gram: Tensor, sizes: Sequence[int]) -> list[Tensor]:
+    """Of a Gram matrix over several axes that of each."""
+    k = len(sizes)
+    both = gram.reshape(*sizes, *sizes)
+    return [
+        torch.einsum(both, [*range(k), *(k if j == i else j for j in range(k))], [i, k])
+        for i in range(k)
+    ]
