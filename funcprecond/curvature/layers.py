@@ -152,6 +152,8 @@ class LayerStatistics(Need):
         sharing: how the positions of one example are to be combined, "expand" or "reduce", see
             :func:`funcprecond.representation.kronecker_io.layer_rows`.
         by_example: also leave to ``others`` the layers whose rows do not tell the examples apart.
+        tied: keep a weight that is an embedding and a linear layer's too among the layers, with
+            uses of both kinds; else it is left to ``others``.
     """
 
     labels: Labels = "mc"
@@ -159,6 +161,7 @@ class LayerStatistics(Need):
     others: Literal["diagonal", "rows", "none"] = "diagonal"
     sharing: Sharing = "expand"
     by_example: bool = False
+    tied: bool = False
     taps: ClassVar[bool] = True
 
     def __post_init__(self):
@@ -197,7 +200,7 @@ class LayerStatistics(Need):
         grads: Sequence[Tensor],
         scale: Tensor,
     ) -> Layers:
-        uses = layer_uses(evaluation, grads, self.by_example)
+        uses = layer_uses(evaluation, grads, self.by_example, self.tied)
         covered = {part for name in uses for part in split_block(name) if part}
         names = [k for k in evaluation.params if k not in covered]
         others = {}
@@ -242,7 +245,10 @@ def layer_statistics(
 
 
 def layer_uses(
-    evaluation: Evaluation, grads: Sequence[Tensor], by_example: bool = False
+    evaluation: Evaluation,
+    grads: Sequence[Tensor],
+    by_example: bool = False,
+    tied: bool = False,
 ) -> dict[str, tuple[LayerUse, ...]]:
     """The uses of each block that was seen in full, with these (V, *output shape) gradients."""
     return {
@@ -255,7 +261,7 @@ def layer_uses(
             )
             for i in indices
         )
-        for name, indices in _blocks(evaluation, by_example).items()
+        for name, indices in _blocks(evaluation, by_example, tied).items()
     }
 
 
@@ -281,7 +287,7 @@ def _with_shape(call: Call, params: Params) -> Call:
     return call
 
 
-def _blocks(evaluation: Evaluation, by_example: bool) -> dict[str, list[int]]:
+def _blocks(evaluation: Evaluation, by_example: bool, tied: bool) -> dict[str, list[int]]:
     """The calls of each block whose every use was recorded, in one kind and with one bias."""
     blocks: dict[str, list[int]] = {}
     owners: dict[str, set[str]] = {}
@@ -299,11 +305,20 @@ def _blocks(evaluation: Evaluation, by_example: bool) -> dict[str, list[int]]:
         parts = [part for part in split_block(name) if part]
         return (
             not any(part in evaluation.unrecorded or len(owners[part]) > 1 for part in parts)
-            and len({(c.kind, c.options) for c in calls}) == 1
+            and (len({(c.kind, c.options) for c in calls}) == 1 or (tied and _are_tied(calls)))
+            and calls[0].kind != "add"
             and all(leading[i] for i in indices)
         )
 
     return {name: indices for name, indices in blocks.items() if usable(name, indices)}
+
+
+def _are_tied(calls: list[Call]) -> bool:
+    """Whether all apply one (V, d) table: they look up its rows, or give V outputs."""
+    kinds = {c.kind for c in calls}
+    return kinds == {"embedding", "linear"} and all(
+        c.kind == "embedding" or c.options == ("out_in",) for c in calls
+    )
 
 
 def check_labels(labels: Labels, samples: int) -> None:

@@ -92,7 +92,7 @@ def adaptive_kfac(
         ValueError: an interval or the decay is out of range.
     """
     check_decay(decay)
-    curvature = LayerStatistics(labels, samples, sharing=sharing)
+    curvature = LayerStatistics(labels, samples, sharing=sharing, tied=True)
     form, objective = GGNForm(), Objective()
     measure, refresh = Every("measure", every, start), Every("refresh", refresh_every, start)
     adapt, search = Every("damping", damping_every), Every("gamma", gamma_every)

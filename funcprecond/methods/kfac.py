@@ -10,9 +10,10 @@ g of labels y ~ p(y|x)::
     d = (B + √λ/π I)^-1 [∇W | ∇b] (A + √λ π I)^-1           damping_split="pi"
 
 Layers are whatever applies a weight: linear, convolution (any stride, padding, dilation, groups)
-and embedding; norm layers get exact 2 × 2 blocks a unit; the rest its diagonal. Needs layer
-statistics: one more pull-back to the layers for each sampled label. 2 to 4 (i² + o²) numbers a
-layer; each refresh a decomposition of both factors, each step 2 to 4 products.
+and embedding, which may be tied to a linear layer; norm layers get exact 2 × 2 blocks a unit; the
+rest its diagonal. Needs layer statistics: one more pull-back to the layers for each sampled label.
+2 to 4 (i² + o²) numbers a layer; each refresh a decomposition of both factors, each step 2 to 4
+products.
 """
 
 from typing import Any, Literal
@@ -62,7 +63,7 @@ def kfac(
         raise ValueError(msg)
     joint = damping_split == "joint"
     return compose(
-        LayerStatistics(labels, samples, sharing=sharing),
+        LayerStatistics(labels, samples, sharing=sharing, tied=True),
         KroneckerIO,
         # Inverses pay when they are used for several steps.
         Eigen(damping) if joint else Cholesky(damping, damping_split, invert=refresh_every > 4),

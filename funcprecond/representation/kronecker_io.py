@@ -19,6 +19,7 @@ from funcprecond.curvature.layers import Layers, LayerUse, Sharing, split_block
 from funcprecond.problem import Params
 from funcprecond.representation import average
 from funcprecond.representation.diagonal import factor_dtype, zero_weight
+from funcprecond.representation.nearest_kronecker import nearest_kronecker
 from funcprecond.tree import state, static
 
 __all__ = ["KroneckerIO", "layer_rows"]
@@ -35,7 +36,7 @@ class KroneckerIO:
     Attributes:
         left: for each block ``"weight+bias"`` (or ``"weight"``) the factor of the weight's axis 0:
             (o, o); (J, o / J, o / J) for a convolution of J groups; (V,), a diagonal, for an
-            embedding.
+            embedding, be it tied to a linear layer or not.
         right: the factor of the remaining axes, with the bias as last row and column: (i + 1, i +
             1) likewise.
         units: for a norm layer of U units the exact (U, 2, 2) blocks of scale and bias, (U, 1, 1)
@@ -154,6 +155,8 @@ def layer_rows(use: LayerUse, bias: bool, sharing: Sharing) -> tuple[Tensor, Ten
 def _factors(
     uses: tuple[LayerUse, ...], bias: bool, sharing: Sharing, scale: Tensor, keep_rows: bool
 ) -> tuple[Tensor, Tensor]:
+    if len({use.call.kind for use in uses}) > 1:
+        return _tied_factors(uses, sharing, scale)
     if uses[0].call.kind == "embedding":
         return frequencies(uses), _embedding_moment(uses) * scale
     outputs = _output_factor(uses, sharing, scale, keep_rows)
@@ -161,6 +164,25 @@ def _factors(
     if inputs.ndim == 3 and inputs.shape[0] == 1:
         inputs = inputs[0]
     return (inputs, outputs) if inputs_are_left(uses[0]) else (outputs, inputs)
+
+
+def _tied_factors(
+    uses: tuple[LayerUse, ...], sharing: Sharing, scale: Tensor
+) -> tuple[Tensor, Tensor]:
+    """A table's uses as an embedding and as a linear layer, ``diag ⊗ right`` each, as one product.
+
+    Of the linear layer's output gradients, one for each of V tokens, only the squares are kept.
+    What couples the two uses is left out.
+    """
+    looked_up = tuple(use for use in uses if use.call.kind == "embedding")
+    applied = tuple(use for use in uses if use.call.kind == "linear")
+    rows = [_grad_rows(use, sharing) for use in applied]
+    squares = _total([g.square().sum(-2) for g in rows]) * scale
+    inputs = input_factor(applied, False, sharing, squares.dtype, False)
+    return nearest_kronecker(
+        [frequencies(looked_up).to(squares.dtype), squares],
+        [_embedding_moment(looked_up) * scale, inputs],
+    )
 
 
 def inputs_are_left(use: LayerUse) -> bool:

@@ -97,18 +97,58 @@ def test_attention_layers_are_found_inside_multihead_attention():
     assert not state.representation.others
 
 
-def test_a_weight_with_two_kinds_of_use_falls_back_to_its_diagonal():
+IDS, NEXT = torch.tensor([[0, 3], [2, 2]]), torch.tensor([[1, 2], [0, 4]])
+
+
+def tied(params, ids):
+    return F.linear(F.embedding(ids, params["table"]).tanh(), params["table"])
+
+
+def test_a_tied_embedding_and_head_are_the_nearest_kronecker_product_to_both_uses():
     params = {"table": problems.normal((5, 3))}
-
-    def tied(p, ids):
-        return F.linear(F.embedding(ids, p["table"]).tanh(), p["table"])
-
     problem = fp.problem(tied, fp.losses.cross_entropy, params=params)
-    batch = (torch.tensor([[0, 3], [2, 2]]), torch.tensor([[1, 2], [0, 4]]))
+    opt = fp.kflr(decay=None, damping=0.1)
+    evidence = fp.observe(problem, params, (IDS, NEXT), opt.needs(0))
+    state, direction = opt.update(opt.init(params), evidence.grads, evidence)
+
+    # The Fisher matrices of what the table gives out, as if that were a parameter itself.
+    looked_up = F.embedding(IDS, params["table"])
+
+    def inner(name, model, value):
+        free = fp.problem(lambda p, _: model(p[name]), fp.losses.cross_entropy, params={})
+        whole = reference.fisher(free, {name: value}, (IDS, NEXT))
+        n = value.shape[-1]
+        return sum(whole[i : i + n, i : i + n] for i in range(0, len(whole), n))
+
+    of_lookup = inner("e", lambda e: F.linear(e.tanh(), params["table"]), looked_up)
+    of_logits = inner("z", lambda z: z, F.linear(looked_up.tanh(), params["table"]))
+    frequency = torch.bincount(IDS.reshape(-1), minlength=5) / IDS.numel()
+    hidden = looked_up.tanh().reshape(-1, 3)
+    total = torch.kron(frequency.double().diag(), of_lookup)
+    total += torch.kron(of_logits.diagonal().diag(), hidden.T @ hidden / len(hidden))
+    # Van Loan: the nearest product is the first singular pair of the rearranged sum.
+    rearranged = total.reshape(5, 3, 5, 3).permute(0, 2, 1, 3).reshape(25, 9)
+    u, s, vh = torch.linalg.svd(rearranged)
+    nearest = s[0] * torch.kron(u[:, 0].reshape(5, 5).contiguous(), vh[0].reshape(3, 3))
+    torch.testing.assert_close(state.representation.block("table"), nearest, rtol=1e-9, atol=1e-12)
+    assert_close(direction, dense_solve(nearest, evidence.grads, 0.1), rtol=1e-8)
+
+
+@pytest.mark.parametrize("orientation", ["in_out", "with a bias"])
+def test_other_second_uses_of_a_table_leave_it_to_its_diagonal(orientation):
+    params = {"table": problems.normal((5, 5)), "bias": problems.normal((5,))}
+
+    def model(p, ids):
+        h = F.embedding(ids, p["table"]).tanh()
+        if orientation == "in_out":
+            return h @ p["table"] + p["bias"]
+        return F.linear(h, p["table"], p["bias"])
+
+    problem = fp.problem(model, fp.losses.cross_entropy, params=params)
     opt = fp.kflr(decay=None)
-    evidence = fp.observe(problem, params, batch, opt.needs(0))
+    evidence = fp.observe(problem, params, (IDS, NEXT), opt.needs(0))
     state, _ = opt.update(opt.init(params), evidence.grads, evidence)
-    diagonal = reference.fisher(problem, params, batch).diagonal().reshape(5, 3)
+    diagonal = reference.fisher(problem, params, (IDS, NEXT)).diagonal()[:25].reshape(5, 5)
     torch.testing.assert_close(state.representation.others["table"], diagonal)
 
 
