@@ -4,16 +4,18 @@ For layers a per-example gradient is ``sum_t g_nt a_nt^T``, so that norms and in
 from inputs and output gradients, and no per-example gradient is formed.
 """
 
-from collections.abc import Iterable
+import dataclasses
+from collections.abc import Iterable, Iterator
 from typing import Any, Literal
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
 from funcprecond import tree
 from funcprecond.curvature.data import check_data, each_batch
 from funcprecond.curvature.layers import LayerStatistics
-from funcprecond.evaluation import Evaluation
+from funcprecond.losses import MSE, Loss
 from funcprecond.observe import observe
 from funcprecond.problem import Params, Problem
 from funcprecond.representation.gram import Gram
@@ -29,6 +31,7 @@ __all__ = [
 
 # The data's own labels, every parameter, examples told apart.
 ROWS = LayerStatistics("empirical", others="rows", by_example=True)
+ENTRIES = LayerStatistics("exact", others="rows", by_example=True)
 
 
 def per_sample_gram(
@@ -76,28 +79,36 @@ def ntk(
     other: Any = None,
     *,
     kind: Literal["full", "sum"] = "full",
+    generator: torch.Generator | None = None,
 ) -> Tensor:
     """The empirical neural tangent kernel ``J J^T`` of the model's outputs, one tensor (N, *out).
 
     Args:
         problem, params, batch: where.
-        other: a second batch, for the kernel between the two.
+        other: a second batch of M examples, for the kernel between the two.
         kind: "full" for (N, O, M, O) over all O entries of an output, or "sum" for (N, M), the
             trace over them.
+        generator: draws dropout masks.
 
-    Costs one pull-back for each of the entries; the Jacobian, N O times the parameters, is formed.
+    Costs a pull-back to the layers for each of the O entries, and for each layer the smaller of two
+    products, of positions or of rows; O of these for "sum", O^2 for "full". The Jacobian is not
+    formed: in memory are O times the layers' output gradients. Parameters in no layer have their
+    rows formed.
 
     Raises:
         ValueError: the model couples the examples of a batch.
     """
-    left = _jacobian(problem, params, batch)
-    right = left if other is None else _jacobian(problem, params, other)
-    if kind == "sum":
-        return sum(torch.einsum("nop,mop->nm", left[k], right[k]) for k in left)  # pyright: ignore
-    if kind != "full":
+    if kind not in ("full", "sum"):
         msg = f"kind must be 'full' or 'sum', not {kind!r}"
         raise ValueError(msg)
-    return sum(torch.einsum("nop,mqp->nomq", left[k], right[k]) for k in left)  # pyright: ignore
+    left = _jacobian(problem, params, batch, generator)
+    right = left if other is None else _jacobian(problem, params, other, generator)
+    entries = left[1]
+    if kind == "sum":
+        each = ((_entry(*left, v), _entry(*right, v)) for v in range(entries))
+        return torch.stack([_inner(a, b) for a, b in each]).sum(0)
+    kernel = _inner(left[0], right[0])
+    return rearrange(kernel, "(o n) (q m) -> n o m q", o=entries, q=entries)
 
 
 @state
@@ -160,12 +171,15 @@ def gradient_noise_scale(
 
 
 def _rows(problem, params, batch, generator) -> tuple[Gram, Tensor]:
+    _refuse_coupling(problem)
+    layers = observe(problem, params, batch, (ROWS,), generator=generator)[ROWS]
+    return Gram.from_layers(layers, params), 1 / layers.scale
+
+
+def _refuse_coupling(problem: Problem) -> None:
     if coupling := problem.couples_examples():
         msg = f"per-example gradients are not defined: {coupling} couples the examples of a batch"
         raise ValueError(msg)
-    found = observe(problem, params, batch, (ROWS,), generator=generator)
-    layers = found[ROWS]
-    return Gram.from_layers(layers, params), 1 / layers.scale
 
 
 def _squared_norms(pairs) -> Tensor:
@@ -183,17 +197,48 @@ def _squared_norms(pairs) -> Tensor:
     return (g.mT @ a).square().sum((0, 2, 3))
 
 
-def _jacobian(problem: Problem, params: Params, batch: Any) -> dict[str, Tensor]:
-    """(N, O, n) for a parameter of n entries, by one vmapped pull-back an entry of an output."""
-    evaluation = Evaluation(problem, params, batch)
-    outputs = evaluation.outputs
-    if not isinstance(outputs, Tensor):
-        msg = "the tangent kernel is defined for a model with one tensor as its output"
-        raise TypeError(msg)
-    entries = outputs[0].numel()
-    basis = torch.eye(entries, dtype=outputs.dtype, device=outputs.device)
-    columns = []
-    for entry in basis:
-        cotangent = entry.reshape(1, *outputs.shape[1:]).expand(outputs.shape)
-        columns.append(evaluation.pull_each(cotangent, list(params)))
-    return {k: torch.stack([c[k].flatten(1) for c in columns], 1) for k in params}
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Outputs(Loss):
+    """Each entry of an output by itself: the rows of its "exact" Fisher matrix are those of J."""
+
+    def __call__(self, outputs: Any, targets: Any) -> Tensor:
+        if not isinstance(outputs, Tensor):
+            msg = "the tangent kernel is defined for a model with one tensor as its output"
+            raise TypeError(msg)
+        return outputs.sum()
+
+    def constant(self, outputs: Tensor, targets: Any) -> Tensor:
+        return outputs.new_ones(())
+
+    def exact(self, outputs: Tensor, targets: Any) -> Iterator[Tensor]:
+        return MSE().exact(outputs, targets)
+
+
+def _jacobian(problem, params, batch, generator) -> tuple[Gram, int]:
+    """The outputs' Jacobian, rows (o, n), as layers' inputs and output gradients; and O."""
+    problem = dataclasses.replace(problem, loss=_Outputs())
+    _refuse_coupling(problem)
+    found = observe(problem, params, batch, (ENTRIES,), generator=generator)
+    return Gram.from_layers(found[ENTRIES], params), found.outputs[0].numel()
+
+
+def _entry(gram: Gram, entries: int, v: int) -> Gram:
+    """The rows of one entry of the outputs."""
+    pairs = tuple(dataclasses.replace(p, grads=p.grads[:, v : v + 1]) for p in gram.pairs)
+    explicit = {k: x.unflatten(0, (entries, -1))[v] for k, x in gram.explicit.items()}
+    return dataclasses.replace(gram, pairs=pairs, explicit=explicit)
+
+
+def _inner(a: Gram, b: Gram) -> Tensor:
+    """The inner products of two sets of rows."""
+    left, right = ({p.weight: p for p in gram.pairs} for gram in (a, b))
+    shared = left.keys() & right.keys()
+    terms = [left[k].gram(right[k]) for k in shared]
+    # What is a layer on one batch only has its rows formed.
+    rows = [
+        gram.explicit
+        | {k: x for p in gram.pairs if p.weight not in shared for k, x in p.rows().items()}
+        for gram in (a, b)
+    ]
+    terms += [x.flatten(1) @ rows[1][k].flatten(1).mT for k, x in rows[0].items()]
+    return torch.stack(terms).sum(0)

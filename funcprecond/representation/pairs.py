@@ -37,25 +37,29 @@ class Pairs:
         """Whether the inputs are one-hot vectors, by their indices."""
         return self.inputs.ndim == 3
 
-    def gram(self) -> Tensor:
-        """(V N, V N), by whichever of the two ways takes fewer operations."""
-        _, v, n, t, o = self.grads.shape
+    def gram(self, other: "Pairs | None" = None) -> Tensor:
+        """(V N, W M), the inner products with the rows of ``other``, or with its own.
+
+        By whichever of the two ways takes fewer operations.
+        """
+        right = self if other is None else other
+        (_, v, n, t, o), (_, w, m, s, _) = self.grads.shape, right.grads.shape
         i = self.shape[0] if self.ids else self.inputs.shape[-1]
-        pairwise = (n * t) ** 2 * (1 if self.ids else i) + (v * n * t) ** 2 * o
-        by_rows = v * n * t * i * o + (v * n) ** 2 * i * o
-        if t > 1 and by_rows < pairwise:
+        pairwise = n * t * m * s * (1 if self.ids else i) + v * n * t * w * m * s * o
+        forming = v * n * t + (0 if other is None else w * m * s)
+        by_rows = forming * i * o + v * n * w * m * i * o
+        if max(t, s) > 1 and by_rows < pairwise:
             rows = self.matrices().flatten(2).flatten(0, 1)
-            return rows @ rows.mT
+            others = rows if other is None else other.matrices().flatten(2).flatten(0, 1)
+            return rows @ others.mT
         if self.ids:
-            flat = self.inputs.flatten(1)
-            a = (flat.unsqueeze(2) == flat.unsqueeze(1)).to(self.grads.dtype)
+            flat, others = self.inputs.flatten(1), right.inputs.flatten(1)
+            a = (flat.unsqueeze(2) == others.unsqueeze(1)).to(self.grads.dtype)
         else:
-            flat = self.inputs.flatten(1, 2)
-            a = flat @ flat.mT
-        g = self.grads.flatten(1, 3)
-        g = (g @ g.mT).reshape(-1, v, n * t, v, n * t)
-        products = g * a.reshape(-1, 1, n * t, 1, n * t)
-        return products.reshape(-1, v * n, t, v * n, t).sum((0, 2, 4))
+            a = self.inputs.flatten(1, 2) @ right.inputs.flatten(1, 2).mT
+        g = self.grads.flatten(1, 3) @ right.grads.flatten(1, 3).mT
+        products = g.reshape(-1, v, n * t, w, m * s) * a.reshape(-1, 1, n * t, 1, m * s)
+        return products.reshape(-1, v * n, t, w * m, s).sum((0, 2, 4))
 
     def matrices(self) -> Tensor:
         """(V, N, J, o, i): the rows, formed."""

@@ -5,7 +5,7 @@ import funcprecond as fp
 from tests import problems, reference
 from tests.equality import assert_close
 from tests.problems import initialised, normal, seeded
-from tests.test_op_table import COUPLED, MODELS, NOT_MAPPED, build
+from tests.test_op_table import COUPLED, MODELS, NOT_MAPPED, N, build
 
 # The reference maps over the examples.
 SINGLE = [m for m in MODELS if m not in COUPLED + NOT_MAPPED]
@@ -32,19 +32,45 @@ def test_they_have_no_trace_of_the_reduction():
     assert_close(one, rows.norm(dim=1), rtol=1e-9)
 
 
-def test_the_tangent_kernel_is_that_of_the_jacobian():
+@pytest.mark.parametrize("model", SINGLE)
+def test_the_tangent_kernel_is_that_of_the_pulled_back_entries(model):
+    problem, (x, y) = build(model)
+    run = fp.linearise(problem, problem.params, (x, y), generator=seeded(3))
+    basis = reference.eye(run.outputs.numel()).reshape(-1, *run.outputs.shape)
+    j = torch.stack([reference.ravel(run.pull(e)) for e in basis]).reshape(N, 3, -1)
+    of = lambda *batches, **o: fp.ntk(  # noqa: E731
+        problem, problem.params, *batches, generator=seeded(3), **o
+    )
+    kernel = of((x, y))
+    assert_close(kernel, torch.einsum("nop,mqp->nomq", j, j), rtol=1e-8)
+    assert_close(of((x, y), kind="sum"), torch.einsum("nomo->nm", kernel), rtol=1e-9)
+    if "dropout" not in model:
+        assert_close(of((x, y), (x[:2], y[:2])), kernel[:, :, :2], rtol=1e-8)
+        assert_close(of((x[:2], y[:2]), (x, y), kind="sum"), of((x, y), kind="sum")[:2], rtol=1e-8)
+
+
+def test_the_tangent_kernel_is_that_of_a_jacobian_of_differences():
     toy = problems.convnet()
     x, y = toy.batch
-    j = reference.jacobian(lambda p: toy.problem(p, x), toy.params).reshape(4, 3, -1)
+
+    def outputs(p):
+        return toy.problem(p, x).reshape(-1)
+
+    basis = reference.eye(reference.ravel(toy.params).numel())
+    columns = [
+        reference.difference(outputs, toy.params, reference.unravel(e, toy.params)) for e in basis
+    ]
+    j = torch.stack(columns, 1).reshape(4, 3, -1)
     kernel = fp.ntk(toy.problem, toy.params, toy.batch)
-    assert_close(kernel, torch.einsum("nop,mqp->nomq", j, j), rtol=1e-9)
-    traced = fp.ntk(toy.problem, toy.params, toy.batch, kind="sum")
-    assert_close(traced, torch.einsum("nomo->nm", kernel), rtol=1e-10)
-    other = (x[:2], y[:2])
-    between = fp.ntk(toy.problem, toy.params, toy.batch, other)
-    assert_close(between, kernel[:, :, :2], rtol=1e-10)
+    assert_close(kernel, torch.einsum("nop,mqp->nomq", j, j), rtol=1e-7)
     with pytest.raises(ValueError, match="kind must be"):
         fp.ntk(toy.problem, toy.params, toy.batch, kind="mean")
+    with pytest.raises(TypeError, match="one tensor as its output"):
+        fp.ntk(
+            fp.problem(lambda p, x: (x @ p["w"],), fp.losses.mse, params={"w": normal((3, 2))}),
+            {"w": normal((3, 2))},
+            (normal((4, 3)), None),
+        )
 
 
 def test_the_noise_scale_is_that_of_the_examples_covariance_however_they_are_split():
