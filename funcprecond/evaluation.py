@@ -197,7 +197,7 @@ class Evaluation:
         count = self.count
         shapes = [x.shape for x in tree.leaves(self.inputs) if isinstance(x, Tensor)]
         if not any(count in shape[1:] for shape in shapes) or self.problem.couples_examples():
-            return [call.shape[0] == count for call in self.calls]
+            return [call.shape[:1] == (count,) for call in self.calls]
         inputs = tree.map(
             lambda x: x[:1] if isinstance(x, Tensor) and x.ndim and x.shape[0] == count else x,
             self.inputs,
@@ -209,7 +209,7 @@ class Evaluation:
         if len(capture.calls) != len(self.calls):
             return [False] * len(self.calls)
         return [
-            whole.shape[0] == count and one.shape == (1, *whole.shape[1:])
+            whole.shape[:1] == (count,) and one.shape == (1, *whole.shape[1:])
             for whole, one in zip(self.calls, capture.calls, strict=True)
         ]
 

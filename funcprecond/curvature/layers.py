@@ -11,6 +11,7 @@ Letters: V cotangents, N examples, T positions, J groups, i and o input and outp
 
 import dataclasses
 import math
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, ClassVar, Literal
 
@@ -214,6 +215,7 @@ class LayerStatistics(Need):
             pulled = [evaluation.pull_each(u, names, chunk_size=32) for u in cotangents]
             rows = {k: torch.stack([p[k] for p in pulled]) for k in names}
             if self.others == "diagonal":
+                _tell_of_fallbacks(names, evaluation)
                 others = {k: r.square().sum((0, 1)) for k, r in rows.items()}
             else:
                 others = rows
@@ -311,6 +313,18 @@ def _blocks(evaluation: Evaluation, by_example: bool, tied: bool) -> dict[str, l
         )
 
     return {name: indices for name, indices in blocks.items() if usable(name, indices)}
+
+
+def _tell_of_fallbacks(names: list[str], evaluation: Evaluation) -> None:
+    """Warn of matrices of which only a diagonal is kept; Python shows one text once."""
+    for name in () if torch.compiler.is_compiling() else names:
+        if evaluation.params[name].ndim > 1:
+            used = evaluation.unrecorded.get(name, "layers of several kinds")
+            msg = (
+                f"parameter {name!r} is used by {used}, which is no layer whose inputs and output "
+                "gradients make its gradient: only the diagonal of its curvature is kept"
+            )
+            warnings.warn(msg, stacklevel=2)
 
 
 def _are_tied(calls: list[Call]) -> bool:

@@ -315,3 +315,16 @@ def test_sampling_from_a_loss_without_likelihood_says_so():
     problem = fp.problem(nn.Linear(3, 2), lambda f, y: (f - y).square().mean())
     with pytest.raises(TypeError, match="labels='empirical'"):
         layer_statistics(problem, problem.params, (normal((4, 3)).float(), normal((4, 2)).float()))
+
+
+def test_a_matrix_outside_of_every_layer_is_said_and_a_vector_is_not():
+    params = {"w": problems.normal((3, 3)), "shift": problems.normal((3,))}
+    problem = fp.problem(
+        lambda p, x: torch.einsum("ni,io->no", x, p["w"]) + p["shift"],
+        fp.losses.cross_entropy,
+        params=params,
+    )
+    batch = (problems.normal((4, 3)), torch.tensor([0, 1, 2, 0]))
+    with pytest.warns(UserWarning, match="'w' is used by einsum.*only the diagonal") as said:
+        fp.layer_statistics(problem, params, batch, labels="exact")
+    assert len(said) == 1
