@@ -166,3 +166,32 @@ def test_small_and_large_eigenvalues_meet_the_ridge_not_a_constant():
     state, _ = fp.shampoo().update(fp.shampoo().init({"w": g}), {"w": g})
     largest = torch.linalg.eigvalsh(state.factor.roots["w"][0]).max()
     assert largest == pytest.approx((1e-10 * 1e-6) ** -0.25, rel=1e-3)
+
+
+@pytest.mark.parametrize("decay", ["sum", 0.9])
+@pytest.mark.parametrize("shape", [(6, 5), (5, 5), (4, 3, 5)])
+def test_it_follows_metas_trajectory_step_by_step(shape, decay):
+    """Runs where facebookresearch/optimizers, which is in no package index, is on the path."""
+    meta = pytest.importorskip("distributed_shampoo")
+    weight = torch.nn.Parameter(torch.zeros(shape))
+    peer = meta.DistributedShampoo(
+        [weight],
+        lr=1.0,
+        betas=(0.0, 1.0 if decay == "sum" else decay),
+        epsilon=1e-12,
+        precondition_frequency=1,
+        distributed_config=meta.SingleDeviceDistributedConfig(
+            target_parameter_dimensionality=len(shape)
+        ),
+    )
+    opt = fp.shampoo(epsilon=1e-12, decay=decay)
+    state = opt.init({"w": weight.detach()})
+    for t in range(8):
+        weight.grad = normal(shape, t, torch.float32)
+        before = weight.detach().clone()
+        state, direction = opt.update(state, {"w": weight.grad.clone()})
+        peer.step()
+        # Its float32 root of the first statistic, which has the rank of one gradient, is rough.
+        tolerance = 1e-2 if t == 0 else 1e-5
+        gap = (before - weight.detach() - direction["w"]).norm() / direction["w"].norm()
+        assert gap < tolerance
