@@ -37,7 +37,7 @@ class Call:
     """One use of a parameter by a layer: everything about it that is not a tensor.
 
     Attributes:
-        kind: "linear", "conv", "embedding" or "norm".
+        kind: "linear", "conv", "embedding", "norm", or "add" of a parameter to something else.
         weight: the parameter's name.
         bias: the bias's name, if the call adds one that is a parameter.
         options: what the layer's formula needs beside its tensors, by kind.
@@ -54,6 +54,7 @@ class Call:
 _CONVS = {F.conv1d: 1, F.conv2d: 2, F.conv3d: 3}
 _NORMS = {F.layer_norm, F.batch_norm, F.group_norm, F.instance_norm, F.rms_norm}
 _MATMULS = {torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__}
+_ADDS = {torch.add, torch.Tensor.add, torch.Tensor.__add__, torch.Tensor.__radd__}
 _TRANSPOSES = {
     torch.t,
     torch.Tensor.t,
@@ -247,7 +248,8 @@ class Capture(TorchFunctionMode):
 
         def record(kind, x, weight, bias, options):
             # A parameter that is a layer's input has a use that its own pairs do not tell of.
-            self._report(func, argument(0, "input"))
+            if kind != "add":
+                self._report(func, argument(0, "input"))
             out = func(*args, **kwargs)
             call = Call(kind, weight, self._name(bias), options, tuple(out.shape))
             self.calls.append(call)
@@ -283,6 +285,13 @@ class Capture(TorchFunctionMode):
                 return record("linear", argument(0, "input"), weight, None, ("out_in",))
             if (weight := self._name(right)) and right.ndim == 2:
                 return record("linear", argument(0, "input"), weight, None, ("in_out",))
+        elif func in _ADDS and len(args) == 2 and not kwargs:
+            own = [x for x in args if self._name(x)]
+            if len(own) == 1 and (weight := self._name(own[0])):
+                # The other summand is not recorded: nothing about the parameter depends on it.
+                (other,) = (x for x in args if x is not own[0])
+                self._report(func, other)
+                return record("add", own[0], weight, None, ())
         elif func in _TRANSPOSES and (weight := self._name(args[0])):
             out = func(*args, **kwargs)
             self._transposed.append((out, weight))

@@ -100,7 +100,8 @@ class KroneckerFactored(Layerwise):
             first = list(measured())
             parts = first[0][0]
             if kind == "foof":
-                self.factors = _from_inputs(*parts, params, sharing, keep_rows=True)
+                (layers,) = parts
+                self.factors = _from_inputs(layers, params, sharing, keep_rows=True)
             else:
                 self.factors = _of_parts(parts, params, rows=True)[0]
         else:

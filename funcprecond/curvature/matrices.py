@@ -8,7 +8,8 @@ anew; the matrix is that of the loss over all of the data, however it is split. 
 
 import abc
 import dataclasses
-from collections.abc import Callable, Iterable
+import functools
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from funcprecond.curvature.data import check_data, mean_over, seed_of, seeded
 from funcprecond.curvature.diagonal import exact_diagonal
-from funcprecond.curvature.fisher import draw_labels, fisher_product
+from funcprecond.curvature.fisher import draw_labels, fisher_product, fisher_rows
 from funcprecond.curvature.layers import Labels, check_labels
 from funcprecond.curvature.operator import Operator, stack, unstack
 from funcprecond.evaluation import Evaluation, untransformed
@@ -67,10 +68,17 @@ class _OnData(Operator):
         chunk_size = self.chunk_size if chunk_size is None else chunk_size
         if chunk_size is not None:
             return super().matmat(vectors, chunk_size)
+        count = next(iter(vectors.values())).shape[0]
         # Each batch is opened once for all columns.
         return self._over_data(
-            lambda e, noise: stack([self._product(e, v, noise) for v in unstack(vectors)])
+            lambda e, noise: stack((self._product(e, v, noise) for v in unstack(vectors)), count)
         )
+
+    def products(self, vectors: Params, chunk_size: int | None = None) -> Iterator[Params]:
+        chunk_size = self.chunk_size if chunk_size is None else chunk_size
+        if chunk_size is None and self.batches is None:
+            return (self.matvec(v) for v in unstack(vectors))
+        return super().products(vectors, chunk_size)
 
     def loss(self) -> Tensor:
         """The loss over all of the data, a 0-d tensor."""
@@ -108,14 +116,20 @@ class _OnData(Operator):
         generator = seeded(self._seed, index)  # pyright: ignore[reportAttributeAccessIssue]
         noise = self._draw(batch, generator)
         options = {"buffers": self.buffers, "generator": generator}
-        along = None if self._twice else along
-        twice = along is None
+        along = None if self._twice or self._taps else along
         evaluation = Evaluation(
-            self.problem, self.params, batch, twice=twice, along=along, **options
+            self.problem,
+            self.params,
+            batch,
+            taps=self._taps,
+            twice=along is None,
+            along=along,
+            **options,
         )
         return evaluation, noise
 
     _twice = False
+    _taps = False
 
     def _exact_diagonal(self, labels: Labels, samples: int = 1) -> Params | None:
         """The diagonal from layer statistics; None where these do not tell the examples apart."""
@@ -176,7 +190,19 @@ class Fisher(_OnData):
         super().__post_init__()
 
     def _product(self, evaluation: Evaluation, vector: Params, noise: Any) -> Params:
-        return fisher_product(evaluation, vector, self.labels, noise)
+        drawn, rows = noise
+        if self.labels != "exact" and (found := rows()):
+            return found.product(vector)
+        return fisher_product(evaluation, vector, self.labels, drawn)
+
+    def _open(self, batch: Any, index: int, along: Params | None = None) -> tuple[Evaluation, Any]:
+        evaluation, drawn = super()._open(batch, index, along)
+        rows = functools.cache(lambda: fisher_rows(evaluation, self.labels, drawn))
+        return evaluation, (drawn, rows)
+
+    @property
+    def _taps(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return self.labels != "exact" and untransformed((self.params, self.buffers, self.batch))
 
     def diagonal(self) -> Params:
         """Exact, from layer statistics; see :class:`funcprecond.DiagonalGGN`."""

@@ -1,0 +1,141 @@
+r"""Products with a Fisher matrix from its rows, layer by layer, without running the model.
+
+A call adds :math:`z_n = \mathrm{call}(a_n; \theta)` to the run, linear in its own parameters. So
+the row that cotangents are pulled back to, example by example, has the inner product
+:math:`r_n \cdot v = \sum_\mathrm{calls} g_n \cdot \mathrm{call}(a_n; v)` with a vector, g being
+the cotangents pulled back to the call's output; and :math:`\sum_n s_n r_n` is :math:`s_n g_n`
+pulled back through the same calls. These are two products with each layer's inputs, where ``J v``
+and ``J^T u`` through the model take up to four, and nothing is differentiated twice.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from funcprecond import tree
+from funcprecond.capture import Call, Capture
+from funcprecond.evaluation import Evaluation, untransformed
+from funcprecond.problem import Params
+from funcprecond.routes import renamed
+
+__all__ = ["Rows", "rows_of"]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Rows:
+    """The matrix ``c Σ_vn r_vn r_vn^T`` of V cotangents, by the calls of one run.
+
+    Attributes:
+        calls, inputs: the calls and what each was given.
+        grads: for each cotangent, those pulled back to every call's output, (N, ...).
+        scale: c, a 0-d tensor.
+    """
+
+    calls: Sequence[Call]
+    inputs: Sequence[Tensor]
+    grads: Sequence[Sequence[Tensor]]
+    scale: Tensor
+
+    def product(self, vector: Params) -> Params:
+        """The matrix times a vector: 0.5 to 0.9 gradients for each cotangent."""
+        leaves = {k: v.detach().requires_grad_() for k, v in vector.items()}
+        with torch.enable_grad():
+            pairs = zip(self.calls, self.inputs, strict=True)
+            steps = [_call_with(leaves, call, x) for call, x in pairs]
+        totals: list[Tensor] = []
+        for of_calls in self.grads:
+            inner = sum(
+                (z.detach() * g).flatten(1).sum(1) for z, g in zip(steps, of_calls, strict=True)
+            )
+            inner = self.scale * inner
+            cotangents = [g * inner.reshape(-1, *[1] * (g.ndim - 1)).to(g.dtype) for g in of_calls]
+            pairs = zip(totals, cotangents, strict=True)
+            totals = [a + b for a, b in pairs] if totals else cotangents
+        found = torch.autograd.grad(steps, [*leaves.values()], totals, allow_unused=True)
+        return {
+            k: torch.zeros_like(v) if x is None else x
+            for (k, v), x in zip(vector.items(), found, strict=True)
+        }
+
+
+def rows_of(evaluation: Evaluation, cotangents: Sequence[Any], scale: Tensor) -> Rows | None:
+    """The rows of these cotangents, opened by one pull-back to the layers for each.
+
+    Args:
+        evaluation: made with ``taps``.
+        cotangents: each shaped like the outputs, without ``c``.
+        scale: c.
+
+    Returns:
+        None where the layers do not tell of everything: under a transform, or where a parameter
+        has a use that is not recorded, or where an example's outputs depend on another example.
+    """
+    if not untransformed((evaluation.params, evaluation.inputs, cotangents)):
+        return None
+    calls = evaluation.calls
+    if not calls or evaluation.unrecorded or not _examples_are_apart(evaluation):
+        return None
+    grads = [evaluation.pull_layers(u) for u in cotangents]
+    return Rows(calls, evaluation.layer_inputs, grads, scale)
+
+
+def _call_with(params: Params, call: Call, x: Tensor) -> Tensor:
+    """What a call adds to the run where its parameters are these."""
+    weight = params[call.weight]
+    bias = None if call.bias is None else params[call.bias]
+    if call.kind == "linear":
+        return F.linear(x, weight if call.options == ("out_in",) else weight.mT, bias)
+    if call.kind == "conv":
+        dims, *options = call.options
+        convolve = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}[dims]
+        return convolve(x, weight, bias, *options)
+    if call.kind == "embedding":
+        padding = call.options[0]
+        found = F.embedding(x, weight)
+        # A padding row gets no gradient.
+        return found if padding is None else found * (x != padding % len(weight)).unsqueeze(-1)
+    if call.kind == "norm":
+        if call.options[0] == "channel":
+            shape = (-1, *[1] * (x.ndim - 2))
+            weight, bias = weight.reshape(shape), None if bias is None else bias.reshape(shape)
+        return x * weight if bias is None else x * weight + bias
+    return weight.expand(call.shape)
+
+
+def _examples_are_apart(evaluation: Evaluation) -> bool:
+    """Whether the first example alone makes the same calls, and has the outputs it has among all.
+
+    Nothing else tells that a model which is a plain function does not couple its examples.
+    """
+    count = evaluation.count
+    if evaluation.problem.couples_examples():
+        return False
+    inputs = tree.map(
+        lambda x: x[:1] if isinstance(x, Tensor) and x.ndim and x.shape[0] == count else x,
+        evaluation.inputs,
+    )
+    params = renamed(evaluation.params)
+    capture = Capture(params, lambda z: z, tuple(m[:1] for m in evaluation.masks))
+    try:
+        with torch.no_grad(), capture:
+            alone, _ = evaluation.problem.forward(params, evaluation._buffers, inputs)
+    except Exception:
+        return False
+    shapes = [call.shape for call in evaluation.calls]
+    return (
+        all(shape[:1] == (count,) for shape in shapes)
+        and [call.shape for call in capture.calls] == [(1, *shape[1:]) for shape in shapes]
+        and all(
+            torch.allclose(x, y[:1], rtol=0, atol=float(_rounding(y)), equal_nan=True)
+            for x, y in zip(tree.leaves(alone), tree.leaves(evaluation.outputs), strict=True)
+        )
+    )
+
+
+def _rounding(x: Tensor) -> Tensor:
+    """What the outputs of a batch and of a part of it may differ by."""
+    return torch.finfo(x.dtype).eps ** 0.5 * x.abs().nan_to_num().amax()
