@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from funcprecond import random, tree
-from funcprecond.curvature.operator import Operator
+from funcprecond.curvature.operator import Operator, unstack
 from funcprecond.problem import Params
 from funcprecond.tree import state
 
@@ -79,11 +79,10 @@ def hutchinson_trace(
         chunk_size: see :meth:`Operator.matmat`.
     """
     v = _probes(operator, products, generator, distribution, probes)
-    # Parameter by parameter: neither stack is copied.
     columns = _columns(operator, v)
-    product = operator.matmat(columns, chunk_size)
-    parts = [(columns[k] * product[k]).flatten(1).sum(1).double() for k in columns]
-    return _mean(torch.stack(parts).sum(0))
+    pairs = zip(unstack(columns), operator.products(columns, chunk_size), strict=True)
+    samples = [sum((x[k] * y[k]).sum().double() for k in x) for x, y in pairs]
+    return _mean(torch.stack(samples))  # pyright: ignore[reportArgumentType]
 
 
 def hutchinson_diagonal(
@@ -97,12 +96,22 @@ def hutchinson_diagonal(
 ) -> Estimate:
     """The diagonal as the mean of ``v * A v`` (Bekas et al. 2007); see :func:`hutchinson_trace`."""
     columns = _columns(operator, _probes(operator, products, generator, distribution, probes))
-    product = operator.matmat(columns, chunk_size)
-    found = {k: _mean(v * product[k]) for k, v in columns.items()}
-    return Estimate(
-        {k: e.estimate for k, e in found.items()},  # pyright: ignore[reportArgumentType]
-        {k: e.standard_error for k, e in found.items()},  # pyright: ignore[reportArgumentType]
-    )
+    pairs = zip(unstack(columns), operator.products(columns, chunk_size), strict=True)
+    samples = ({k: x[k] * y[k] for k in x} for x, y in pairs)
+    # Sums of what is beyond the first sample, so that no more than one further is in memory.
+    first = next(samples)
+    beyond = {k: torch.zeros_like(x) for k, x in first.items()}
+    squares = dict(beyond)
+    for sample in samples:
+        for k, x in first.items():
+            more = sample[k] - x
+            beyond[k] = beyond[k] + more
+            squares[k] = torch.addcmul(squares[k], more, more)
+    mean = {k: x + beyond[k] / products for k, x in first.items()}
+    if products == 1:
+        return Estimate(mean, {k: torch.full_like(x, torch.nan) for k, x in mean.items()})
+    spread = {k: (q - beyond[k].square() / products).clamp_min(0) for k, q in squares.items()}
+    return Estimate(mean, {k: (s / (products * (products - 1))).sqrt() for k, s in spread.items()})
 
 
 def hutchpp(

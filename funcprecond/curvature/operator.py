@@ -8,8 +8,9 @@ Nothing here is computed before it is asked for, and no operator changes once it
 """
 
 import abc
+import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -70,7 +71,14 @@ class Operator(abc.ABC):
             # What a product draws, all columns share: dropout masks and sampled labels.
             mapped = torch.vmap(self.matvec, chunk_size=chunk_size, randomness="same")
             return mapped(vectors)
-        return stack([self.matvec(v) for v in unstack(vectors)])
+        return stack((self.matvec(v) for v in unstack(vectors)), _count(vectors))
+
+    def products(self, vectors: Params, chunk_size: int | None = None) -> Iterator[Params]:
+        """``C`` times each vector of a stack, one after another; see :meth:`matmat`.
+
+        What takes each as it comes needs no second stack in memory, where C makes them one by one.
+        """
+        return unstack(self.matmat(vectors, chunk_size))
 
     def __matmul__(self, other: Any) -> Any:
         """``C @ v``, ``C @ V`` for a stack, or the product with another operator.
@@ -538,10 +546,27 @@ def _same_space(a: Operator, b: Operator) -> None:
 
 def unstack(vectors: Params) -> Iterator[Params]:
     """The vectors of a stack, one by one."""
-    count = next(iter(vectors.values())).shape[0]
+    count = _count(vectors)
     return ({k: v[i] for k, v in vectors.items()} for i in range(count))
 
 
-def stack(vectors: Sequence[Params]) -> Params:
-    """(K, *shape) for each parameter, of K vectors."""
-    return {k: torch.stack([v[k] for v in vectors]) for k in vectors[0]}
+def stack(vectors: Iterable[Params], count: int | None = None) -> Params:
+    """(K, *shape) for each parameter, of K vectors; ``count`` if they are made one by one."""
+    if count is None:
+        vectors = list(vectors)
+        count = len(vectors)
+    rest = iter(vectors)
+    first = next(rest)
+    if torch.compiler.is_compiling() or not tree.multi_tensor(first.values()):
+        vectors = [first, *rest]
+        return {k: torch.stack([v[k] for v in vectors]) for k in first}
+    # Each is written where it belongs, and let go before the next is made.
+    found = {k: x.new_empty(count, *x.shape) for k, x in first.items()}
+    for i, vector in enumerate(itertools.chain((first,), rest)):
+        for k, x in found.items():
+            x[i] = vector[k]
+    return found
+
+
+def _count(vectors: Params) -> int:
+    return next(iter(vectors.values())).shape[0]
