@@ -188,6 +188,7 @@ def test_a_preconditioner_is_an_operator():
     inverse = Matrix(torch.linalg.inv(m), LIKE)
     assert int(Matrix(m, LIKE).solve(b, precondition=inverse).iterations) <= 2
     assert int(Matrix(m, LIKE).solve(b, precondition=inverse.matvec).iterations) <= 2
+    assert int(Matrix(m, LIKE).solve(b, precondition=inverse, method="minres").iterations) <= 2
 
 
 def test_operators_work_inside_of_vmap():

@@ -70,6 +70,62 @@ def test_on_positive_definite_systems_it_solves(m, seed):
     assert (b - m @ x).norm() <= 1e-6 * b.norm()
 
 
+@pytest.mark.parametrize("indefinite", [False, True])
+def test_with_a_preconditioner_each_iterate_is_the_least_in_its_norm(indefinite):
+    """Of ``L^T B L y = L^T b`` with ``x = L y`` and ``M^-1 = L L^T``, solved without one."""
+    values = torch.linspace(0.3, 2.0, 8, dtype=torch.float64)
+    if indefinite:
+        values[::3] *= -1
+    m, b = strategies.with_spectrum(values, 0), normal((8,), 1)
+    inverse = strategies.with_spectrum(torch.logspace(-1, 1, 8, dtype=torch.float64), 5)
+    low = torch.linalg.cholesky(inverse)
+    for k in range(1, 9):
+        options = {"max_iter": k, "tol": 1e-13}
+        x, found = run(m, b, precondition=lambda r: {"x": inverse @ r["x"]}, **options)
+        y, _ = run(low.T @ m @ low, low.T @ b, **options)
+        assert_close(x, low @ y, rtol=1e-7)
+        assert_close(found.residual["x"], b - m @ x, atol=1e-12)
+    assert (b - m @ x).norm() < 1e-7 * b.norm()
+
+
+def test_an_ill_conditioned_system_is_not_taken_for_one_without_solution():
+    values = torch.logspace(-4, 0, 30, dtype=torch.float64)
+    m, b = strategies.with_spectrum(values, 0), normal((30,), 1)
+    x, found = run(m, b, tol=0.02, max_iter=500)
+    assert int(found.reason) == Stop.RESIDUAL
+    assert (b - m @ x).norm() <= 0.02 * b.norm()
+
+
+def test_its_tolerance_is_on_the_residual_itself_whatever_the_preconditioner():
+    m = strategies.with_spectrum(torch.linspace(-3, 8, 40, dtype=torch.float64), 0)
+    inverse = torch.diag(torch.logspace(-3, 3, 40, dtype=torch.float64))
+    b = normal((40,), 1)
+    options = {"precondition": lambda r: {"x": inverse @ r["x"]}, "tol": 1e-3, "max_iter": 500}
+    x, found = run(m, b, **options)
+    assert int(found.reason) == Stop.RESIDUAL
+    assert 0.01 < (b - m @ x).norm() / (1e-3 * b.norm()) <= 1 + 1e-6
+    before, _ = run(m, b, **(options | {"max_iter": int(found.iterations) - 1}))
+    assert (b - m @ before).norm() > 1e-3 * b.norm()
+
+
+def test_the_inverse_of_the_absolute_matrix_needs_two_iterations():
+    values = torch.logspace(-4, 0, 20, dtype=torch.float64) * (-1.0) ** torch.arange(20)
+    m, inverse = (strategies.with_spectrum(x, 3) for x in (values, 1 / values.abs()))
+    _, found = run(m, normal((20,), 1), precondition=lambda r: {"x": inverse @ r["x"]}, tol=1e-8)
+    assert int(found.iterations) == 2
+
+
+def test_a_preconditioner_that_is_not_positive_is_reported():
+    for sign in (-1.0, torch.tensor([1.0, 1.0, -1.0], dtype=torch.float64)):
+        x, found = run(
+            reference.eye(3) * torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64),
+            torch.tensor([1.0, 1.0, 0.5], dtype=torch.float64),
+            precondition=lambda r, sign=sign: {"x": sign * r["x"]},
+        )
+        assert int(found.reason) == Stop.NOT_POSITIVE
+        assert torch.isfinite(x).all()
+
+
 def test_a_warm_start_and_a_zero_right_hand_side():
     m, b = reference.eye(4) * 2, normal((4,), 1)
     _, found = run(m, b, x0={"x": b / 2})
