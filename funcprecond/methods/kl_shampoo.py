@@ -27,10 +27,13 @@ from torch import Tensor
 from funcprecond.methods.adam import AdamState, adam
 from funcprecond.observe import Every, Evidence, Need
 from funcprecond.problem import Params
+from funcprecond.representation.average import accumulate
+from funcprecond.representation.blocks import Blocking, in_blocks
 from funcprecond.representation.diagonal import factor_dtype
-from funcprecond.representation.kronecker_dim import axes_of, mode_gram
+from funcprecond.representation.kronecker_dim import mode_gram
 from funcprecond.solver.eigenbasis import (
     Bases,
+    axes_below,
     decomposed,
     followed,
     identities,
@@ -75,6 +78,9 @@ def kl_shampoo(
     first: Literal["identity", "skip"] = "identity",
     refresh: Literal["qr", "eigh"] = "qr",
     epsilon: float | Tensor = 1e-6,
+    merge: int = 0,
+    block: int = 0,
+    max_dim: int = 0,
     every: int = 1,
     refresh_every: int = 10,
     start: int = 0,
@@ -94,6 +100,9 @@ def kl_shampoo(
             paper's idealised method.
         epsilon: the QR step's shift, see :func:`funcprecond.solver.eigenbasis.orthogonal_step`; 0
             in the authors' code.
+        merge, block, max_dim: how parameters are cut into blocks, see
+            :class:`funcprecond.representation.blocks.Blocking`; by default they are whole. Without
+            any factor a parameter goes to Adam.
         every, refresh_every, start: the intervals of the statistics and of the bases, see
             :func:`funcprecond.compose`. The first bases, those before ``start``, and all of an
             ``update`` without evidence come from a decomposition.
@@ -105,8 +114,9 @@ def kl_shampoo(
     zero = initial if refresh == "eigh" else 0.0
 
     def init(params: Params) -> KLShampooState:
-        matrices = {k: p for k, p in params.items() if axes_of(p.shape)}
-        eyes = {k: identities(p, axes_of(p.shape), factor_dtype(p)) for k, p in matrices.items()}
+        axes = {k: axes_below(p.shape, max_dim) for k, p in params.items()}
+        matrices = {k: p for k, p in params.items() if axes[k]}
+        eyes = {k: identities(p, axes[k], factor_dtype(p)) for k, p in matrices.items()}
         return KLShampooState(
             {k: tuple(zero * x for x in e) for k, e in eyes.items()},
             eyes,
@@ -125,21 +135,21 @@ def kl_shampoo(
         begun = step > 1
         statistics, eigenvalues, mean = {}, {}, {}
         for name, old in state.mean.items():
-            bases, axes = state.bases[name], axes_of(old.shape)
+            bases, axes = state.bases[name], axes_below(old.shape, max_dim)
             roots = tuple(x.rsqrt() for x in state.eigenvalues[name])
             g = grads[name].to(old.dtype)
-            m = b1 * old + (1 - b1) * g
-            r = _along(roots, axes, old.ndim)
+            m = accumulate(old, g, b1)
+            r = _along(roots, axes, old)
             d = rotate_back(rotate(m, bases, axes) * (r / (1 + damping * r)), bases, axes)
             s, values = state.statistics[name], state.eigenvalues[name]
             if evidence is None or measure in evidence:
-                grams, magnitudes = whitened(g, bases, roots)
+                grams, magnitudes = whitened(g, bases, roots, axes)
                 if first == "skip":
                     # The first gradient is not whitened by eigenvalues that nothing was seen of.
                     plain = initial ** (len(axes) - 1)
                     grams = tuple(torch.where(begun, c, plain * c) for c in grams)
-                s = tuple(b2 * x + (1 - b2) * c for x, c in zip(s, grams, strict=True))
-                new = tuple(b2 * x + (1 - b2) * v for x, v in zip(values, magnitudes, strict=True))
+                s = tuple(accumulate(x, c, b2) for x, c in zip(s, grams, strict=True))
+                new = tuple(accumulate(x, v, b2) for x, v in zip(values, magnitudes, strict=True))
                 new = tuple(_floored(x, limit) for x in new)
                 pairs = zip(new, values, strict=True)
                 values = tuple(_kept(first, begun, x, y) for x, y in pairs)
@@ -166,23 +176,23 @@ def kl_shampoo(
     def needs(t: int) -> tuple[Need, ...]:
         return (*measure.due(t), *turn.due(t), *afresh.due(t))
 
-    return Transform(init, update, needs)
+    return in_blocks(Transform(init, update, needs), Blocking(merge, block, max_dim))
 
 
 def whitened(
-    g: Tensor, bases: tuple[Tensor, ...], roots: tuple[Tensor, ...]
+    g: Tensor, bases: tuple[Tensor, ...], roots: tuple[Tensor, ...], axes: tuple[int, ...]
 ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
     """What each factor sees of a gradient that the others have whitened.
 
     Args:
         g: the gradient.
-        bases, roots: Q_i and ``l_i^(-1/2)`` of its axes longer than 1.
+        bases, roots: Q_i and ``l_i^(-1/2)`` of its axes that have a factor.
+        axes: those.
 
     Returns:
         (n_i, n_i) matrices, ``C_i(G ×_j S_j^(-1/2)) / Π n_j`` over the axes j other than i, and the
         diagonals of ``Q_i^T`` that ``Q_i``.
     """
-    axes = axes_of(g.shape)
     grams, magnitudes = [], []
     coordinates = None
     for i, axis in enumerate(axes):
@@ -190,7 +200,7 @@ def whitened(
         x = rotate(g, tuple(bases[j] for j in others), tuple(axes[j] for j in others))
         if coordinates is None:
             coordinates = mode_product(bases[i].mT, x, axis)
-        scale = _along(tuple(roots[j] for j in others), tuple(axes[j] for j in others), g.ndim)
+        scale = _along(tuple(roots[j] for j in others), tuple(axes[j] for j in others), g)
         count = g.numel() // g.shape[axis]
         grams.append(mode_gram(x * scale, axis) / count)
         squares = (coordinates * scale).square()
@@ -198,13 +208,11 @@ def whitened(
     return tuple(grams), tuple(magnitudes)
 
 
-def _along(vectors: tuple[Tensor, ...], axes: tuple[int, ...], ndim: int) -> Tensor:
+def _along(vectors: tuple[Tensor, ...], axes: tuple[int, ...], like: Tensor) -> Tensor:
     """The outer product of vectors along the axes of a tensor, to be broadcast."""
-    product: Tensor | None = None
+    product = torch.ones((), dtype=like.dtype, device=like.device)
     for v, axis in zip(vectors, axes, strict=True):
-        v = v.reshape([-1 if i == axis else 1 for i in range(ndim)])
-        product = v if product is None else product * v
-    assert product is not None
+        product = product * v.reshape([-1 if i == axis else 1 for i in range(like.ndim)])
     return product
 
 

@@ -21,10 +21,13 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from funcprecond import tree
 from funcprecond.observe import Every, Evidence, Need
 from funcprecond.problem import Params
+from funcprecond.representation.average import accumulate
+from funcprecond.representation.blocks import Blocking, in_blocks
 from funcprecond.representation.diagonal import factor_dtype
-from funcprecond.representation.kronecker_dim import mode_gram
+from funcprecond.representation.modes import grams
 from funcprecond.solver.eigenbasis import (
     Bases,
     axes_below,
@@ -34,6 +37,7 @@ from funcprecond.solver.eigenbasis import (
     permute,
     rotate,
     rotate_back,
+    rotate_over,
     turns,
 )
 from funcprecond.taxonomy import Card
@@ -68,6 +72,8 @@ def soap(
     first: Literal["identity", "skip"] = "identity",
     refresh: Literal["qr", "eigh"] = "qr",
     epsilon: float | Tensor = 1e-6,
+    merge: int = 0,
+    block: int = 0,
     max_dim: int = 10000,
     every: int = 1,
     refresh_every: int = 10,
@@ -87,6 +93,8 @@ def soap(
             reordered.
         epsilon: the QR step's shift, see :func:`funcprecond.solver.eigenbasis.orthogonal_step`; 0
             in the authors' code.
+        merge, block: how parameters are cut into blocks, see
+            :class:`funcprecond.representation.blocks.Blocking`; by default they are whole.
         max_dim: a longer axis has no basis.
         every, refresh_every, start: the intervals of the statistics and of the bases, see
             :func:`funcprecond.compose`.
@@ -121,9 +129,9 @@ def soap(
             bases, axes = state.bases[name], axes_below(old.shape, max_dim)
             g = grads[name].to(old.dtype)
             x = rotate(g, bases, axes)
-            m = b1 * old + (1 - b1) * x
-            v = b2 * state.second_moment[name] + (1 - b2) * x * x
-            d = m / (v.sqrt() + damping) * correction
+            m = accumulate(old, x, b1)
+            v = accumulate(state.second_moment[name], x.square(), b2)
+            d = _quotient(m, v, damping, correction)
             if first == "skip":
                 m, v = torch.where(begun, m, old), torch.where(begun, v, 0.0)
                 d = torch.where(begun, d, 0.0)
@@ -131,9 +139,8 @@ def soap(
             direction[name] = rotate_back(d, bases, axes).to(grads[name].dtype)
             factors = state.statistics[name]
             if evidence is None or measure in evidence:
-                factors = tuple(
-                    bs * s + (1 - bs) * mode_gram(g, i) for i, s in zip(axes, factors, strict=True)
-                )
+                found = zip(factors, grams(g, axes), strict=True)
+                factors = tuple(accumulate(s, c, bs) for s, c in found)
             statistics[name] = factors
         new = SOAPState(statistics, state.bases, mean, second_moment, step)
         if evidence is None or afresh in evidence:
@@ -145,7 +152,15 @@ def soap(
     def needs(t: int) -> tuple[Need, ...]:
         return (*measure.due(t), *turn.due(t), *afresh.due(t))
 
-    return Transform(init, update, needs)
+    return in_blocks(Transform(init, update, needs), Blocking(merge, block))
+
+
+def _quotient(m: Tensor, v: Tensor, damping: float | Tensor, factor: Tensor) -> Tensor:
+    """``m / (sqrt(v) + damping) * factor``."""
+    d = v.sqrt()
+    if isinstance(damping, Tensor) or not tree.multi_tensor((m, v, factor)):
+        return m / (d + damping) * factor
+    return torch.div(m, d.add_(damping), out=d).mul_(factor)
 
 
 def _turned(state: SOAPState, bases: Bases, orders: Bases | None, max_dim: int) -> SOAPState:
@@ -154,8 +169,7 @@ def _turned(state: SOAPState, bases: Bases, orders: Bases | None, max_dim: int) 
     for name, m in state.mean.items():
         old, new, v = state.bases[name], bases[name], state.second_moment[name]
         axes = axes_below(m.shape, max_dim)
-        # Back and forth, not by Q_new^T Q_old: an axis much longer than the others would pay n^3.
-        mean[name] = rotate(rotate_back(m, old, axes), new, axes)
+        mean[name] = rotate_over(m, old, new, axes)
         if orders is None:
             shares = tuple(x.square() for x in turns(old, new))
             second_moment[name] = rotate_back(v, shares, axes)

@@ -22,8 +22,11 @@ from torch import Tensor
 
 from funcprecond.observe import Every, Evidence, Need
 from funcprecond.problem import Params
+from funcprecond.representation.average import accumulate
+from funcprecond.representation.blocks import Blocking, in_blocks
 from funcprecond.representation.diagonal import factor_dtype
-from funcprecond.representation.kronecker_dim import axes_of, mode_gram
+from funcprecond.representation.kronecker_dim import axes_of
+from funcprecond.representation.modes import grams
 from funcprecond.solver.eigenbasis import (
     Bases,
     axes_below,
@@ -62,6 +65,8 @@ def splus(
     *,
     momentum: float | Tensor = 0.9,
     decay: float | Tensor = 0.999,
+    merge: int = 0,
+    block: int = 0,
     max_dim: int = 10000,
     every: int = 1,
     refresh_every: int = 100,
@@ -72,6 +77,8 @@ def splus(
     Args:
         momentum: b1, the weight of the old mean.
         decay: b2, the weight of the old statistics.
+        merge, block: how parameters are cut into blocks, see
+            :class:`funcprecond.representation.blocks.Blocking`; by default they are whole.
         max_dim: a longer axis has no basis: the sign is taken along it as it is.
         every, refresh_every, start: the intervals of the statistics and of the bases, see
             :func:`funcprecond.compose`. The first step, before any basis, is sign descent.
@@ -96,16 +103,14 @@ def splus(
         for name, old in state.mean.items():
             bases, axes = state.bases[name], axes_below(old.shape, max_dim)
             g = grads[name].to(old.dtype)
-            mean[name] = momentum * old + (1 - momentum) * g
+            mean[name] = accumulate(old, g, momentum)
             signs = _sign(rotate(mean[name], bases, axes))
             d = _scale(old.shape) * rotate_back(signs, bases, axes)
             direction[name] = d.to(grads[name].dtype)
             factors = state.statistics[name]
             if evidence is None or measure in evidence:
-                factors = tuple(
-                    decay * s + (1 - decay) * mode_gram(g, i)
-                    for i, s in zip(axes, factors, strict=True)
-                )
+                found = zip(factors, grams(g, axes), strict=True)
+                factors = tuple(accumulate(s, c, decay) for s, c in found)
             statistics[name] = factors
         bases = state.bases
         if evidence is None or refresh in evidence:
@@ -115,7 +120,7 @@ def splus(
     def needs(t: int) -> tuple[Need, ...]:
         return (*measure.due(t), *refresh.due(t))
 
-    return Transform(init, update, needs)
+    return in_blocks(Transform(init, update, needs), Blocking(merge, block))
 
 
 def _sign(x: Tensor) -> Tensor:

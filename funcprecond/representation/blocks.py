@@ -3,6 +3,7 @@
 Axes of length 1 carry nothing and are dropped; small neighbouring axes can be merged, so that the
 3 x 3 kernel of a convolution is not two tiny factors; and long axes can be cut into blocks, each
 preconditioned as if it were a parameter of its own, which bounds the cost of a factor.
+:func:`in_blocks` does that to any method.
 """
 
 import dataclasses
@@ -13,7 +14,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-__all__ = ["Blocking", "merged"]
+from funcprecond.observe import Evidence
+from funcprecond.problem import Params
+from funcprecond.transform import Transform
+
+__all__ = ["Blocking", "in_blocks", "merged"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,6 +90,31 @@ class Blocking:
             ",".join(str(i) for i, _ in place): tuple(s for _, s in place)
             for place in itertools.product(*pieces)
         }
+
+
+def in_blocks(inner: Transform, blocking: Blocking) -> Transform:
+    """A method on the blocks of parameters with at least two axes, as if they were parameters.
+
+    Args:
+        inner: a method that looks at the gradient and its intervals only. Its state is by block.
+        blocking: the layout; ``max_dim`` is left to the method.
+    """
+
+    def split(params: Params) -> Params:
+        blocks = {}
+        for name, p in params.items():
+            blocks |= blocking.split(name, p) if blocking.has_factors(p.shape) else {name: p}
+        return blocks
+
+    def update(state, grads: Params, evidence: Evidence | None = None):
+        state, found = inner.update(state, split(grads), evidence)
+        direction = {
+            k: blocking.join(k, found, g) if blocking.has_factors(g.shape) else found[k]
+            for k, g in grads.items()
+        }
+        return state, direction
+
+    return Transform(lambda params: inner.init(split(params)), update, inner.needs)
 
 
 def merged(shape: Sequence[int], limit: int) -> list[int]:

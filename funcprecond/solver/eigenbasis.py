@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from funcprecond.representation.kronecker_dim import axes_of
+from funcprecond.representation.modes import multiply
 from funcprecond.representation.stacks import by_shape
-from funcprecond.solver.inverse_root import mode_product
 
 __all__ = ["axes_below", "eigenvectors", "identities", "orthogonal_step", "rotate", "rotate_back"]
 
@@ -80,35 +80,33 @@ def orthogonal_step(
     order = torch.sort(estimates, dim=-1, descending=True, stable=True).indices
     order = torch.where(ok.squeeze(-1) & sort, order, count)
     scaled = torch.where(ok, product / torch.where(ok, largest, 1.0) + epsilon * q, q)
-    new, triangle = torch.linalg.qr(torch.take_along_dim(scaled, order.unsqueeze(-2), -1))
+    new, triangle = torch.linalg.qr(scaled.gather(-1, order.unsqueeze(-2).expand_as(scaled)))
     sign = torch.where(triangle.diagonal(dim1=-2, dim2=-1) < 0, -1.0, 1.0).to(new.dtype)
     return torch.where(ok, new * sign.unsqueeze(-2), q).contiguous(), order
 
 
-def map_bases(function: Callable[..., Tensor], *trees: Bases) -> Bases:
-    """``function(stack, stack, ...)`` over all matrices, equal sizes as one stack."""
-    flat = [[x for factors in t.values() for x in factors] for t in trees]
-    found = iter(by_shape(lambda *x: function(*x[:-1]), *flat, static=[None] * len(flat[0])))
-    return {k: tuple(next(found) for _ in factors) for k, factors in trees[0].items()}
-
-
 def decomposed(statistics: Bases, bases: Bases) -> Bases:
-    """:func:`eigenvectors` of every factor."""
-    return map_bases(eigenvectors, statistics, bases)
+    """:func:`eigenvectors` of every factor, equal sizes as one stack."""
+    return _of_all(lambda s, q, _: (eigenvectors(s, q),), statistics, bases)[0]
 
 
 def followed(
     statistics: Bases, bases: Bases, epsilon: float | Tensor, *, sort: bool = True
-) -> tuple[Bases, dict[str, tuple[Tensor, ...]]]:
-    """:func:`orthogonal_step` of every factor: the new bases, and the orders."""
+) -> tuple[Bases, Bases]:
+    """:func:`orthogonal_step` of every factor, equal sizes as one stack: new bases, and orders."""
 
-    def step(s: Tensor, q: Tensor) -> Tensor:
-        new, order = orthogonal_step(s, q, epsilon, sort=sort)
-        return torch.cat([order.unsqueeze(-2).to(new.dtype), new], -2)
+    def step(s: Tensor, q: Tensor, _: None) -> tuple[Tensor, Tensor]:
+        return orthogonal_step(s, q, epsilon, sort=sort)
 
-    packed = map_bases(step, statistics, bases)
-    new = {k: tuple(x[1:] for x in factors) for k, factors in packed.items()}
-    return new, {k: tuple(x[0].long() for x in factors) for k, factors in packed.items()}
+    new, orders = _of_all(step, statistics, bases)
+    return new, orders
+
+
+def _of_all(function: Callable[..., tuple[Tensor, ...]], *trees: Bases) -> list[Bases]:
+    flat = [[x for factors in t.values() for x in factors] for t in trees]
+    found = by_shape(function, *flat, static=[None] * len(flat[0]))
+    columns = [iter(column) for column in zip(*found, strict=True)] or [iter(()), iter(())]
+    return [{k: tuple(next(x) for _ in f) for k, f in trees[0].items()} for x in columns]
 
 
 def identities(p: Tensor, axes: tuple[int, ...], dtype: torch.dtype) -> tuple[Tensor, ...]:
@@ -117,22 +115,37 @@ def identities(p: Tensor, axes: tuple[int, ...], dtype: torch.dtype) -> tuple[Te
 
 
 def axes_below(shape: torch.Size, max_dim: int) -> tuple[int, ...]:
-    """The axes with a factor: those longer than 1, if there are two, and not above ``max_dim``."""
-    return tuple(i for i in axes_of(shape) if shape[i] <= max_dim)
+    """The axes with a factor: those longer than 1, if there are two, and not above ``max_dim``.
+
+    0 is no limit.
+    """
+    return tuple(i for i in axes_of(shape) if not max_dim or shape[i] <= max_dim)
 
 
 def rotate(x: Tensor, bases: tuple[Tensor, ...], axes: tuple[int, ...]) -> Tensor:
     """The coordinates of x in the bases: ``x ×_i Q_i^T``."""
-    for q, axis in zip(bases, axes, strict=True):
-        x = mode_product(q.mT, x, axis)
-    return x
+    return multiply([q.mT for q in bases], x, axes)
 
 
 def rotate_back(x: Tensor, bases: tuple[Tensor, ...], axes: tuple[int, ...]) -> Tensor:
     """The tensor whose coordinates are x: ``x ×_i Q_i``."""
-    for q, axis in zip(bases, axes, strict=True):
-        x = mode_product(q, x, axis)
-    return x
+    return multiply(bases, x, axes)
+
+
+def rotate_over(
+    x: Tensor, old: tuple[Tensor, ...], new: tuple[Tensor, ...], axes: tuple[int, ...]
+) -> Tensor:
+    """The coordinates in the new bases of the tensor whose coordinates in the old ones are x.
+
+    Each axis by ``Q_new^T Q_old``, or back and forth where that product costs more, on an axis
+    longer than all others together.
+    """
+    short = [x.shape[i] ** 2 <= x.numel() for i in axes]
+    for q, n, i, one in zip(old, new, axes, short, strict=True):
+        if not one:
+            x = multiply([n.mT], multiply([q], x, (i,)), (i,))
+    kept = [(q, n, i) for q, n, i, one in zip(old, new, axes, short, strict=True) if one]
+    return multiply([n.mT @ q for q, n, _ in kept], x, [i for *_, i in kept])
 
 
 def turns(old: tuple[Tensor, ...], new: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -143,7 +156,5 @@ def turns(old: tuple[Tensor, ...], new: tuple[Tensor, ...]) -> tuple[Tensor, ...
 def permute(x: Tensor, orders: tuple[Tensor, ...], axes: tuple[int, ...]) -> Tensor:
     """The entries of x along each axis in the given order."""
     for order, axis in zip(orders, axes, strict=True):
-        shape = [1] * x.ndim
-        shape[axis] = -1
-        x = torch.take_along_dim(x, order.reshape(shape), axis)
+        x = x.index_select(axis, order)
     return x

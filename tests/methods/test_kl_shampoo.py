@@ -32,7 +32,7 @@ def expected_grams(gradients, factors):
     """The whitened statistics summed over gradients, by the library's own function."""
     pairs = [torch.linalg.eigh(s) for s in factors]
     bases, roots = tuple(q for _, q in pairs), tuple(x.rsqrt() for x, _ in pairs)
-    parts = [whitened(g, bases, roots)[0] for g in gradients]
+    parts = [whitened(g, bases, roots, tuple(range(g.ndim)))[0] for g in gradients]
     return [torch.stack(list(of)).sum(0) for of in zip(*parts, strict=True)]
 
 

@@ -100,7 +100,7 @@ def test_without_bases_soap_is_adam(shape, max_dim, first):
 
 
 def test_without_bases_and_damping_soap_is_torch_optim_adam_over_50_steps():
-    opt = fp.chain(fp.soap(betas=(0.9, 0.99), max_dim=0, damping=1e-30), fp.scale(0.01))
+    opt = fp.chain(fp.soap(betas=(0.9, 0.99), max_dim=1, damping=1e-30), fp.scale(0.01))
     peer = run_torch(lambda p: torch.optim.Adam(p, lr=0.01, betas=(0.9, 0.99), eps=1e-30), 50)
     assert_close(run(opt, 50), peer, rtol=1e-10)
 

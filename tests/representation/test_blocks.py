@@ -1,5 +1,7 @@
 """Cutting parameters into blocks, and the methods on them."""
 
+import functools
+
 import pytest
 import torch
 from hypothesis import given
@@ -10,6 +12,7 @@ from funcprecond.observe import Turn
 from funcprecond.representation.blocks import Blocking, merged
 from tests.equality import assert_close, assert_same
 from tests.problems import normal
+from tests.strategies import orthogonal
 
 BUILDERS = [fp.shampoo, fp.caspr]
 
@@ -73,6 +76,59 @@ def test_merged_axes_are_one_axis(build):
     flat = {"w": g.reshape(3, 4)}
     _, expected = build().update(build().init(flat), flat)
     assert_close(direction["w"].reshape(3, 4), expected["w"], rtol=1e-10)
+
+
+FOLLOWERS = [
+    *BUILDERS,
+    functools.partial(fp.soap, refresh_every=2),
+    functools.partial(fp.splus, refresh_every=2),
+    functools.partial(fp.kl_shampoo, refresh_every=2),
+]
+
+
+def path(opt, grads):
+    state, directions = opt.init(grads[0]), []
+    for t, g in enumerate(grads):
+        evidence = fp.Evidence({}, torch.zeros(()), {}, g, {}, dict.fromkeys(opt.needs(t), ()))
+        state, direction = opt.update(state, g, evidence)
+        directions.append(direction)
+    return directions
+
+
+@pytest.mark.parametrize("build", FOLLOWERS)
+def test_over_steps_blocks_are_parameters_of_their_own(build):
+    grads = [normal((4, 6), t) for t in range(5)]
+    found = path(build(block=3), [{"w": g, "v": g[0]} for g in grads])
+    for rows in (slice(0, 3), slice(3, 4)):
+        for columns in (slice(0, 3), slice(3, 6)):
+            alone = path(build(), [{"w": g[rows, columns]} for g in grads])
+            if rows == slice(3, 4) and build in BUILDERS:
+                continue  # there a block of one row keeps two axes
+            ours = [d["w"][rows, columns] for d in found]
+            assert_close(ours, [d["w"] for d in alone], rtol=1e-7)
+    whole = path(build(), [{"v": g[0]} for g in grads])
+    assert_close([d["v"] for d in found], [d["v"] for d in whole], rtol=1e-12)
+
+
+@pytest.mark.parametrize("build", FOLLOWERS)
+def test_over_steps_merged_axes_are_one_axis(build):
+    grads = [normal((3, 2, 1, 2), t) for t in range(5)]
+    found = path(build(merge=4), [{"w": g} for g in grads])
+    flat = path(build(), [{"w": g.reshape(3, 4)} for g in grads])
+    assert_close([d["w"].reshape(3, 4) for d in found], [d["w"] for d in flat], rtol=1e-7)
+
+
+@pytest.mark.parametrize("build", FOLLOWERS)
+def test_over_steps_an_axis_that_is_too_long_is_left_alone(build):
+    """It may be rotated, and the direction turns with it, unless a method looks at entries."""
+    grads = [normal((3, 9), t) for t in range(5)]
+    found = path(build(max_dim=5), [{"w": g} for g in grads])
+    assert all(torch.isfinite(d["w"]).all() for d in found)
+    if build in (FOLLOWERS[2], FOLLOWERS[3]):
+        return
+    turn = orthogonal(9, 0)
+    turned = path(build(max_dim=5), [{"w": g @ turn} for g in grads])
+    assert_close([d["w"] for d in turned], [d["w"] @ turn for d in found], rtol=1e-6)
 
 
 @pytest.mark.parametrize("build", BUILDERS)
