@@ -83,12 +83,12 @@ class KroneckerDim:
 
 
 def axes_of(shape: torch.Size) -> tuple[int, ...]:
-    """The axes that have a factor: those longer than 1, if there are at least two.
+    """The axes that have a factor: those longer than 1, if there are at least two and none is empty.
 
     An axis of length 1 would waste an exponent: an (n, 1) matrix is a vector.
     """
     axes = tuple(i for i, n in enumerate(shape) if n > 1)
-    return axes if len(axes) > 1 else ()
+    return axes if len(axes) > 1 and 0 not in shape else ()
 
 
 def mode_gram(tensor: Tensor, axis: int) -> Tensor:

@@ -40,9 +40,11 @@ def multiply(matrices: Sequence[Tensor], x: Tensor, axes: Sequence[int]) -> Tens
     it can be taken without a copy.
     """
     of = dict(zip(axes, matrices, strict=True))
+    if not of:
+        return x
     y = x
     for run in _runs(x.shape, axes):
-        y = y.reshape(math.prod(x.shape[i] for i in run), -1).mT
+        y = y.reshape(math.prod([x.shape[i] for i in run]), -1).mT
         if run[0] in of:
             y = y @ functools.reduce(torch.kron, [of[i] for i in run]).mT
     return y.reshape(x.shape).contiguous()
@@ -54,7 +56,7 @@ def _runs(shape: Sequence[int], axes: Sequence[int]) -> list[tuple[int, ...]]:
     for i, n in enumerate(shape):
         last = runs[-1] if runs else ()
         inside = i in axes and bool(last) and last[-1] in axes
-        if inside and n * math.prod(shape[j] for j in last) <= TOGETHER:
+        if inside and n * math.prod([shape[j] for j in last]) <= TOGETHER:
             runs[-1] = (*last, i)
         else:
             runs.append((i,))

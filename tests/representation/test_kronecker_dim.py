@@ -21,6 +21,7 @@ from tests.problems import normal
         ((2, 1, 3), (0, 2)),
         ((1, 2, 1, 3), (1, 3)),
         ((2, 3, 4, 5), (0, 1, 2, 3)),
+        ((0, 3, 4), ()),
     ],
 )
 def test_axes_with_a_factor_are_the_long_ones_if_there_are_two(shape, axes):
