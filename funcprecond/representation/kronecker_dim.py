@@ -83,7 +83,7 @@ class KroneckerDim:
 
 
 def axes_of(shape: torch.Size) -> tuple[int, ...]:
-    """The axes that have a factor: those longer than 1, if there are at least two and none is empty.
+    """The axes that have a factor: those longer than 1, if there are two and no axis is empty.
 
     An axis of length 1 would waste an exponent: an (n, 1) matrix is a vector.
     """
