@@ -7,6 +7,7 @@ A method is a choice of curvature (what to measure), representation (how to stor
 from funcprecond import curvature, losses, methods, plots, representation, solver, tree
 from funcprecond.compose import compose
 from funcprecond.curvature.diagonal import DiagonalGGN
+from funcprecond.curvature.eigenpairs import eigsh
 from funcprecond.curvature.estimate import (
     hutchinson_diagonal,
     hutchinson_trace,
@@ -19,7 +20,7 @@ from funcprecond.curvature.fisher import fisher_mv
 from funcprecond.curvature.ggn import ggn_mv
 from funcprecond.curvature.hessian import hvp
 from funcprecond.curvature.jacobian import jvp, linearise, vjp
-from funcprecond.curvature.lanczos import eigsh, spectral_density
+from funcprecond.curvature.lanczos import spectral_density
 from funcprecond.curvature.layers import layer_statistics
 from funcprecond.curvature.matrices import GGN, Fisher, Hessian
 from funcprecond.curvature.operator import Operator

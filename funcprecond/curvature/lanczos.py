@@ -1,4 +1,4 @@
-r"""Lanczos: extreme eigenpairs, and the density of the whole spectrum.
+r"""Lanczos: a Krylov space, and the density of the whole spectrum.
 
 After m products :math:`A V = V T + \beta_m v_{m+1} e_m^T` with orthonormal V and tridiagonal T,
 whose eigenvalues (Ritz values) approach the extreme ones of A. Every new vector is made orthogonal
@@ -7,20 +7,16 @@ eigenproblem of T is solved in float64.
 """
 
 import math
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from funcprecond import random, tree
-from funcprecond.curvature.operator import Operator, stack
+from funcprecond.curvature.operator import Operator
 from funcprecond.evaluation import untransformed
-from funcprecond.representation.low_rank import LowRank
 from funcprecond.tree import state
 
-__all__ = ["Krylov", "SpectralDensity", "eigsh", "lanczos", "spectral_density"]
-
-Which = Literal["LM", "LA", "SA"]
+__all__ = ["Krylov", "SpectralDensity", "lanczos", "spectral_density"]
 
 
 @state
@@ -50,30 +46,23 @@ class Krylov:
         return values, vectors, (self.beta[-1] * vectors[-1]).abs()
 
 
-def lanczos(operator: Operator, start: Tensor, steps: int, space: Krylov | None = None) -> Krylov:
+def lanczos(operator: Operator, start: Tensor, steps: int) -> Krylov:
     """The Krylov space of a symmetric operator.
 
     Args:
         operator: A.
         start: (P,), where it starts; its length does not matter.
         steps: m, the number of products. Memory: m vectors.
-        space: a shorter space from the same start, which is gone on with.
 
     Where nothing watches it ends as soon as the space is invariant, with fewer than m vectors.
     """
     plain = untransformed((start, operator.like))
     v = start / start.norm()
     basis, alphas, betas = [], [], []
-    if space is not None:
-        v, basis = space.following, list(space.basis)
-        alphas, betas = list(space.alpha), list(space.beta)
     # One buffer, where no transform needs to know what is written into it.
     buffer = v.new_empty(steps, v.numel()) if plain else None
-    for i, row in enumerate(basis):
-        if buffer is not None:
-            buffer[i] = row
-    size = torch.stack([*alphas, *betas, v.new_zeros((), dtype=torch.float64)]).abs().max()
-    for i in range(len(alphas), steps):
+    size = v.new_zeros((), dtype=torch.float64)
+    for i in range(steps):
         if buffer is not None:
             buffer[i] = v
             rows = buffer[: i + 1]
@@ -102,70 +91,6 @@ def lanczos(operator: Operator, start: Tensor, steps: int, space: Krylov | None 
             break
     rows = torch.stack(basis) if buffer is None else buffer[: len(alphas)]
     return Krylov(rows, torch.stack(alphas), torch.stack(betas), v)
-
-
-def eigsh(
-    operator: Operator,
-    k: int = 1,
-    *,
-    which: Which = "LM",
-    tol: float = 1e-4,
-    max_steps: int | None = None,
-    generator: torch.Generator | None = None,
-    start: Tensor | None = None,
-    throw: bool = True,
-) -> LowRank:
-    """The k extreme eigenpairs of a symmetric operator.
-
-    Args:
-        operator: A.
-        k: how many.
-        which: "LM" largest in magnitude, "LA" largest, "SA" smallest, as SciPy calls them.
-        tol: an error bound this small beside the largest Ritz value ends the iteration.
-        max_steps: at most so many products and vectors in memory; 10 k + 50 by default.
-        generator: draws the start.
-        start: (P,) instead.
-        throw: raise if a bound is not below ``tol``; read ``bounds`` otherwise. Nothing is raised
-            where a transform watches.
-
-    Returns:
-        A :class:`LowRank` of the eigenpairs, by falling magnitude for "LM" and from the end inwards
-        otherwise. Of an eigenvalue that occurs several times, one vector is found.
-
-    Raises:
-        RuntimeError: see ``throw``.
-        ValueError: k is not between 1 and P, or ``which`` is unknown.
-    """
-    if which not in ("LM", "LA", "SA") or not 1 <= k <= operator.size:
-        msg = f"k must be in 1..{operator.size} and which 'LM', 'LA' or 'SA', not {k}, {which!r}"
-        raise ValueError(msg)
-    flat = tree.ravel(operator.like)
-    if start is None:
-        dtype = torch.promote_types(flat.dtype, torch.float32)
-        start = random.normal(flat.shape, generator, dtype=dtype, device=flat.device)
-    limit = min(operator.size, 10 * k + 50 if max_steps is None else max_steps)
-    plain = untransformed((start, operator.like))
-    space, steps = None, min(limit, 2 * k + 10) if plain else limit
-    while True:
-        space = lanczos(operator, start, steps, space)
-        values, vectors, bounds = space.ritz()
-        order = {"LM": values.abs().argsort(descending=True), "LA": values.argsort(descending=True)}
-        chosen = order.get(which, values.argsort())[: min(k, len(values))]
-        values, vectors, bounds = values[chosen], vectors[:, chosen], bounds[chosen]
-        floor = tol * space.alpha.abs().max()
-        if not plain or steps >= limit or len(space.alpha) < steps or bool((bounds <= floor).all()):
-            break
-        steps = min(limit, 2 * steps)
-    if plain and throw and not bool((bounds <= floor).all()):
-        msg = (
-            f"{int((bounds > floor).sum())} of {k} eigenvalues are not known to {tol:g} after "
-            f"{len(space.alpha)} products: raise max_steps or tol, or take them with throw=False"
-        )
-        raise RuntimeError(msg)
-    rows = vectors.mT.to(space.basis.dtype) @ space.basis
-    found = stack([tree.unravel(row, operator.like) for row in rows])
-    dtype = space.basis.dtype
-    return LowRank(values.to(dtype), found, bounds.to(dtype))
 
 
 @state
