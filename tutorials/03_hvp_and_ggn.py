@@ -2,7 +2,7 @@
 # # Products, spectrum and trace of a trained network
 #
 # A curvature matrix of a network has as many rows as it has parameters, and is never formed. Its
-# products cost one to three gradients, and products are enough for eigenvalues, traces and solves.
+# products cost one to four gradients, and products are enough for eigenvalues, traces and solves.
 
 # %%
 import tempfile
@@ -77,17 +77,28 @@ for name, call in costs.items():
 # ## On all of the data
 #
 # An iterable of batches is streamed, one pass a product. The matrix is that of the loss over all
-# examples, whatever the size of the batches, also where the last one is smaller.
+# examples, whatever the size of the batches, also where the last one is smaller. `progress` is
+# called with the batches at each pass: `tqdm.tqdm`, or anything else that goes through them.
 
 # %%
 batches = list(zip(inputs.split(500), targets.split(500), strict=True))
+seen = []
+
+
+def progress(batches):
+    for batch in batches:
+        seen.append(len(batch[0]))
+        yield batch
+
+
 streamed, whole = (
-    fp.GGN(problem, params, batches=batches),
+    fp.GGN(problem, params, batches=batches, progress=progress),
     fp.GGN(problem, params, (inputs, targets)),
 )
 error = fp.tree.norm(fp.tree.sub(streamed @ v, whole @ v)) / fp.tree.norm(whole @ v)
-print(f"{[len(b[0]) for b in batches]} against one batch: {float(error):.1e}")
+print(f"{seen} against one batch: {float(error):.1e}")
 assert error < 1e-5
+assert sum(seen) == len(inputs)
 
 # %% [markdown]
 # ## The trace, four ways

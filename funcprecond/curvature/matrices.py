@@ -35,7 +35,9 @@ class _OnData(Operator):
         problem, params: whose, and where.
         batch: one batch; or
         batches: an iterable of them that can be gone through again and again, such as a list or a
-            ``DataLoader`` (wrapped in ``tqdm`` to see its progress).
+            ``DataLoader``.
+        progress: called with ``batches`` at each pass over them, and gone through in their place:
+            ``tqdm.tqdm``, or ``rich.progress.track``.
         buffers: the model's buffers; the problem's own by default.
         generator: seeds the dropout masks and sampled labels, once: all products see the same.
         chunk_size: columns at a time under ``vmap`` where a stack is multiplied; None takes one
@@ -46,6 +48,9 @@ class _OnData(Operator):
     params: Params
     batch: Any = None
     batches: Iterable[Any] | None = dataclasses.field(default=None, kw_only=True)
+    progress: Callable[[Iterable[Any]], Iterable[Any]] | None = dataclasses.field(
+        default=None, kw_only=True
+    )
     buffers: Buffers | None = dataclasses.field(default=None, kw_only=True)
     generator: torch.Generator | None = dataclasses.field(default=None, kw_only=True)
     chunk_size: int | None = dataclasses.field(default=None, kw_only=True)
@@ -99,8 +104,12 @@ class _OnData(Operator):
     def _over_data(self, of: Callable[[Evaluation, Any], Params], along=None) -> Params:
         if self.batches is None:
             return of(*self._opened())
-        opened = (self._open(b, i, along) for i, b in enumerate(self.batches))
+        opened = (self._open(b, i, along) for i, b in enumerate(self._pass()))
         return mean_over(((e, of(e, noise)) for e, noise in opened))
+
+    def _pass(self) -> Iterable[Any]:
+        batches: Any = self.batches
+        return batches if self.progress is None else self.progress(batches)
 
     def _opened(self) -> tuple[Evaluation, Any]:
         """The one batch, kept; a run made inside of a transform must not outlive it."""
@@ -137,7 +146,7 @@ class _OnData(Operator):
         if self.problem.couples_examples() or not (likelihood or labels == "empirical"):
             return None
         seed = self._seed  # pyright: ignore[reportAttributeAccessIssue]
-        data = (self.batch, self.batches)
+        data = (self.batch, None if self.batches is None else self._pass())
         rest = (labels, samples, self.buffers, seed)
         try:
             return exact_diagonal(self.problem, self.params, *data, *rest)

@@ -251,6 +251,25 @@ def test_data_must_be_one_batch_or_an_iterable_that_lasts():
         fp.GGN(toy.problem, toy.params, batches=[]) @ toy.params
 
 
+def test_progress_sees_every_batch_of_every_pass():
+    toy, passes = problems.mlp(), []
+
+    def progress(batches):
+        passes.append(0)
+        for batch in batches:
+            passes[-1] += 1
+            yield batch
+
+    seen, plain = (
+        fp.GGN(toy.problem, toy.params, batches=toy.batches, **options)
+        for options in ({"progress": progress}, {})
+    )
+    assert_same(seen @ toy.params, plain @ toy.params)
+    fp.eigsh(seen, 2, max_steps=3, generator=seeded(0), throw=False)
+    assert_same(seen.diagonal(), plain.diagonal())
+    assert passes == [4] * 5
+
+
 def test_an_unknown_likelihood_is_refused_in_words():
     toy = TOYS["custom"]()
     for labels in ("exact", "mc"):
