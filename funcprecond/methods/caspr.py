@@ -20,6 +20,7 @@ from funcprecond.curvature.gradient import BatchGradient
 from funcprecond.representation.average import Decay
 from funcprecond.representation.blocks import Blocking
 from funcprecond.representation.kronecker_dim import KroneckerDim
+from funcprecond.representation.storage import stored
 from funcprecond.solver.kronecker_sum import KroneckerSum
 from funcprecond.solver.root import Method
 from funcprecond.taxonomy import Card
@@ -42,6 +43,8 @@ def caspr(
     max_dim: int = 0,
     dtype: torch.dtype | None = None,
     method: Method = "auto",
+    state_dtype: torch.dtype | None = None,
+    packed: bool = False,
 ) -> Transform:
     """CASPR's direction.
 
@@ -57,9 +60,11 @@ def caspr(
         merge, block, max_dim: how parameters are cut into blocks, see
             :class:`funcprecond.representation.blocks.Blocking`; by default they are whole.
         dtype, method: what roots are computed in and how, see :mod:`funcprecond.solver.root`.
+        state_dtype, packed: in what the state is kept, and whether of symmetric matrices by half,
+            see :func:`funcprecond.representation.storage.stored`.
     """
     blocking = Blocking(merge, block, max_dim)
-    return compose(
+    whole = compose(
         BatchGradient(),
         KroneckerDim,
         KroneckerSum(epsilon, p, dtype, method),
@@ -70,6 +75,8 @@ def caspr(
         stagger=stagger,
         initial=lambda params: KroneckerDim.init(params, blocking),
     )
+    symmetric = ("representation.totals", "factor.roots")
+    return stored(whole, state_dtype, symmetric if packed else ())
 
 
 CARDS = (

@@ -19,6 +19,7 @@ from funcprecond.curvature.gradient import BatchGradient
 from funcprecond.representation.average import Decay
 from funcprecond.representation.blocks import Blocking
 from funcprecond.representation.kronecker_dim import KroneckerDim
+from funcprecond.representation.storage import stored
 from funcprecond.solver.inverse_root import InverseRoot
 from funcprecond.solver.root import Method
 from funcprecond.taxonomy import Card
@@ -41,6 +42,8 @@ def shampoo(
     max_dim: int = 0,
     dtype: torch.dtype | None = None,
     method: Method = "auto",
+    state_dtype: torch.dtype | None = None,
+    packed: bool = False,
 ) -> Transform:
     """Shampoo's direction.
 
@@ -56,9 +59,11 @@ def shampoo(
         merge, block, max_dim: how parameters are cut into blocks, see
             :class:`funcprecond.representation.blocks.Blocking`; by default they are whole.
         dtype, method: what roots are computed in and how, see :mod:`funcprecond.solver.root`.
+        state_dtype, packed: in what the state is kept, and whether of symmetric matrices by half,
+            see :func:`funcprecond.representation.storage.stored`.
     """
     blocking = Blocking(merge, block, max_dim)
-    return compose(
+    whole = compose(
         BatchGradient(),
         KroneckerDim,
         InverseRoot(epsilon, exponent, dtype, method),
@@ -69,6 +74,8 @@ def shampoo(
         stagger=stagger,
         initial=lambda params: KroneckerDim.init(params, blocking),
     )
+    symmetric = ("representation.totals", "factor.roots")
+    return stored(whole, state_dtype, symmetric if packed else ())
 
 
 CARDS = (

@@ -28,6 +28,7 @@ from funcprecond.representation.average import accumulate
 from funcprecond.representation.blocks import Blocking, in_blocks
 from funcprecond.representation.diagonal import factor_dtype
 from funcprecond.representation.modes import grams
+from funcprecond.representation.storage import stored
 from funcprecond.solver.eigenbasis import (
     Bases,
     axes_below,
@@ -78,6 +79,8 @@ def soap(
     every: int = 1,
     refresh_every: int = 10,
     start: int = 0,
+    state_dtype: torch.dtype | None = None,
+    packed: bool = False,
 ) -> Transform:
     """SOAP's direction.
 
@@ -98,6 +101,8 @@ def soap(
         max_dim: a longer axis has no basis.
         every, refresh_every, start: the intervals of the statistics and of the bases, see
             :func:`funcprecond.compose`.
+        state_dtype, packed: how the state is kept, see
+            :func:`funcprecond.representation.storage.stored`.
     """
     b1, b2 = betas
     bs = b2 if decay is None else decay
@@ -152,7 +157,8 @@ def soap(
     def needs(t: int) -> tuple[Need, ...]:
         return (*measure.due(t), *turn.due(t), *afresh.due(t))
 
-    return in_blocks(Transform(init, update, needs), Blocking(merge, block))
+    whole = in_blocks(Transform(init, update, needs), Blocking(merge, block))
+    return stored(whole, state_dtype, ("statistics",) if packed else ())
 
 
 def _quotient(m: Tensor, v: Tensor, damping: float | Tensor, factor: Tensor) -> Tensor:
