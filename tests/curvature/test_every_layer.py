@@ -15,7 +15,7 @@ from tests import reference
 from tests.curvature.test_matrices import LOSSES
 from tests.equality import assert_close, assert_same, copy
 from tests.problems import normal, seeded
-from tests.test_op_table import MODELS, RECURRENT, N, build
+from tests.test_op_table import MODELS, N, build
 
 MATRICES = {
     "Hessian": (fp.Hessian, {}),
@@ -125,9 +125,8 @@ def test_kept_streamed_and_stacked_products_are_one_linear_symmetric_map(model, 
         assert abs(fp.tree.dot(u, cv) - fp.tree.dot(v, cu)) <= 1e-11 * scale
         if cls is not fp.Hessian:
             assert fp.tree.dot(v, cv) >= -1e-12 * fp.tree.dot(v, v)
-        chunks = (None,) if model in RECURRENT else (None, 2)
         for c in (kept, streamed):
-            for chunk_size in chunks:
+            for chunk_size in (None, 2):
                 columns = {k: x[1] for k, x in c.matmat(stack, chunk_size).items()}
                 assert_close(reference.ravel(columns), flat, rtol=1e-8)
     after = (dict(problem.module.state_dict()), problem.params, problem.buffers, batch)

@@ -177,6 +177,26 @@ def test_every_matrix_has_the_losss_scale_and_no_trace_of_the_split(name, reduct
     assert_close(split.loss(), whole.loss(), rtol=1e-12)
 
 
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_pixels_with_classes_on_axis_1_have_the_same_scale(reduction):
+    """Torch's layout, as F.cross_entropy has it, and some pixels ignored."""
+    module = initialised(torch.nn.Conv2d(2, 3, 2))
+    x, y = normal((5, 2, 3, 3)), torch.randint(0, 3, (5, 2, 2), generator=seeded(1))
+    y[0, 0] = -100
+    problem = fp.problem(module, torch.nn.CrossEntropyLoss(reduction=reduction))
+    toy = Toy(problem, ((x, y),))
+    pieces = [(x[s], y[s]) for s in (slice(0, 1), slice(1, 5))]
+    g = reference.ggn(problem, toy.params, toy.batch)
+    for cls, dense in {
+        fp.Hessian: differences(toy),
+        fp.GGN: g,
+        fp.Fisher: g,
+        fp.DiagonalGGN: g.diagonal().diag(),
+    }.items():
+        for data in ({"batch": toy.batch}, {"batches": pieces}):
+            assert_close(cls(problem, toy.params, **data).to_dense(), dense, rtol=1e-6)
+
+
 @pytest.mark.parametrize("cls", [fp.Hessian, fp.GGN, fp.Fisher])
 def test_stacks_of_vectors_on_one_batch_and_on_many(cls):
     toy = problems.mlp()
