@@ -17,6 +17,7 @@ Three jobs, done in one pass because they all need the same interception:
 """
 
 import dataclasses
+import functools
 import types
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -28,6 +29,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
 from funcprecond import random, tree
+from funcprecond.convolution import convolve
+from funcprecond.second_derivatives import gelu, layer_norm
 
 __all__ = ["Call", "Capture"]
 
@@ -52,6 +55,11 @@ class Call:
 
 
 _CONVS = {F.conv1d: 1, F.conv2d: 2, F.conv3d: 3}
+# What stands in for a function in a run that is differentiated twice.
+_TWICE = {f: functools.partial(convolve, f) for f in _CONVS} | {
+    F.gelu: gelu,
+    F.layer_norm: layer_norm,
+}
 _NORMS = {F.layer_norm, F.batch_norm, F.group_norm, F.instance_norm, F.rms_norm}
 _MATMULS = {torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__}
 _ADDS = {torch.add, torch.Tensor.add, torch.Tensor.__add__, torch.Tensor.__radd__}
@@ -237,12 +245,13 @@ class Capture(TorchFunctionMode):
         return self._call(func, args, kwargs)
 
     def _call(self, func, args, kwargs):
+        run = _TWICE.get(func, func) if self.twice else func
         if self.tap is None:
-            return func(*args, **kwargs)
-        return self._layer(self.tap, func, args, kwargs)
+            return run(*args, **kwargs)
+        return self._layer(self.tap, func, run, args, kwargs)
 
     # ------------------------------------------------------------------------------------ layers
-    def _layer(self, tap, func, args, kwargs):
+    def _layer(self, tap, func, run, args, kwargs):
         def argument(i, name, default=None):
             return args[i] if len(args) > i else kwargs.get(name, default)
 
@@ -250,7 +259,7 @@ class Capture(TorchFunctionMode):
             # A parameter that is a layer's input has a use that its own pairs do not tell of.
             if kind != "add":
                 self._report(func, argument(0, "input"))
-            out = func(*args, **kwargs)
+            out = run(*args, **kwargs)
             call = Call(kind, weight, self._name(bias), options, tuple(out.shape))
             self.calls.append(call)
             self.inputs.append(x)
@@ -299,7 +308,7 @@ class Capture(TorchFunctionMode):
         if func not in _METADATA:
             for leaf in tree.leaves((args, kwargs)):
                 self._report(func, leaf)
-        return func(*args, **kwargs)
+        return run(*args, **kwargs)
 
     def _report(self, func, used: Any) -> None:
         if isinstance(used, Tensor) and (weight := self._name(used) or self._view_of(used)):
