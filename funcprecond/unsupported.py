@@ -34,7 +34,10 @@ _WAYS = {
 
 
 def explained(method: Method) -> Method:
-    """A method of an :class:`funcprecond.Evaluation` whose missing derivatives are explained.
+    """A function whose missing derivatives are explained.
+
+    Its first argument says of what: an :class:`funcprecond.Evaluation`, or a function of params,
+    which are then the second.
 
     Raises:
         NotImplementedError: torch cannot differentiate a part of the model, or the loss, as often
@@ -42,18 +45,18 @@ def explained(method: Method) -> Method:
     """
 
     @functools.wraps(method)
-    def call(evaluation, *args, **kwargs):
+    def call(subject, *args, **kwargs):
         if torch.compiler.is_compiling():
-            return method(evaluation, *args, **kwargs)
+            return method(subject, *args, **kwargs)
         try:
-            return method(evaluation, *args, **kwargs)
+            return method(subject, *args, **kwargs)
         except RuntimeError as error:
             missing = _MISSING.search(str(error))
             known = missing is not None or any(part in str(error) for part in _OTHER)
             if not known or error.__cause__ is not None:
                 raise
             operation = _plain(missing.group(1)) if missing else ""
-            where = _raised_in(error, evaluation) or _made_in(operation, evaluation)
+            where = _raised_in(error, subject) or _made_in(operation, subject, *args[:1])
             raise NotImplementedError(_sentence(where, str(error))) from error
 
     return call  # pyright: ignore[reportReturnType]
@@ -73,10 +76,10 @@ def _sentence(where: str, message: str) -> str:
     )
 
 
-def _raised_in(error: BaseException, evaluation: Any) -> str | None:
+def _raised_in(error: BaseException, subject: Any) -> str | None:
     """The innermost layer in whose forward the error was raised."""
     owner, step = None, error.__traceback__
-    names = _names(evaluation)
+    names = _names(subject)
     while step is not None:
         caller = step.tb_frame.f_locals.get("self")
         if isinstance(caller, nn.Module) and caller in names:
@@ -85,11 +88,13 @@ def _raised_in(error: BaseException, evaluation: Any) -> str | None:
     return None if owner is None else _layer(owner, names)
 
 
-def _made_in(operation: str, evaluation: Any) -> str:
+def _made_in(operation: str, subject: Any, params: Any = None) -> str:
     """The innermost layer that makes the operation, or the loss, found by one more run."""
+    is_function = not hasattr(subject, "problem")
+    outermost = "the function" if is_function else "the model"
     if not operation or tree.in_transform():
-        return "the model or its loss"
-    names, seen, running, found = _names(evaluation), set(), [], []
+        return outermost if is_function else "the model or its loss"
+    names, seen, running, found = _names(subject), set(), [], []
 
     def makes(tensors: Any) -> bool:
         """Whether the operation is new in these tensors' graph."""
@@ -107,7 +112,7 @@ def _made_in(operation: str, evaluation: Any) -> str:
 
     def note(tensors: Any) -> None:
         if not found and makes(tensors):
-            found.append(_layer(running[-1], names) if running else "the model")
+            found.append(_layer(running[-1], names) if running else outermost)
 
     def enter(module, inputs):
         note(inputs)
@@ -117,28 +122,31 @@ def _made_in(operation: str, evaluation: Any) -> str:
         note(outputs)
         running.pop()
 
-    params = {k: p.detach().requires_grad_() for k, p in evaluation.params.items()}
+    params = params if is_function else subject.params
+    params = tree.map(lambda p: p.detach().requires_grad_(), params)
     hooks = register_module_forward_pre_hook(enter), register_module_forward_hook(leave)
     try:
         with torch.enable_grad():
-            note(evaluation._forward(params, None)[0])
+            note(subject(params) if is_function else subject._forward(params, None)[0])
     finally:
         for hook in hooks:
             hook.remove()
-    if found:
-        return found[0]
-    loss = evaluation.problem.loss
+    if found or is_function:
+        return found[0] if found else outermost
+    loss = subject.problem.loss
     loss = loss.function if isinstance(loss, Custom) else loss
     return f"the loss {getattr(loss, '__name__', loss)}"
 
 
-def _names(evaluation: Any) -> dict[nn.Module, str]:
-    module = evaluation.problem.module
+def _names(subject: Any) -> dict[nn.Module, str]:
+    module = subject.problem.module if hasattr(subject, "problem") else None
     return {} if module is None else {m: name for name, m in module.named_modules()}
 
 
 def _layer(module: nn.Module, names: dict[nn.Module, str]) -> str:
     name, kind = names.get(module), type(module).__name__
+    if name is None:
+        return f"a layer ({kind})"
     return f"layer {name!r} ({kind})" if name else f"the model ({kind})"
 
 

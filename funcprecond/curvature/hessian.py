@@ -16,12 +16,14 @@ from funcprecond.evaluation import Evaluation, untransformed
 from funcprecond.observe import Need
 from funcprecond.problem import Params, Problem
 from funcprecond.tree import state
+from funcprecond.unsupported import explained
 
 __all__ = ["HessianOperator", "HessianProbes", "Probes", "hvp"]
 
 Distribution = Literal["rademacher", "normal"]
 
 
+@explained
 def hvp(f: Callable[[Params], Tensor], params: Params, vector: Params) -> Params:
     """The Hessian of ``f`` at ``params`` times ``vector``, shaped like ``params``.
 

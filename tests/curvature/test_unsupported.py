@@ -183,6 +183,16 @@ def test_a_loss_that_torch_cannot_differentiate_is_named_with_the_way_out():
         assert fp.tree.norm(c @ problem.params) > 0
 
 
+def test_functions_given_to_hvp_are_explained_too():
+    attention = nn.functional.scaled_dot_product_attention
+    x = {"x": normal((2, 1, 3, 2))}
+    with pytest.raises(NotImplementedError, match="the function .*twice: run it within.*MATH"):
+        fp.hvp(lambda p: attention(p["x"], p["x"], p["x"]).sum(), x, x)
+    layer = Layer(lambda x: torch.cdist(x, CENTRES))
+    with pytest.raises(NotImplementedError, match=r"a layer \(Layer\) cannot .* twice"):
+        fp.hvp(lambda p: layer(p["x"]).sum(), {"x": normal((3, 6))}, {"x": normal((3, 6))})
+
+
 def test_errors_of_another_kind_are_the_models_own():
     problem = fp.problem(lambda p, x: x @ p["w"], fp.losses.mse, params={"w": normal((3, 2))})
     with pytest.raises(RuntimeError, match="shapes cannot be multiplied") as caught:
