@@ -71,11 +71,11 @@ def orthogonal_step(
         and (..., n) indices: column i comes from the old column ``order[i]``.
     """
     s, q = matrices.detach(), bases.detach()
-    ok = torch.isfinite(s).all(-1, keepdim=True).all(-2, keepdim=True)
-    product = torch.where(ok, s, 0.0) @ q
+    product = s @ q
     estimates = (q * product).sum(-2)
+    # Not finite if any entry is not.
     largest = estimates.amax(-1)[..., None, None]
-    ok = ok & (largest > 0)
+    ok = torch.isfinite(largest) & (largest > 0)
     count = torch.arange(q.shape[-1], device=q.device)
     order = torch.sort(estimates, dim=-1, descending=True, stable=True).indices
     order = torch.where(ok.squeeze(-1) & sort, order, count)

@@ -85,14 +85,14 @@ def eigen_root(
 
 def _scaled(matrices: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     """Symmetric, of mean eigenvalue 1; that mean; and False where there is none: the identity."""
-    dtype = torch.promote_types(matrices.dtype, dtype)
-    a = (matrices + matrices.mT).to(dtype) / 2
+    a = (matrices + matrices.mT).to(torch.promote_types(matrices.dtype, dtype))
     # One scale for all magnitudes, so that neither the computation nor a root over- or underflows.
     scale = a.diagonal(dim1=-2, dim2=-1).mean(-1)
-    ok = torch.isfinite(a).all(-1).all(-1) & (scale > 0)
-    scale = torch.where(ok, scale, 1.0)
-    eye = torch.eye(a.shape[-1], dtype=dtype, device=a.device)
-    return torch.where(ok[..., None, None], a / scale[..., None, None], eye), scale, ok
+    # One entry that is not finite is enough to make their sum so, in one pass.
+    ok = torch.isfinite(a.sum((-2, -1))) & (scale > 0)
+    scale = torch.where(ok, scale, 2.0)
+    eye = torch.eye(a.shape[-1], dtype=a.dtype, device=a.device)
+    return torch.where(ok[..., None, None], a / scale[..., None, None], eye), scale / 2, ok
 
 
 def chosen(method: Method, p: float | Tensor, device: torch.device) -> Method:

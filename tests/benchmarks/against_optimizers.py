@@ -144,9 +144,9 @@ def intervals(method, **options):
     return lambda T: method(every=1, refresh_every=T, max_dim=CAP, **options)
 
 
-def our_muon(_):
+def our_muon(**options):
     rules = [(lambda name, p: p.ndim > 1, "muon"), ("*", "adam")]
-    return fp.partition(rules, muon=fp.muon(), adam=fp.adam())
+    return lambda _: fp.partition(rules, muon=fp.muon(**options), adam=fp.adam())
 
 
 def adamw(params, **options):
@@ -210,12 +210,14 @@ CONTENDERS = {
     "adamw": (1, Ours(lambda T: fp.adamw())),
     "adamw compiled, donated": (1, Ours(lambda T: fp.adamw(), compile=True, donate=True)),
     "adagrad": (1, Ours(lambda T: fp.adagrad())),
-    "muon + adam": (1, Ours(our_muon)),
+    "muon + adam": (1, Ours(our_muon())),
+    "muon bfloat16 + adam": (1, Ours(our_muon(dtype=torch.bfloat16))),
     "torch Muon + AdamW": (1, Theirs(torch_muon)),
     "heavyball Muon": (1, heavyball("MuonAdamW")),
     "shampoo": (None, Ours(intervals(fp.shampoo))),
     "shampoo float32": (None, Ours(intervals(fp.shampoo, dtype=torch.float32))),
     "shampoo staggered": (10, Ours(intervals(fp.shampoo, stagger=True))),
+    "shampoo staggered, blocks": (10, Ours(intervals(fp.shampoo, stagger=True, block=512))),
     "pytorch_optimizer Shampoo": (None, package("pytorch_optimizer", capped_shampoo)),
     "DistributedShampoo": (
         None,
@@ -232,6 +234,7 @@ CONTENDERS = {
     "caspr": (None, Ours(intervals(fp.caspr))),
     "caspr float32": (None, Ours(intervals(fp.caspr, dtype=torch.float32))),
     "caspr staggered": (10, Ours(intervals(fp.caspr, stagger=True))),
+    "caspr staggered, blocks": (10, Ours(intervals(fp.caspr, stagger=True, block=512))),
     "soap": (None, Ours(intervals(fp.soap))),
     "pytorch_optimizer SOAP": (
         None,
@@ -261,7 +264,7 @@ class Floor:
     """The products and decompositions of a method, on buffers that are there already.
 
     Args:
-        products: how many an axis takes at each step, as a function of the number of axes.
+        products: how many an axis takes at each step, beside its Gram matrix.
         refresh: what a refresh does with one factor.
     """
 
@@ -275,16 +278,16 @@ class Floor:
             for n in [n for n in shape if n <= CAP and len(shape) > 1]:
                 x, s = torch.randn(n, p.numel() // n), torch.empty(n, n)
                 torch.mm(x, x.T, out=s)
-                self.work.append((x, s, torch.empty_like(x), self.products(len(shape))))
+                self.work.append((x, s, torch.empty_like(x)))
         return self
 
     def take(self, grads):
         return grads
 
     def step(self, grads, t):
-        for x, s, out, products in self.work:
+        for x, s, out in self.work:
             torch.mm(x, x.T, out=s)
-            for _ in range(products):
+            for _ in range(self.products):
                 torch.mm(s, x, out=out)
             if t % self.interval == 0:
                 self.refresh(s)
@@ -293,20 +296,21 @@ class Floor:
         return 0
 
 
-def by_eigh(dtype):
+def by_eigh(dtype, root):
     def refresh(s):
         vectors = torch.linalg.eigh(s.to(dtype))[1]
-        torch.mm(vectors, vectors.mT)
+        if root:
+            torch.mm(vectors, vectors.mT)
 
     return refresh
 
 
 FLOORS = {
-    "floor of shampoo": (None, Floor(lambda k: 1, by_eigh(torch.float64))),
-    "floor of shampoo float32": (None, Floor(lambda k: 1, by_eigh(torch.float32))),
-    "floor of caspr": (None, Floor(lambda k: k, by_eigh(torch.float64))),
-    "floor of caspr float32": (None, Floor(lambda k: k, by_eigh(torch.float32))),
-    "floor of soap": (None, Floor(lambda k: 2, lambda s: torch.linalg.qr(s @ s))),
+    "floor of shampoo": (None, Floor(1, by_eigh(torch.float64, True))),
+    "floor of shampoo float32": (None, Floor(1, by_eigh(torch.float32, True))),
+    "floor of caspr": (None, Floor(2, by_eigh(torch.float64, False))),
+    "floor of caspr float32": (None, Floor(2, by_eigh(torch.float32, False))),
+    "floor of soap": (None, Floor(2, lambda s: torch.linalg.qr(s @ s))),
 }
 
 
@@ -382,7 +386,7 @@ def main():
             rows, left_out = measure(shapes, interval, args.rounds, args.only, args.slow)
             unit = rows.get("torch AdamW foreach", (math.nan,))[0]
             for name, (mean, slowest, state) in rows.items():
-                floor = rows.get(f"floor of {name.removesuffix(' staggered')}")
+                floor = rows.get(f"floor of {name.partition(' staggered')[0]}")
                 over = f"{mean / floor[0]:.2f}" if floor else ""
                 kept = "" if name in FLOORS else f"{state:.1f}"
                 peak = f"{slowest:.1f}" if interval > 1 else ""
