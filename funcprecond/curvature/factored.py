@@ -6,6 +6,7 @@ damping and determinants are those of s. Norm layers have exact 2 x 2 blocks, an
 covers its diagonal.
 """
 
+import dataclasses
 from collections.abc import Iterable
 from typing import Any, Literal
 
@@ -25,6 +26,7 @@ from funcprecond.curvature.layers import (
     Labels,
     Layers,
     LayerStatistics,
+    LayerUse,
     Sharing,
     check_labels,
     layer_uses,
@@ -150,14 +152,20 @@ def _inputs_only(evaluation: Evaluation) -> Layers:
 
 def _of_parts(
     parts: Iterable[Layers], params: Params, rows: bool = False
-) -> tuple[KroneckerIO, Layers]:
-    """The factors of all cotangents, and the first one's layers."""
-    rest = iter(parts)
-    first = next(rest)
-    found = KroneckerIO.init(params, rows).accumulate(first, None)
-    for more in rest:
-        found = found.with_cotangents(more)
-    return found, first
+) -> tuple[KroneckerIO, dict[str, tuple[LayerUse, ...]]]:
+    """The factors of all cotangents, and the layers' uses without these."""
+    found, uses = KroneckerIO.init(params, rows), {}
+    for i, part in enumerate(parts):
+        if i:
+            found = found.with_cotangents(part)
+        else:
+            found = found.accumulate(part, None)
+            uses = {
+                name: tuple(dataclasses.replace(use, grads=use.grads[:0].clone()) for use in block)
+                for name, block in part.uses.items()
+            }
+        del part  # so that it is gone while the next is made
+    return found, uses
 
 
 def _factors(
@@ -178,12 +186,12 @@ def _factors(
     for parts, share, evaluation in measured:
         if forward_only:
             (layers,) = parts
-            one = _from_inputs(layers, params, sharing)
+            one, uses_of = _from_inputs(layers, params, sharing), layers.uses
         else:
-            one, layers = _of_parts(parts, params)
+            one, uses_of = _of_parts(parts, params)
         is_mean = not is_sum(evaluation)
         for name in one.left:
-            uses = layers.uses[name]
+            uses = uses_of[name]
             inputs_left[name] = inputs_are_left(uses[0])
             a, g = one.left[name], one.right[name]
             a, g = (a, g) if inputs_left[name] else (g, a)

@@ -191,8 +191,9 @@ class LayerStatistics(Need):
             yield self.measure(evaluation, noise)
             return
         for u in cotangents:
-            grads = [g.unsqueeze(0) for g in evaluation.pull_layers(u)]
-            yield self._layers(evaluation, [u], grads, scale)
+            yield self._layers(
+                evaluation, [u], [g.unsqueeze(0) for g in evaluation.pull_layers(u)], scale
+            )
 
     def _layers(
         self,
