@@ -205,7 +205,7 @@ class Operator(abc.ABC):
                 for positive definite, "minres" for any symmetric C, "truncated_cg" within a trust
                 region, "neumann" for a fixed number of terms.
             precondition: an operator or function ``r -> M^-1 r``, such as the inverse of a
-                :class:`funcprecond.KroneckerFactored` ("cg" and "minres").
+                :class:`funcprecond.KroneckerFactored` (not for "truncated_cg").
             throw: raise if the residual did not reach ``tol``. Where a transform or a compiler
                 watches, nothing is raised: read ``reason``.
             **options: of :func:`cg`, :func:`minres`, :func:`truncated_cg` or :func:`neumann`.

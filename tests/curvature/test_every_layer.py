@@ -83,6 +83,19 @@ def test_hessian_products_are_differences_of_the_gradient(model, loss, reduction
     assert_close(reference.ravel(at(problem.params) @ v), reference.ravel(expected), rtol=1e-6)
 
 
+# What a plain function's own run draws or fuses, nobody controls.
+PLAIN = [c for c in CASES if not any(w in c[0] for w in ("dropout", "attention", "encoder"))]
+
+
+@pytest.mark.parametrize(("model", "loss", "reduction"), PLAIN, ids=[c[0] for c in PLAIN])
+def test_hvp_of_the_loss_as_a_plain_function_is_the_hessians(model, loss, reduction):
+    problem, (x, y) = case(model, loss, reduction)
+    v = {k: x[0] for k, x in stack_of(problem, 1).items()}
+    found = fp.hvp(lambda p: problem.loss(problem(p, x), y), problem.params, v)
+    expected = fp.Hessian(problem, problem.params, (x, y)) @ v
+    assert_close(reference.ravel(found), reference.ravel(expected), rtol=1e-9)
+
+
 @every_case
 def test_gauss_newton_and_fisher_products_are_those_of_a_jacobian_of_differences(
     model, loss, reduction
