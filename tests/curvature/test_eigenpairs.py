@@ -111,3 +111,11 @@ def test_eigenpairs_of_a_network_and_what_is_not_known_is_raised():
     assert (nearest <= rough.bounds + 1e-12).all()
     with pytest.raises(ValueError, match="k must be"):
         fp.eigsh(ggn, 0, generator=seeded(0))
+
+
+def test_copies_are_looked_for_when_distinct_eigenvalues_would_do():
+    """The first invariant space has an eigenvector for each of 3, 1 and 0: two are not enough."""
+    values = torch.tensor([3.0] * 3 + [1.0] * 12 + [0.0] * 25).double()
+    m = strategies.with_spectrum(values, 0)
+    found = fp.eigsh(operator(m), 3, which="LA", max_steps=2000, generator=seeded(0))
+    assert_close(found.values, values[:3], atol=1e-6)
