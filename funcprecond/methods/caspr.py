@@ -33,7 +33,7 @@ def caspr(
     *,
     epsilon: float | Tensor = 1e-6,
     decay: Decay = "sum",
-    p: int | None = None,
+    p: float | None = None,
     every: int = 1,
     refresh_every: int = 1,
     start: int = 0,
@@ -53,7 +53,7 @@ def caspr(
             it than Shampoo, see :class:`funcprecond.solver.kronecker_sum.KroneckerSum`.
         decay: "sum", or the weight of the old value of a bias-corrected moving average.
         p: the order of the mean, the number of axes by default; 1 averages the one-sided
-            preconditioners.
+            preconditioners, and ``math.inf`` multiplies them: Shampoo.
         every, refresh_every, start: the intervals, as for :func:`funcprecond.shampoo`.
         stagger: refresh a few factors at each step instead of all at one, see
             :func:`funcprecond.compose`.

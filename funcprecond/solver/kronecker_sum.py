@@ -13,6 +13,8 @@ eigendecompositions anyway, it is the eigenvectors that are kept.
 """
 
 import dataclasses
+import functools
+import math
 from typing import ClassVar
 
 import torch
@@ -62,22 +64,26 @@ class KroneckerSum:
         epsilon: the ridge, relative to each factor's largest eigenvalue. A direction that one axis
             has seen and another has not is amplified by about ``epsilon^(-1/2) / 4``, Shampoo's by
             ``epsilon^(-1/4)``: keep it at 1e-6 or above in float32.
-        p: the order; by default the number of axes.
+        p: the order, by default the number of axes; ``math.inf`` is the geometric mean, Shampoo. In
+            eigenbases any positive number, in passes a whole one.
         dtype, method: see :func:`funcprecond.solver.root.inverse_root`. With "eigh", which "auto"
             is on a CPU, eigenvectors are kept; otherwise roots, applied in p passes.
     """
 
     epsilon: float | Tensor = 1e-6
-    p: int | None = None
+    p: float | None = None
     dtype: torch.dtype | None = None
     method: Method = "auto"
     accepts: ClassVar[tuple[type, ...]] = (KroneckerDim,)
 
     def init(self, representation: KroneckerDim) -> Roots | Spectra:
-        """Identity."""
+        """Identity; raises ValueError if ``p`` is not whole and roots are applied in passes."""
         roots = self._root.init(representation)
         on_cpu = representation.weight.device.type == "cpu"
         if not (self.method == "eigh" or (self.method == "auto" and on_cpu)):
+            if self.p not in (None, math.inf) and self.p % 1:
+                msg = f"{self.p} passes cannot be made: use method='eigh' for such a p"
+                raise ValueError(msg)
             return roots
         values = {
             k: tuple(torch.ones_like(x[0]) for x in factors) for k, factors in roots.roots.items()
@@ -92,9 +98,9 @@ class KroneckerSum:
             return self._root.prepare(representation, previous, turn)
 
         def take(stack: Tensor, vectors: Tensor, values: Tensor, k: int) -> tuple[Tensor, ...]:
-            order = 2 * (self.p or k)
+            order = k if self.p in (None, math.inf) else self.p
             q, root, ok = eigen_root(
-                stack / representation.weight, order, epsilon=self.epsilon, dtype=self.dtype
+                stack / representation.weight, 2 * order, epsilon=self.epsilon, dtype=self.dtype
             )
             kept = ok.unsqueeze(-1)
             q = torch.where(kept.unsqueeze(-1), q, vectors).contiguous()
@@ -114,14 +120,25 @@ class KroneckerSum:
         layout = factor.blocking
 
         def by_passes(roots: tuple[Tensor, ...], x: Tensor) -> Tensor:
-            for _ in range(self.p or len(roots)):
-                x = _mean_over_axes(roots, layout.axes(x.shape), x)
+            axes = layout.axes(x.shape)
+            if self.p == math.inf:
+                return multiply(roots, x, axes)
+            for _ in range(int(self.p or len(roots))):
+                x = _mean_over_axes(roots, axes, x)
             return x
 
         def in_bases(bases: tuple[Tensor, ...], values: tuple[Tensor, ...], x: Tensor) -> Tensor:
             axes = layout.axes(x.shape)
             y = multiply([q.mT for q in bases], x, axes)
-            y = y * _mean(values, axes, x.ndim) ** (self.p or len(bases))
+            along = [
+                v.reshape([-1 if i == axis else 1 for i in range(x.ndim)])
+                for axis, v in zip(axes, values, strict=True)
+            ]
+            if self.p == math.inf:
+                y = functools.reduce(torch.mul, along, y)
+            else:
+                mean = functools.reduce(torch.add, [v / len(along) for v in along])
+                y = y * mean ** (self.p or len(along))
             return multiply(bases, y, axes)
 
         if isinstance(factor, Roots):
@@ -131,7 +148,7 @@ class KroneckerSum:
 
     @property
     def _root(self) -> InverseRoot:
-        exponent = None if self.p is None else 0.5 / self.p
+        exponent = None if self.p in (None, math.inf) else 0.5 / self.p
         return InverseRoot(self.epsilon, exponent, self.dtype, self.method)
 
 
@@ -141,11 +158,3 @@ def _mean_over_axes(roots: tuple[Tensor, ...], axes: tuple[int, ...], x: Tensor)
         return torch.addmm(x @ right.mT, left, x, beta=0.5, alpha=0.5)
     total = sum(mode_product(r, x, axis) for axis, r in zip(axes, roots, strict=True))
     return total / len(roots)  # pyright: ignore[reportReturnType]
-
-
-def _mean(values: tuple[Tensor, ...], axes: tuple[int, ...], ndim: int) -> Tensor:
-    """The outer sum of vectors along the axes of a tensor, over their number, to be broadcast."""
-    total = torch.zeros((), dtype=values[0].dtype, device=values[0].device)
-    for v, axis in zip(values, axes, strict=True):
-        total = total + (v / len(values)).reshape([-1 if i == axis else 1 for i in range(ndim)])
-    return total

@@ -1,6 +1,7 @@
 """CA-1 to CA-10 and X-1 to X-4, X-9, X-11."""
 
 import itertools
+import math
 
 import pytest
 import torch
@@ -157,6 +158,14 @@ def test_the_relative_ridge_makes_caspr_blind_to_the_gradients_scale(grads):
     for c in (1e-12, 1e12):
         scaled = last(fp.caspr(), [c * g for g in grads])
         assert_close(scaled, last(fp.caspr(), grads), rtol=1e-6)
+
+
+@pytest.mark.parametrize("method", ["eigh", "coupled_newton"])
+@pytest.mark.parametrize("shape", [(4, 3), (3, 4, 5), (2, 3, 2, 3)])
+def test_of_infinite_order_it_is_shampoo(shape, method):
+    grads = [normal(shape, i) for i in range(60)]
+    ours = last(fp.caspr(p=math.inf, method=method), grads)
+    assert_close(ours, last(fp.shampoo(method=method), grads), rtol=1e-10)
 
 
 def test_higher_powers_approach_shampoo_halving_the_distance():

@@ -61,6 +61,20 @@ def test_passes_of_roots_and_eigenbases_agree(sizes, p):
     assert_close(applied(passes, rep, g), applied(bases, rep, g), rtol=1e-8)
 
 
+def test_an_order_between_whole_numbers_is_for_eigenbases():
+    mats = [with_spectrum(torch.linspace(1, 2, n).double(), n) for n in (3, 2)]
+    rep, g = statistics(*mats), normal((3, 2))
+    one_sided = [
+        reference.kron(reference.power(mats[0], -0.2), reference.eye(2)),
+        reference.kron(reference.eye(3), reference.power(mats[1], -0.2)),
+    ]
+    expected = reference.power(sum(one_sided) / 2, 2.5) @ g.reshape(-1)
+    direction = applied(KroneckerSum(0.0, 2.5), rep, g)
+    assert_close(direction.reshape(-1), expected, rtol=1e-10)
+    with pytest.raises(ValueError, match="eigh"):
+        KroneckerSum(p=2.5, method="coupled_newton").init(rep)
+
+
 def test_what_cannot_be_decomposed_stays_as_it_was_and_is_counted():
     solver, g = KroneckerSum(), normal((3, 4))
     rep = statistics(g @ g.T, g.T @ g)
