@@ -56,7 +56,8 @@ def caspr(
             preconditioners, and ``math.inf`` multiplies them: Shampoo.
         every, refresh_every, start: the intervals, as for :func:`funcprecond.shampoo`.
         stagger: refresh a few factors at each step instead of all at one, see
-            :func:`funcprecond.compose`.
+            :func:`funcprecond.compose`. A factor is decomposed in one step, so the longest axis
+            sets the slowest one: ``block`` cuts it.
         merge, block, max_dim: how parameters are cut into blocks, see
             :class:`funcprecond.representation.blocks.Blocking`; by default they are whole.
         dtype, method: what roots are computed in and how, see :mod:`funcprecond.solver.root`.

@@ -55,7 +55,8 @@ def shampoo(
             ``refresh_every`` above 1 give ``start`` a few steps: the first statistic has the rank
             of one gradient, and its root is a poor one to keep.
         stagger: refresh a few factors at each step instead of all at one, see
-            :func:`funcprecond.compose`.
+            :func:`funcprecond.compose`. A factor is decomposed in one step, so the longest axis
+            sets the slowest one: ``block`` cuts it.
         merge, block, max_dim: how parameters are cut into blocks, see
             :class:`funcprecond.representation.blocks.Blocking`; by default they are whole.
         dtype, method: what roots are computed in and how, see :mod:`funcprecond.solver.root`.

@@ -12,7 +12,7 @@ For a parameter with axes i longer than 1, Q_i the basis of its factor S_i, t co
 The basis is turned after the step, so no gradient is inside its own basis. m is kept in the
 rotated coordinates and turned with the basis; v only follows the columns' order. Vectors and
 scalars have no basis: Adam. Needs the gradient only; 2 Σ n_i² numbers and two copies a parameter;
-each step three products an axis, each refresh a product and a QR decomposition.
+each step three products an axis, each refresh three and a QR decomposition.
 """
 
 import sys
