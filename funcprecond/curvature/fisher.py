@@ -59,7 +59,10 @@ def fisher_mv(
         return fisher_product(evaluation, vector, labels, noise)
     evaluation = Evaluation(problem, params, batch, taps=True, twice=True, **options)
     rows = fisher_rows(evaluation, labels, noise)
-    return rows.product(vector) if rows else fisher_product(evaluation, vector, labels, noise)
+    if rows is None:
+        return fisher_product(evaluation, vector, labels, noise)
+    del evaluation  # the run's graph, which the rows do not need
+    return rows.product(vector)
 
 
 def fisher_rows(evaluation: Evaluation, labels: Labels, noise: Tensor | None) -> Rows | None:

@@ -9,12 +9,14 @@ and ``J^T u`` through the model take up to four, and nothing is differentiated t
 """
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.graph import get_gradient_edge
 
 from funcprecond import tree
 from funcprecond.capture import Call, Capture
@@ -43,23 +45,29 @@ class Rows:
     def product(self, vector: Params) -> Params:
         """The matrix times a vector: 0.5 to 0.9 gradients for each cotangent."""
         leaves = {k: v.detach().requires_grad_() for k, v in vector.items()}
-        with torch.enable_grad():
-            pairs = zip(self.calls, self.inputs, strict=True)
-            steps = [_call_with(leaves, call, x) for call, x in pairs]
-        totals: list[Tensor] = []
-        for of_calls in self.grads:
-            inner = sum(
-                (z.detach() * g).flatten(1).sum(1) for z, g in zip(steps, of_calls, strict=True)
-            )
-            inner = self.scale * inner
-            cotangents = [g * inner.reshape(-1, *[1] * (g.ndim - 1)).to(g.dtype) for g in of_calls]
-            pairs = zip(totals, cotangents, strict=True)
-            totals = [a + b for a, b in pairs] if totals else cotangents
-        found = torch.autograd.grad(steps, [*leaves.values()], totals, allow_unused=True)
-        return {
-            k: torch.zeros_like(v) if x is None else x
-            for (k, v), x in zip(vector.items(), found, strict=True)
-        }
+        # Only the place of each step in the graph is kept: its value goes into inner products.
+        edges, inner = [], [self.scale.new_zeros(())] * len(self.grads)
+        for i, (call, x) in enumerate(zip(self.calls, self.inputs, strict=True)):
+            with torch.enable_grad():
+                step = _call_with(leaves, call, x)
+            edges.append(get_gradient_edge(step))
+            step = step.detach()
+            inner = [
+                s + (step * g[i]).flatten(1).sum(1) for s, g in zip(inner, self.grads, strict=True)
+            ]
+        inner = [self.scale * s for s in inner]
+        found: Params = {}
+        for i, (call, edge) in enumerate(zip(self.calls, edges, strict=True)):
+            pulled = [
+                g[i] * s.reshape(-1, *[1] * (g[i].ndim - 1)).to(g[i].dtype)
+                for s, g in zip(inner, self.grads, strict=True)
+            ]
+            total = functools.reduce(torch.add, pulled)
+            names = [k for k in (call.weight, call.bias) if k is not None]
+            parts = torch.autograd.grad(edge, [leaves[k] for k in names], total)
+            for k, part in zip(names, parts, strict=True):
+                found[k] = found[k] + part if k in found else part
+        return {k: found[k] if k in found else torch.zeros_like(v) for k, v in vector.items()}
 
 
 def rows_of(evaluation: Evaluation, cotangents: Sequence[Any], scale: Tensor) -> Rows | None:

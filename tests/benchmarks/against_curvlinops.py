@@ -2,13 +2,17 @@
 
     pip install --no-deps curvlinops-for-pytorch==3.0.1   # and what it imports
     python tests/benchmarks/against_curvlinops.py [--rounds 15] [--problems mlp,cnn,encoder]
+        [--what eager|compiled|memory]
 
 Process CPU time on one thread; the contenders take turns, and each call stands beside a gradient.
 Printed are medians in gradients, and ours over theirs. K-FAC is of the linear and convolutional
-layers alone on both sides; products are over all parameters.
+layers alone on both sides; products are over all parameters. "compiled" compiles one product of
+each kind by ``torch.compile``, batch and vector as arguments; its gradient is eager. "memory" is
+the peak of what torch's allocator holds during a call, in MB, from the profiler's record.
 """
 
 import argparse
+import itertools
 import math
 import os
 import random
@@ -22,6 +26,7 @@ warnings.filterwarnings("ignore")
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.profiler import ProfilerActivity, profile
 
 import funcprecond as fp
 
@@ -157,6 +162,39 @@ def ours(model, batch, v, stack):
     }
 
 
+def ours_compiled(model, batch, v, stack):
+    problem = fp.problem(model, fp.losses.cross_entropy)
+    params = problem.params
+    products = {
+        "Hessian, one product": lambda b, v: fp.linearise(problem, params, b).hvp(v),
+        "GGN, one product": lambda b, v: fp.ggn_mv(problem, params, b, v),
+        "empirical Fisher, one product": lambda b, v: fp.fisher_mv(
+            problem, params, b, v, labels="empirical"
+        ),
+    }
+    compiled = {key: torch.compile(f) for key, f in products.items()}
+    return {key: lambda f=f: f(batch, v) for key, f in compiled.items()}
+
+
+def theirs_compiled(model, batch, v, stack):
+    import curvlinops as cl
+
+    base = {"check_deterministic": False, "num_data": len(batch[0])}
+    data, columns = [batch], [x.unsqueeze(-1) for x in v.values()]
+    kinds = {
+        "Hessian, one product": cl.HessianLinearOperator,
+        "GGN, one product": cl.GGNLinearOperator,
+        "empirical Fisher, one product": cl.EFLinearOperator,
+    }
+    calls = {}
+    for key, cls in kinds.items():
+        op = cls(model, nn.CrossEntropyLoss(), list(model.parameters()), data, **base)
+        # The operator's own function of a batch and columns: what a product spends its time in.
+        compiled = torch.compile(op._mp)
+        calls[key] = lambda f=compiled: f(*batch, *columns)
+    return calls
+
+
 def factored_inverse(factored, v):
     return factored.inverse(1e-3, split="equal") @ v
 
@@ -241,11 +279,29 @@ def measure(contenders, reference, rounds):
     return {key: statistics.median(x) for key, x in ratios.items()}
 
 
+def peak(call):
+    """MB that torch's allocator holds at most beyond what it held before the call."""
+    call()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
+        call()
+    events = [e for e in found.profiler.kineto_results.events() if e.name() == "[memory]"]
+    held = itertools.accumulate(e.nbytes() for e in sorted(events, key=lambda e: e.start_ns()))
+    return max(held, default=0) / 2**20
+
+
+SIDES = {
+    "eager": (ours, theirs),
+    "memory": (ours, theirs),
+    "compiled": (ours_compiled, theirs_compiled),
+}
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--problems", default="mlp,cnn,encoder")
     parser.add_argument("--only", default="", help="part of the operations' names")
+    parser.add_argument("--what", default="eager", choices=SIDES)
     args = parser.parse_args()
     torch.set_num_threads(1)
     makers = {"mlp": mlp, "cnn": cnn, "encoder": encoder}
@@ -253,17 +309,22 @@ def main():
     table: dict[str, dict[str, tuple[float, float]]] = {}
     for name in names:
         model, batch, v, stack = work(makers[name])
-        sides = {"ours": ours(model, batch, v, stack), "theirs": theirs(model, batch, v, stack)}
+        sides = zip(("ours", "theirs"), SIDES[args.what], strict=True)
         calls = {
             (side, key): call
-            for side, of_side in sides.items()
-            for key, call in of_side.items()
-            if args.only in key
+            for side, make in sides
+            for key, call in make(model, batch, v, stack).items()
+            # What is kept is not seen between two calls.
+            if args.only in key and not (args.what == "memory" and "kept" in key)
         }
-        found = measure(calls, gradient(model, batch), args.rounds)
+        if args.what == "memory":
+            found = {key: peak(call) for key, call in calls.items()}
+        else:
+            found = measure(calls, gradient(model, batch), args.rounds)
         for _, key in calls:
             table.setdefault(key, {})[name] = (found["ours", key], found["theirs", key])
-    print(f"torch {torch.__version__}, one thread, CPU time, {args.rounds} rounds; in gradients")
+    unit = "MB" if args.what == "memory" else f"CPU time, {args.rounds} rounds; in gradients"
+    print(f"torch {torch.__version__}, one thread, {args.what}, {unit}")
     print("| operation | " + " | ".join(f"{n}: ours | curvlinops | ratio" for n in names) + " |")
     print("|---" * (1 + 3 * len(names)) + "|")
     over = []
