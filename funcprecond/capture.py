@@ -30,6 +30,7 @@ from torch.overrides import TorchFunctionMode
 
 from funcprecond import random, tree
 from funcprecond.convolution import convolve
+from funcprecond.draws import DRAWS, DROPOUTS, RECURRENT, dropout, recurrent_options
 from funcprecond.second_derivatives import gelu, layer_norm
 
 __all__ = ["Call", "Capture"]
@@ -69,7 +70,6 @@ _TRANSPOSES = {
     torch.Tensor.T.__get__,  # pyright: ignore[reportAttributeAccessIssue]
     torch.Tensor.mT.__get__,  # pyright: ignore[reportAttributeAccessIssue]
 }
-_RECURRENT = (torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu)
 _METADATA = {
     torch.Tensor.dim,
     torch.Tensor.size,
@@ -90,74 +90,6 @@ _METADATA = {
             "is_cuda",
         ]
     ),
-}
-# Which axes of the input share one mask entry: none, or all beyond the channels.
-_DROPOUTS = {
-    F.dropout: "entry",
-    F.dropout1d: "channel",
-    F.dropout2d: "channel",
-    F.dropout3d: "channel",
-    F.alpha_dropout: "alpha",
-    F.feature_alpha_dropout: "channel alpha",
-}
-
-
-def _always(args, kwargs) -> bool:
-    return True
-
-
-def _in_training(index: int, name: str) -> Callable:
-    def draws(args, kwargs) -> bool:
-        return bool(args[index] if len(args) > index else kwargs.get(name, False))
-
-    return draws
-
-
-def _recurrent_options(args) -> tuple[int, float, bool]:
-    """(layers, dropout, training) of a recurrent network: they follow its first flag."""
-    bias = next(i for i, a in enumerate(args) if isinstance(a, bool))
-    return args[bias + 1 : bias + 4]
-
-
-def _between_layers(args, kwargs) -> bool:
-    layers, p, training = _recurrent_options(args)
-    return layers > 1 and p > 0 and training
-
-
-# Whether a call draws random numbers; functions written in Python hide the draws inside of them.
-_ALWAYS_DRAW = {
-    torch.rand_like,
-    torch.randn_like,
-    torch.randint_like,
-    torch.bernoulli,
-    torch.Tensor.bernoulli_,
-    torch.Tensor.normal_,
-    torch.Tensor.uniform_,
-    torch.rand,
-    torch.randn,
-    torch.randint,
-    torch.randperm,
-    torch.normal,
-    torch.multinomial,
-    torch.poisson,
-    torch.Tensor.random_,
-    torch.Tensor.exponential_,
-    torch.Tensor.geometric_,
-    torch.Tensor.log_normal_,
-    torch.Tensor.cauchy_,
-    F.gumbel_softmax,
-    F.fractional_max_pool2d,
-    F.fractional_max_pool2d_with_indices,
-    F.fractional_max_pool3d,
-    F.fractional_max_pool3d_with_indices,
-}
-_DRAWS = dict.fromkeys(_ALWAYS_DRAW, _always) | {
-    F.rrelu: _in_training(3, "training"),
-    torch.dropout: _in_training(2, "train"),
-    torch.alpha_dropout: _in_training(2, "train"),
-    torch.feature_dropout: _in_training(2, "train"),
-    torch.feature_alpha_dropout: _in_training(2, "train"),
-    **dict.fromkeys(_RECURRENT, _between_layers),
 }
 
 
@@ -223,9 +155,9 @@ class Capture(TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if func in _DROPOUTS:
-            return self._dropout(func, *args, **kwargs)
-        if func in _DRAWS and _DRAWS[func](args, kwargs):
+        if func in DROPOUTS:
+            return dropout(func, self._mask, *args, **kwargs)
+        if func in DRAWS and DRAWS[func](args, kwargs):
             msg = (
                 f"the model draws random numbers by {func.__name__}, which no generator controls "
                 "here: use dropout, or make the random numbers part of the batch"
@@ -238,7 +170,7 @@ class Capture(TorchFunctionMode):
             return self._attention(func, *args, **kwargs)
         if func in (F.embedding, F.embedding_bag):
             args, kwargs = _pure_embedding(func, args, kwargs)
-        if func in _RECURRENT and (self.twice or not _recurrent_options(args)[2]):
+        if func in RECURRENT and (self.twice or not recurrent_options(args)[2]):
             # cuDNN's have no second derivative, and in eval mode no first one.
             with torch.backends.cudnn.flags(enabled=False):
                 return self._call(func, args, kwargs)
@@ -329,22 +261,6 @@ class Capture(TorchFunctionMode):
         self.drawn += 1
         return self.masks[self.drawn - 1]
 
-    def _dropout(self, func, input, p=0.5, training=True, inplace=False):
-        if not training or p == 0.0:
-            return input
-        if p == 1.0:
-            return input * 0.0
-        shape = tuple(input.shape)
-        if "channel" in _DROPOUTS[func]:
-            shape = shape[:2] + (1,) * (input.ndim - 2)
-        kept = self._mask(shape, p, input).to(input.dtype)
-        if "alpha" not in _DROPOUTS[func]:
-            return input * kept / (1 - p)
-        # Dropped entries take SELU's negative saturation value; a and b restore mean and variance.
-        saturation = -1.7580993408473766
-        a = ((1 - p) * (1 + p * saturation**2)) ** -0.5
-        return a * (input * kept + saturation * (1 - kept)) - a * saturation * p
-
     def _attention(
         self, func, query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, **kwargs
     ):
@@ -364,7 +280,7 @@ class Capture(TorchFunctionMode):
         if attn_mask is not None:
             is_bool = attn_mask.dtype == torch.bool
             scores = scores.masked_fill(~attn_mask, -torch.inf) if is_bool else scores + attn_mask
-        return self._dropout(F.dropout, scores.softmax(-1), dropout_p) @ value
+        return dropout(F.dropout, self._mask, scores.softmax(-1), dropout_p) @ value
 
 
 def _pure_embedding(func, args, kwargs) -> tuple[tuple, dict]:

@@ -1,0 +1,110 @@
+"""Which of torch's functions draw random numbers, and dropout by masks that are given."""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+__all__ = ["DRAWS", "DROPOUTS", "RECURRENT", "dropout", "recurrent_options"]
+
+RECURRENT = (torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu)
+# Which axes of the input share one mask entry: none, or all beyond the channels.
+DROPOUTS = {
+    F.dropout: "entry",
+    F.dropout1d: "channel",
+    F.dropout2d: "channel",
+    F.dropout3d: "channel",
+    F.alpha_dropout: "alpha",
+    F.feature_alpha_dropout: "channel alpha",
+}
+
+
+def _always(args, kwargs) -> bool:
+    return True
+
+
+def _in_training(index: int, name: str) -> Callable:
+    def draws(args, kwargs) -> bool:
+        return bool(args[index] if len(args) > index else kwargs.get(name, False))
+
+    return draws
+
+
+def recurrent_options(args) -> tuple[int, float, bool]:
+    """(layers, dropout, training) of a recurrent network: they follow its first flag."""
+    bias = next(i for i, a in enumerate(args) if isinstance(a, bool))
+    return args[bias + 1 : bias + 4]
+
+
+def _between_layers(args, kwargs) -> bool:
+    layers, p, training = recurrent_options(args)
+    return layers > 1 and p > 0 and training
+
+
+# Whether a call draws random numbers; functions written in Python hide the draws inside of them.
+_ALWAYS_DRAW = {
+    torch.rand_like,
+    torch.randn_like,
+    torch.randint_like,
+    torch.bernoulli,
+    torch.Tensor.bernoulli_,
+    torch.Tensor.normal_,
+    torch.Tensor.uniform_,
+    torch.rand,
+    torch.randn,
+    torch.randint,
+    torch.randperm,
+    torch.normal,
+    torch.multinomial,
+    torch.poisson,
+    torch.Tensor.random_,
+    torch.Tensor.exponential_,
+    torch.Tensor.geometric_,
+    torch.Tensor.log_normal_,
+    torch.Tensor.cauchy_,
+    F.gumbel_softmax,
+    F.fractional_max_pool2d,
+    F.fractional_max_pool2d_with_indices,
+    F.fractional_max_pool3d,
+    F.fractional_max_pool3d_with_indices,
+}
+DRAWS = dict.fromkeys(_ALWAYS_DRAW, _always) | {
+    F.rrelu: _in_training(3, "training"),
+    torch.dropout: _in_training(2, "train"),
+    torch.alpha_dropout: _in_training(2, "train"),
+    torch.feature_dropout: _in_training(2, "train"),
+    torch.feature_alpha_dropout: _in_training(2, "train"),
+    **dict.fromkeys(RECURRENT, _between_layers),
+}
+
+
+def dropout(
+    function: Callable,
+    mask: Callable[[tuple[int, ...], float, Tensor], Tensor],
+    input: Tensor,
+    p: float = 0.5,
+    training: bool = True,
+    inplace: bool = False,
+) -> Tensor:
+    """``function(input, p, training, inplace)``, one of :data:`DROPOUTS`, and never in place.
+
+    Args:
+        function: which dropout.
+        mask: ``(shape, p, like) -> booleans``, True where an entry is kept.
+        input, p, training, inplace: its own arguments.
+    """
+    if not training or p == 0.0:
+        return input
+    if p == 1.0:
+        return input * 0.0
+    shape = tuple(input.shape)
+    if "channel" in DROPOUTS[function]:
+        shape = shape[:2] + (1,) * (input.ndim - 2)
+    kept = mask(shape, p, input).to(input.dtype)
+    if "alpha" not in DROPOUTS[function]:
+        return input * kept / (1 - p)
+    # Dropped entries take SELU's negative saturation value; a and b restore mean and variance.
+    saturation = -1.7580993408473766
+    a = ((1 - p) * (1 + p * saturation**2)) ** -0.5
+    return a * (input * kept + saturation * (1 - kept)) - a * saturation * p
