@@ -8,7 +8,7 @@ only file that touches torch's pytree registry.
 
 import dataclasses
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar, dataclass_transform
 
 import torch
@@ -20,7 +20,6 @@ Vector = dict[str, Tensor]
 
 __all__ = [
     "add",
-    "chunks",
     "dot",
     "flatten",
     "from_dict",
@@ -105,21 +104,6 @@ def multi_tensor(*values: Iterable[Any]) -> bool:
     tensors = [x for row in values for x in row if isinstance(x, Tensor)]
     recorded = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
     return len(tensors) > 0 and not recorded
-
-
-def chunks(tensors: Sequence[Tensor], entries: int = 2**16) -> list[slice]:
-    """Runs of neighbours to take through several operations together.
-
-    On a CPU those of about ``entries`` entries, which stay in its cache from one operation to the
-    next; elsewhere all, for the fewest launches.
-    """
-    starts, room = [0], entries
-    for i, x in enumerate(tensors):
-        if x.device.type == "cpu" and room < x.numel() and i > starts[-1]:
-            starts.append(i)
-            room = entries
-        room -= x.numel()
-    return [slice(a, b) for a, b in zip(starts, [*starts[1:], len(tensors)], strict=True)]
 
 
 def write_over(old: T, new: T) -> T:

@@ -1,10 +1,8 @@
-import itertools
 import pickle
 
 import pytest
 import torch
 from hypothesis import given
-from hypothesis import strategies as st
 from torch import Tensor
 
 import funcprecond as fp
@@ -198,20 +196,6 @@ def test_many_at_once_is_not_for_transforms_nor_where_autograd_records():
     torch.vmap(lambda y: seen.append(tree.multi_tensor([y])) or y)(x)
     torch.func.grad(lambda y: seen.append(tree.multi_tensor([x])) or y.sum())(x)
     assert seen == [False, False]
-
-
-@given(st.lists(st.integers(0, 9)), st.integers(1, 12))
-def test_chunks_are_runs_of_neighbours_within_a_size(sizes, entries):
-    tensors = [torch.zeros(n) for n in sizes]
-    parts = [sizes[i] for i in tree.chunks(tensors, entries)]
-    assert [n for part in parts for n in part] == sizes
-    assert all(sum(part) <= entries or len(part) == 1 for part in parts)
-    # As few as neighbours allow: the next chunk's first did not fit.
-    assert all(sum(a) + b[0] > entries for a, b in itertools.pairwise(parts))
-
-
-def test_chunks_on_another_device_are_one():
-    assert tree.chunks([torch.zeros(9, device="meta")] * 3, 1) == [slice(0, 3)]
 
 
 def test_writing_over_keeps_the_tensors_and_takes_the_values():
