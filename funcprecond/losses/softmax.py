@@ -35,20 +35,21 @@ class CrossEntropy(Loss):
 
     def __call__(self, outputs: Tensor, targets: Tensor) -> Tensor:
         self._check(outputs, targets)
-        logits = outputs.movedim(self.class_dim, -1)
-        labels = targets
-        if targets.is_floating_point():
-            labels = targets.movedim(self.class_dim, -1).reshape(-1, logits.shape[-1])
-        else:
-            labels = targets.reshape(-1)
+        soft = targets.is_floating_point()
         return F.cross_entropy(
-            logits.reshape(-1, logits.shape[-1]),
-            labels,
+            self._rows(outputs),
+            self._rows(targets) if soft else targets.reshape(-1),
             weight=self.weight,
             ignore_index=self.ignore_index,
             label_smoothing=self.label_smoothing,
             reduction=self.reduction,
         )
+
+    def _rows(self, x: Tensor) -> Tensor:
+        """(terms, C)."""
+        if x.ndim == 2:
+            return x
+        return x.movedim(self.class_dim, -1).reshape(-1, x.shape[self.class_dim])
 
     def constant(self, outputs: Tensor, targets: Tensor) -> Tensor:
         if self.reduction == "sum":
