@@ -64,7 +64,8 @@ def hessian_free(
     Args:
         curvature: "ggn", or "hessian", whose CG ends where it meets negative curvature.
         damping: λ to start from, in the loss's units.
-        adapt: whether λ follows Levenberg and Marquardt's rule.
+        adapt: whether λ follows Levenberg and Marquardt's rule. It asks how well the model predicts
+            this batch, which says little of the others where batches are small: λ falls too far.
         max_iter, rule, tol: when CG ends, see :func:`funcprecond.solver.cg.cg`. ``torch.compile``
             unrolls all iterations: take a small ``max_iter`` there.
         zeta: the warm start is this times the last solution.
@@ -211,6 +212,6 @@ CARDS = (
         hessian_free,
         learning_rate=1.0,
         momentum=True,
-        options={"damping": 10.0, "max_iter": 10, "trials": 20},
+        options={"damping": 0.1, "adapt": False, "max_iter": 10, "trials": 20},
     ),
 )
