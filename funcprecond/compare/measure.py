@@ -37,9 +37,10 @@ class Loop:
 
     def __init__(self, setting: Setting, method: str, interval: int | None, data: Data) -> None:
         self.device = torch.device(setting.device)
-        self.model = TASKS[setting.task].model(data, 0, self.device)
+        task = TASKS[setting.task]
+        self.model = task.model(data, 0, self.device)
         self.problem = fp.problem(self.model, fp.losses.cross_entropy)
-        self.transform = recipe(method, CARDS[method].learning_rate, interval)
+        self.transform = recipe(method, CARDS[method].learning_rate, interval, task.ends)
         self.step = fp.make_step(self.problem, self.transform, compile=False)
         self.params = self.problem.params
         self.state = self.transform.init(self.params)

@@ -1,7 +1,7 @@
 """How the comparison puts a method into a training step: the one place where its rules stand."""
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import funcprecond as fp
@@ -20,6 +20,10 @@ WITHOUT_MOMENTUM = {
     "lbfgs": "its secant pairs assume that the step taken is its own direction",
     "hessian_free": "solves each step to the end, starting from the last solution",
 }
+
+# Made for hidden matrices: vectors, and what a network starts and ends with, go to Adam at its own
+# card's learning rate, as their users do.
+FOR_HIDDEN_MATRICES = ("muon",)
 
 
 def builder(method: str) -> Callable[..., Transform]:
@@ -56,15 +60,22 @@ def options(method: str, interval: int | None) -> dict[str, Any]:
     return chosen
 
 
-def recipe(method: str, learning_rate: float, interval: int | None) -> Transform:
+def recipe(
+    method: str, learning_rate: float, interval: int | None, ends: Sequence[str] = ()
+) -> Transform:
     """The whole transform: method, momentum where it has none of its own, learning rate.
 
     Args:
         method: name in `CARDS`.
         learning_rate: multiplies the direction.
         interval: see `options`.
+        ends: the task's, for a method that leaves those parameters to Adam.
     """
     parts = [builder(method)(**options(method, interval))]
     if momentum(method):
         parts.append(fp.momentum(momentum(method)))
-    return fp.chain(*parts, fp.scale(learning_rate))
+    whole = fp.chain(*parts, fp.scale(learning_rate))
+    if method not in FOR_HIDDEN_MATRICES:
+        return whole
+    adam = fp.chain(builder("adam")(), fp.scale(CARDS["adam"].learning_rate))
+    return fp.partition(fp.muon_rules(*ends), muon=whole, adam=adam)

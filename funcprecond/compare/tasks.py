@@ -23,6 +23,8 @@ class Task:
         metric: "accuracy" (higher is better) or "loss" (lower is better, in nats).
         steps: steps of one training run.
         batch_size: examples in a batch where the command line names none.
+        ends: patterns of the parameters that the network starts and ends with, where their names do
+            not tell (:func:`funcprecond.muon_rules`).
     """
 
     name: str
@@ -32,6 +34,7 @@ class Task:
     metric: str
     steps: int
     batch_size: int
+    ends: tuple[str, ...]
 
     @property
     def higher_is_better(self) -> bool:
@@ -54,6 +57,7 @@ TASKS = {
             metric="accuracy",
             steps=150,
             batch_size=128,
+            ends=("4.*",),
         ),
         Task(
             name="digits-convnet",
@@ -63,6 +67,7 @@ TASKS = {
             metric="accuracy",
             steps=150,
             batch_size=128,
+            ends=("10.*",),
         ),
         Task(
             name="char-lm",
@@ -72,6 +77,7 @@ TASKS = {
             metric="loss",
             steps=300,
             batch_size=16,
+            ends=("token.*", "position.*"),
         ),
     )
 }

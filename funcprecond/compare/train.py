@@ -44,7 +44,7 @@ def train(
     task = TASKS[setting.task]
     device = torch.device(setting.device)
     problem = fp.problem(task.model(data, seed, device), fp.losses.cross_entropy)
-    transform = recipe(setting.method, learning_rate, setting.interval)
+    transform = recipe(setting.method, learning_rate, setting.interval, task.ends)
     step = fp.make_step(problem, transform, compile=False)
     params = problem.params
     state = transform.init(params)

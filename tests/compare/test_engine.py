@@ -11,6 +11,7 @@ from funcprecond import taxonomy
 from funcprecond.compare import engine as engine_module
 from funcprecond.compare import plan, recipe, summary
 from funcprecond.compare.engine import sentence
+from funcprecond.compare.tasks import TASKS
 from funcprecond.compare.train import train
 from funcprecond.transform import stateless
 
@@ -147,6 +148,20 @@ def test_momentum_follows_every_method_that_has_none(digits):
     state = recipe.recipe("sgd", 0.1, None).init({"w": torch.zeros(3)})
     plain = fp.chain(fp.sgd(), fp.scale(0.1)).init({"w": torch.zeros(3)})
     assert len(state) == len(plain) + 1
+
+
+@pytest.mark.parametrize("task", TASKS.values(), ids=lambda task: task.name)
+def test_muon_gets_the_hidden_matrices_of_every_task_and_adam_the_rest(task):
+    network = task.network(10)
+    params = {k: p.detach() for k, p in network.named_parameters()}
+    routed = fp.assign(fp.muon_rules(*task.ends), params).labels
+    last = next(k for k in reversed(params) if k.endswith("weight"))
+    assert routed[last] == "adam"
+    hidden = {k for k, label in routed.items() if label == "muon"}
+    assert hidden
+    assert all(params[k].ndim > 1 for k in hidden)
+    state = recipe.recipe("muon", 0.1, None, task.ends).init(params)
+    assert state.inner["muon"][0].momentum.keys() == hidden
 
 
 def test_a_planned_method_cannot_be_built(monkeypatch):

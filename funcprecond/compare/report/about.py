@@ -6,7 +6,7 @@ from datetime import datetime
 from funcprecond.compare.data import Data
 from funcprecond.compare.engine import Engine
 from funcprecond.compare.plan import environment
-from funcprecond.compare.recipe import MOMENTUM, WARM_UP, momentum, options
+from funcprecond.compare.recipe import FOR_HIDDEN_MATRICES, MOMENTUM, WARM_UP, momentum, options
 from funcprecond.compare.tasks import Task
 
 
@@ -37,6 +37,11 @@ def about(engine: Engine, data: Data, task: Task) -> dict[str, str]:
         ),
         "momentum": f"{MOMENTUM} after every method"
         + (f" but {', '.join(without)}" if without else ""),
+        **(
+            {"with Adam": f"{', '.join(routed)}: for hidden matrices, the rest goes to adam"}
+            if (routed := [method for method in methods if method in FOR_HIDDEN_MATRICES])
+            else {}
+        ),
         "warm-up": f"methods with an interval refresh at each of the first {WARM_UP} steps",
         "options": "; ".join(f"{method}: {text}" for method, text in settings.items() if text)
         or "the methods' defaults",
