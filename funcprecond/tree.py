@@ -21,6 +21,7 @@ Vector = dict[str, Tensor]
 __all__ = [
     "add",
     "dot",
+    "fill",
     "flatten",
     "from_dict",
     "in_transform",
@@ -156,6 +157,11 @@ def _foreach(name: str, x: Vector, other: Any, **kwargs: Any) -> Vector:
     else:
         values = getattr(torch, f"_foreach_{name}")(tensors, other, **kwargs)
     return dict(zip(x, values, strict=True))
+
+
+def fill(x: Vector, like: Vector) -> Vector:
+    """``x`` with the keys and dtypes of ``like``, zero where it has no entry."""
+    return {k: x[k].to(v.dtype) if k in x else torch.zeros_like(v) for k, v in like.items()}
 
 
 def dot(x: Vector, y: Vector) -> Tensor:

@@ -33,15 +33,9 @@ class GGNForm(Need):
 
 def _form(evaluation: Evaluation, vectors: Sequence[Params]) -> Tensor:
     loss, outputs, targets = evaluation.problem.loss, evaluation.outputs, evaluation.targets
-    pushed = [evaluation.jvp(_whole(v, evaluation.params)) for v in vectors]
+    pushed = [evaluation.jvp(tree.fill(v, evaluation.params)) for v in vectors]
     curved = [loss.hessian_product(outputs, targets, u) for u in pushed]
     return torch.stack([torch.stack([_dot(u, c) for c in curved]) for u in pushed])
-
-
-def _whole(vector: Params, params: Params) -> Params:
-    return {
-        k: vector[k].to(p.dtype) if k in vector else torch.zeros_like(p) for k, p in params.items()
-    }
 
 
 def _dot(x: Any, y: Any) -> Tensor:

@@ -115,32 +115,34 @@ def _call_with(params: Params, call: Call, x: Tensor) -> Tensor:
 
 
 def _examples_are_apart(evaluation: Evaluation) -> bool:
-    """Whether the first example alone makes the same calls, and has the outputs it has among all.
+    """Whether the first and the last example alone make the same calls and outputs as among all.
 
-    Nothing else tells that a model which is a plain function does not couple its examples.
+    Nothing else tells that a model which is a plain function does not couple its examples; the last
+    one tells of a model in which each example depends on those before it.
     """
-    count = evaluation.count
-    if evaluation.problem.couples_examples():
+    count, shapes = evaluation.count, [call.shape for call in evaluation.calls]
+    if evaluation.problem.couples_examples() or any(s[:1] != (count,) for s in shapes):
         return False
+    return all(_is_alone(evaluation, shapes, i) for i in {0, count - 1})
+
+
+def _is_alone(evaluation: Evaluation, shapes: Sequence[tuple[int, ...]], index: int) -> bool:
+    count, one = evaluation.count, slice(index, index + 1)
     inputs = tree.map(
-        lambda x: x[:1] if isinstance(x, Tensor) and x.ndim and x.shape[0] == count else x,
+        lambda x: x[one] if isinstance(x, Tensor) and x.ndim and x.shape[0] == count else x,
         evaluation.inputs,
     )
     params = renamed(evaluation.params)
-    capture = Capture(params, lambda z: z, tuple(m[:1] for m in evaluation.masks))
+    capture = Capture(params, lambda z: z, tuple(m[one] for m in evaluation.masks))
     try:
         with torch.no_grad(), capture:
             alone, _ = evaluation.problem.forward(params, evaluation._buffers, inputs)
     except Exception:
+        # A model that cannot run on one example, for whatever reason, cannot be asked.
         return False
-    shapes = [call.shape for call in evaluation.calls]
-    return (
-        all(shape[:1] == (count,) for shape in shapes)
-        and [call.shape for call in capture.calls] == [(1, *shape[1:]) for shape in shapes]
-        and all(
-            torch.allclose(x, y[:1], rtol=0, atol=float(_rounding(y)), equal_nan=True)
-            for x, y in zip(tree.leaves(alone), tree.leaves(evaluation.outputs), strict=True)
-        )
+    return [call.shape for call in capture.calls] == [(1, *s[1:]) for s in shapes] and all(
+        torch.allclose(x, y[one], rtol=0, atol=float(_rounding(y)), equal_nan=True)
+        for x, y in zip(tree.leaves(alone), tree.leaves(evaluation.outputs), strict=True)
     )
 
 

@@ -1,9 +1,8 @@
 r"""Layer-wise Kronecker factors: output gradients ⊗ inputs.
 
 A layer's block of the Fisher matrix is approximated by ``left ⊗ right``, one factor for each axis
-of
-its weight: for a linear layer ``[W | b]`` of shape (o, i + 1) these are the second moments of the
-output gradients, ``left = scale Σ g g^T``, and of the inputs, ``right = mean [a, 1] [a, 1]^T``.
+of its weight: for a linear layer ``[W | b]`` of shape (o, i + 1) these are the second moments of
+the output gradients, ``left = scale Σ g g^T``, and of the inputs, ``right = mean [a, 1] [a, 1]^T``.
 Only the product has meaning; it has the scale of the loss.
 """
 
@@ -30,8 +29,7 @@ class KroneckerIO:
     """Kronecker factors of every layer, and what stands in where there is no such layer.
 
     Empty until the first measurement, since layers are found by running the model. All but
-    ``weight``
-    are totals: divided by it they are the averages.
+    ``weight`` are totals: divided by it they are the averages.
 
     Attributes:
         left: for each block ``"weight+bias"`` (or ``"weight"``) the factor of the weight's axis 0:

@@ -285,11 +285,7 @@ def within(operator: Operator, params: Params, names: Sequence[str]) -> Operator
     """
 
     def block(vector: Params) -> Params:
-        whole = {
-            k: vector[k].to(p.dtype) if k in vector else torch.zeros_like(p)
-            for k, p in params.items()
-        }
-        product = operator(whole)
+        product = operator(tree.fill(vector, params))
         return {k: product[k].to(vector[k].dtype) for k in names}
 
     return block

@@ -13,8 +13,7 @@ def clip_norm(limit: float | Tensor) -> Transform:
     """Shrink the direction so that its norm over all parameters is at most ``limit``.
 
     First in a chain it clips the gradient, after the preconditioner the step. A direction that is
-    not
-    finite stays so: see :func:`funcprecond.skip_nonfinite`.
+    not finite stays so: see :func:`funcprecond.skip_nonfinite`.
     """
 
     def clip(grads: Params) -> Params:

@@ -3,8 +3,7 @@
     PYTHONPATH=<a checkout of kazukiosawa/asdl> python tests/benchmarks/against_asdl.py [--compiled]
 
 An MLP 784-512-512-10, batch 128, cross-entropy, momentum 0.9; process CPU time on one thread; the
-contenders take turns. A sample is one whole interval, of SGD ten steps; with interval 1 after an
-untimed step, so that the other contender's memory is no longer in the cache. The ratios of medians
+contenders take turns, and a sample is one whole interval, of SGD ten steps. The ratios of medians
 are what counts.
 """
 
@@ -134,14 +133,15 @@ def main():
     parser.add_argument("--intervals", default="1,10")
     parser.add_argument("--compiled", action="store_true", help="also our step compiled")
     parser.add_argument(
-        "--cold-heap",
+        "--settled",
         action="store_true",
-        help="leave the C library as it starts: it hands freed memory back to the system, to be "
-        "faulted in again, until a large block has been freed once, as in loading any data set",
+        help="as within a long training run: a large block has been freed once, after which the C "
+        "library keeps what is freed, and with interval 1 an untimed step comes first, so that the "
+        "other contender's memory is no longer in the cache",
     )
     args = parser.parse_args()
     torch.set_num_threads(1)
-    if not args.cold_heap:
+    if args.settled:
         torch.empty(2**24, dtype=torch.uint8)
     data = batches(10)
     print(f"torch {torch.__version__}, one thread, CPU time, {args.rounds} rounds")
@@ -158,7 +158,7 @@ def main():
             repeat = interval if name != "sgd" else 10
             for r in range(args.rounds + 1):
                 for key, step in contenders.items():
-                    if interval == 1:
+                    if args.settled and interval == 1:
                         step(data[r % len(data)])
                     start = time.process_time()
                     for i in range(repeat):

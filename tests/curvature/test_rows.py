@@ -96,3 +96,12 @@ def test_plain_functions(case):
     operator = fp.Fisher(toy.problem, toy.params, toy.batch, labels="empirical")
     assert_close(operator.to_dense(), c * g.T @ g, rtol=1e-9)
     assert (by_layer(toy.problem, toy.batch) is not None) == known
+
+
+@pytest.mark.parametrize("couple", [lambda h: h.cumsum(0), lambda h: h.flip(0).cumsum(0).flip(0)])
+def test_examples_that_depend_on_earlier_or_on_later_ones_are_not_taken_apart(couple):
+    """The first example alone, or the last, has the outputs that it has among all."""
+    params = {"w": normal((3, 3))}
+    problem = fp.problem(lambda p, x: couple(x @ p["w"]), fp.losses.cross_entropy, params=params)
+    batch = (normal((4, 3)), torch.tensor([0, 2, 1, 1]))
+    assert by_layer(problem, batch) is None
