@@ -113,6 +113,15 @@ def _without_dispatch(function: Callable) -> Callable:
 
 
 _COMPOSITES = {F.multi_head_attention_forward: _without_dispatch(F.multi_head_attention_forward)}
+_EMBEDDINGS = {F.embedding, F.embedding_bag}
+_SPECIAL = {
+    *DROPOUTS,
+    *DRAWS,
+    *RECURRENT,
+    *_COMPOSITES,
+    *_EMBEDDINGS,
+    F.scaled_dot_product_attention,
+}
 
 
 class Capture(TorchFunctionMode):
@@ -155,6 +164,9 @@ class Capture(TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
+        # Most functions are nothing special, and are passed on after this one look.
+        if func not in _SPECIAL:
+            return self._call(func, args, kwargs)
         if func in DROPOUTS:
             return dropout(func, self._mask, *args, **kwargs)
         if func in DRAWS and DRAWS[func](args, kwargs):
@@ -168,7 +180,7 @@ class Capture(TorchFunctionMode):
                 return _COMPOSITES[func](*args, **kwargs)
         if func is F.scaled_dot_product_attention:
             return self._attention(func, *args, **kwargs)
-        if func in (F.embedding, F.embedding_bag):
+        if func in _EMBEDDINGS:
             args, kwargs = _pure_embedding(func, args, kwargs)
         if func in RECURRENT and (self.twice or not recurrent_options(args)[2]):
             # cuDNN's have no second derivative, and in eval mode no first one.

@@ -5,8 +5,8 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from funcprecond import tree
 from funcprecond.losses import Loss, as_loss
@@ -96,13 +96,17 @@ def problem(
         A :class:`Problem`.
 
     Raises:
-        TypeError: ``model`` or ``loss`` is not callable, or a module was given with ``params``.
+        TypeError: ``model`` or ``loss`` is not callable, a module was given with ``params``, or it
+            is one that hides the modules within (scripted, ``nn.DataParallel``).
         ValueError: a trainable parameter is not floating point, or has no storage yet.
     """
     loss = as_loss(loss)
     if isinstance(model, nn.Module):
         if params is not None:
             msg = "a module brings its own params: pass params= only with a plain function"
+            raise TypeError(msg)
+        if isinstance(model, (torch.jit.ScriptModule, nn.DataParallel)):
+            msg = f"the layers of a {type(model).__name__} cannot be seen: pass the module in it"
             raise TypeError(msg)
         return _from_module(model, loss, split)
     if not callable(model):
@@ -127,43 +131,54 @@ def _from_module(model: nn.Module, loss: Loss, split: Callable) -> Problem:
     start_buffers = {k: b.detach().clone() for k, b in model.named_buffers()}
     # A set of its own: a compiler would guard on ``params is start``, and compile the second step
     # anew.
-    names = frozenset(start)
-    first = {id(x): k for k, x in (*named.items(), *model.named_buffers())}
-    tied = {k: first[id(x)] for k, x in _slots(model).items() if first[id(x)] != k}
+    names, buffer_names = frozenset(start), frozenset(start_buffers)
+    # One name for all places of a tied tensor. Found once: torch's ``functional_call`` would search
+    # the module for them at each call, which a small step feels.
+    name_of = {id(x): name for name, x in (*named.items(), *model.named_buffers())}
+    places = [(*place, name_of[id(x)]) for place, x in _places(model)]
 
     def forward(params, buffers, inputs):
-        if params.keys() != names:
-            missing, unknown = names - params.keys(), params.keys() - names
-            msg = (
-                f"params do not fit the model: missing {sorted(missing) or 'none'}, "
-                f"unknown {sorted(unknown) or 'none'}"
-            )
-            raise KeyError(msg)
+        _fit("params", params, names)
+        _fit("buffers", buffers, buffer_names)
         # Layers write into the buffers they are given: into clones, made where a transform sees
         # them.
         fresh = {k: b.clone() for k, b in buffers.items()}
         tensors = {**frozen, **params, **fresh}
-        tensors |= {k: tensors[owner] for k, owner in tied.items()}
         args, kwargs = _arguments(inputs)
-        # Names and ties are settled above, once; torch would search the module for them at each
-        # call.
-        return functional_call(model, tensors, args, kwargs, tie_weights=False), fresh
+        own = [held[key] for held, key, _ in places]
+        try:
+            for held, key, name in places:
+                held[key] = tensors[name]
+            outputs = model(*args, **kwargs)
+            # A layer may also put a new tensor in a buffer's place.
+            fresh |= {name: held[key] for held, key, name in places if name in fresh}
+        finally:
+            for (held, key, _), tensor in zip(places, own, strict=True):
+                held[key] = tensor
+        return outputs, fresh
 
     return Problem(forward, loss, start, start_buffers, split, model)
 
 
-def _slots(model: nn.Module) -> dict[str, Tensor]:
-    """Every place that holds a parameter or a buffer; a module with two names is one place.
+def _fit(what: str, given: Mapping[str, Tensor], names: frozenset[str]) -> None:
+    if given.keys() != names:
+        missing, unknown = names - given.keys(), given.keys() - names
+        msg = (
+            f"{what} do not fit the model: missing {sorted(missing) or 'none'}, "
+            f"unknown {sorted(unknown) or 'none'}"
+        )
+        raise KeyError(msg)
 
-    Swapping a tensor into one place under two names would leave it there: torch restores by name.
-    """
-    return {
-        f"{prefix}.{name}".lstrip("."): tensor
-        for prefix, module in model.named_modules()
+
+def _places(model: nn.Module) -> list[tuple[tuple[dict, str], Tensor]]:
+    """Every place that holds a parameter or a buffer, a dict and a key; and what it holds."""
+    return [
+        ((held, key), tensor)
+        for module in model.modules()
         for held in (module._parameters, module._buffers)
-        for name, tensor in held.items()
+        for key, tensor in held.items()
         if tensor is not None
-    }
+    ]
 
 
 def _arguments(inputs: Any) -> tuple[tuple, dict]:
@@ -191,7 +206,8 @@ def example_count(outputs: Any) -> int:
     Raises:
         ValueError: the outputs have no example axis, or it is empty.
     """
-    first = next(x for x in tree.leaves(outputs) if isinstance(x, Tensor))
+    leaves = [outputs] if isinstance(outputs, Tensor) else tree.leaves(outputs)
+    first = next(x for x in leaves if isinstance(x, Tensor))
     if first.ndim == 0 or first.shape[0] == 0:
         msg = (
             f"the model's outputs have shape {tuple(first.shape)}: axis 0 must count the batch's "

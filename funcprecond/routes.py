@@ -99,9 +99,11 @@ class GraphRun:
         inputs = [*self.leaves.values(), *self.edges]
         everything = self._gradient(self.loss, None, inputs, self._twice, self._keep)
         n = len(self.leaves)
-        self._graph_of_grads = dict(zip(self.leaves, everything[:n], strict=True))
-        grads = {k: g.detach() for k, g in self._graph_of_grads.items()}
-        return grads, [g.detach() for g in everything[n:]]
+        grads = dict(zip(self.leaves, everything[:n], strict=True))
+        if not self._twice:
+            return grads, everything[n:]
+        self._graph_of_grads = grads
+        return detach(grads), [g.detach() for g in everything[n:]]
 
     def pull(self, cotangents):
         return dict(zip(self.leaves, self._pull(cotangents, [*self.leaves.values()]), strict=True))

@@ -79,7 +79,7 @@ def apply(params: Params, direction: Params, rate: float | Tensor = 1.0) -> Para
     if missing:
         msg = f"the direction has no entry for {sorted(missing)}"
         raise KeyError(msg)
-    return tree.add(params, {k: direction[k].to(p.dtype) for k, p in params.items()}, -rate)
+    return tree.add(params, tree.cast(direction, params), -rate)
 
 
 def make_step(

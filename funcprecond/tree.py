@@ -159,6 +159,12 @@ def _foreach(name: str, x: Vector, other: Any, **kwargs: Any) -> Vector:
     return dict(zip(x, values, strict=True))
 
 
+def cast(x: Vector, like: Vector) -> Vector:
+    """``x`` in the keys, their order and the dtypes of ``like``; it may have more entries."""
+    # Not ``to`` alone: in a small step even the calls that return their input would be felt.
+    return {k: x[k] if x[k].dtype == v.dtype else x[k].to(v.dtype) for k, v in like.items()}
+
+
 def fill(x: Vector, like: Vector) -> Vector:
     """``x`` with the keys and dtypes of ``like``, zero where it has no entry."""
     return {k: x[k].to(v.dtype) if k in x else torch.zeros_like(v) for k, v in like.items()}

@@ -116,6 +116,51 @@ def test_buffers_come_back_as_the_modules_own_update_would_be():
     assert_close(evidence.buffers, dict(module.named_buffers()), rtol=1e-14)
 
 
+class Counting(nn.Module):
+    """Puts a new tensor in a buffer's place, and fails on inputs that are all zero."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(3, 2)
+        self.register_buffer("runs", torch.zeros(()))
+
+    def forward(self, x):
+        self.runs = self.runs + 1
+        if not x.any():
+            raise ValueError("nothing to see")
+        return self.layer(x)
+
+
+def test_a_buffer_that_the_model_replaces_comes_back():
+    problem = fp.problem(Counting(), fp.losses.mse)
+    batch, buffers = (normal((4, 3)).float(), torch.zeros(4, 2)), None
+    for runs in (1, 2):
+        buffers = fp.observe(problem, problem.params, batch, buffers=buffers).buffers
+        assert buffers["runs"] == runs
+    assert problem.buffers["runs"] == 0
+
+
+def test_a_run_that_fails_leaves_the_module_as_it_was():
+    module = Counting()
+    problem, before = fp.problem(module, fp.losses.mse), snapshot(module)
+    with pytest.raises(ValueError, match="nothing to see"):
+        problem(problem.params, torch.zeros(4, 3))
+    assert_untouched(module, before)
+
+
+def test_buffers_that_do_not_fit_the_model_are_named():
+    problem = fp.problem(Counting(), fp.losses.mse)
+    with pytest.raises(KeyError, match=r"buffers do not fit the model: missing \['runs'\]"):
+        problem(problem.params, torch.ones(4, 3), buffers={})
+
+
+@pytest.mark.parametrize("wrap", [torch.jit.script, nn.DataParallel])
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+def test_a_module_that_hides_its_layers_is_refused(wrap):
+    with pytest.raises(TypeError, match="pass the module in it"):
+        fp.problem(wrap(nn.Linear(3, 2)), fp.losses.mse)
+
+
 def test_the_mode_is_the_modules_when_it_runs():
     module = initialised(nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4)))
     problem, x = fp.problem(module, fp.losses.mse), normal((5, 3))

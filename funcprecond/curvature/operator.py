@@ -91,9 +91,9 @@ class Operator(abc.ABC):
         if isinstance(other, Operator):
             return Product(self, other)
         stacked = self._is_stack(other)
-        vector = {k: other[k].to(p.dtype) for k, p in self.like.items()}
+        vector = tree.cast(other, self.like)
         product = self.matmat(vector) if stacked else self.matvec(vector)
-        return {k: product[k].to(v.dtype) for k, v in other.items()}
+        return tree.cast(product, other)
 
     # ------------------------------------------------------------------------------------- algebra
     def __add__(self, other: Any) -> "Operator":

@@ -118,8 +118,9 @@ class CrossEntropy(Loss):
         return kept.unsqueeze(-1)
 
     def _check(self, outputs: Tensor, targets: Tensor) -> None:
-        terms = list(outputs.movedim(self.class_dim, -1).shape[:-1])
-        expected = list(outputs.shape) if targets.is_floating_point() else terms
+        expected = list(outputs.shape)
+        if not targets.is_floating_point():
+            del expected[self.class_dim]
         if list(targets.shape) != expected:
             msg = (
                 f"cross_entropy: outputs {tuple(outputs.shape)} with classes on axis "

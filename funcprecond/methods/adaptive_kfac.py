@@ -111,7 +111,7 @@ def adaptive_kfac(
             msg = f"adaptive_kfac needs {curvature} and more: pass the evidence of fp.observe"
             raise MissingEvidence(msg)
         here = {k: evidence.params[k].to(s.dtype) for k, s in state.step.items()}
-        g = tree.add({k: grads[k].to(p.dtype) for k, p in here.items()}, here, l2)
+        g = tree.add(tree.cast(grads, here), here, l2)
         rep, ridge = state.representation, state.damping + l2
         if measure in evidence:
             rep = rep.accumulate(evidence[curvature], decay)

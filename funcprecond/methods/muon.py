@@ -27,6 +27,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from funcprecond import tree
 from funcprecond.problem import Params
 from funcprecond.representation.diagonal import factor_dtype
 from funcprecond.representation.kronecker_dim import axes_of
@@ -112,7 +113,7 @@ def muon(
             factor = factor.mT if rows > columns else factor
             factor = factor.to(ahead[name].dtype) * _scale(adjust, rows, columns)
             direction[name] = factor.reshape(ahead[name].shape)
-        return MuonState(mean), {k: direction[k].to(g.dtype) for k, g in grads.items()}
+        return MuonState(mean), tree.cast(direction, grads)
 
     return gradient_only(init, update)
 

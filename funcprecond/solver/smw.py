@@ -11,6 +11,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from funcprecond import tree
 from funcprecond.problem import Params
 from funcprecond.representation.gram import Gram
 from funcprecond.tree import state
@@ -68,7 +69,7 @@ class SMW:
     def push_through(self, factor: Woodbury, weights: Tensor, like: Params) -> Params:
         """``(U^T U + λ I)^-1 U^T y`` for (R,) weights ``y``, in the dtypes of ``like``."""
         x = factor.rows.rmatvec(_solve(factor, weights))
-        return {k: x[k].to(g.dtype) for k, g in like.items()}
+        return tree.cast(x, like)
 
 
 def _solve(factor: Woodbury, right: Tensor) -> Tensor:

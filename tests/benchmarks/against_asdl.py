@@ -2,9 +2,9 @@
 
     PYTHONPATH=<a checkout of kazukiosawa/asdl> python tests/benchmarks/against_asdl.py [--compiled]
 
-An MLP 784-512-512-10, batch 128, cross-entropy, momentum 0.9; process CPU time on one thread; the
-contenders take turns, and a sample is one whole interval, of SGD ten steps. The ratios of medians
-are what counts.
+An MLP 784-512-512-10, batch 128, cross-entropy, momentum 0.9; process CPU time on one thread. All
+methods of both sides take turns in one process, with another one first each round; a sample is one
+whole interval, of SGD four steps. The ratios of medians are what counts.
 """
 
 import argparse
@@ -132,40 +132,14 @@ def main():
     parser.add_argument("--methods", default=",".join(OURS))
     parser.add_argument("--intervals", default="1,10")
     parser.add_argument("--compiled", action="store_true", help="also our step compiled")
-    parser.add_argument(
-        "--settled",
-        action="store_true",
-        help="as within a long training run: a large block has been freed once, after which the C "
-        "library keeps what is freed, and with interval 1 an untimed step comes first, so that the "
-        "other contender's memory is no longer in the cache",
-    )
     args = parser.parse_args()
     torch.set_num_threads(1)
-    if args.settled:
-        torch.empty(2**24, dtype=torch.uint8)
-    data = batches(10)
     print(f"torch {torch.__version__}, one thread, CPU time, {args.rounds} rounds")
     print("| method | interval | ours ms | ASDL ms | ours / ASDL | compiled / ASDL |")
     print("|---|---|---|---|---|---|")
-    for name in args.methods.split(","):
-        for interval in map(int, args.intervals.split(",")):
-            if name == "sgd" and interval > 1:
-                continue
-            contenders = {"ours": ours(name, interval), "theirs": theirs(name, interval)}
-            if args.compiled:
-                contenders["compiled"] = ours(name, interval, compiled=True)
-            samples = {k: [] for k in contenders}
-            repeat = interval if name != "sgd" else 10
-            for r in range(args.rounds + 1):
-                for key, step in contenders.items():
-                    if args.settled and interval == 1:
-                        step(data[r % len(data)])
-                    start = time.process_time()
-                    for i in range(repeat):
-                        step(data[(r + i) % len(data)])
-                    if r:  # the first round warms up and compiles
-                        samples[key].append((time.process_time() - start) / repeat)
-            median = {k: statistics.median(v) for k, v in samples.items()}
+    for interval in map(int, args.intervals.split(",")):
+        methods = [m for m in args.methods.split(",") if interval == 1 or m != "sgd"]
+        for name, median in measure(methods, interval, args.rounds, args.compiled).items():
             over = f"{median['compiled'] / median['theirs']:.2f}" if args.compiled else ""
             print(
                 f"| {name} | {interval} | {median['ours'] * 1e3:.2f} | "
@@ -173,6 +147,32 @@ def main():
                 f"{median['ours'] / median['theirs']:.2f} | {over} |",
                 flush=True,
             )
+
+
+def measure(methods, interval, rounds, compiled):
+    """The median seconds of a step, by method and contender."""
+    data = batches(10)
+    steps = {}
+    for name in methods:
+        steps[name, "ours"] = ours(name, interval)
+        steps[name, "theirs"] = theirs(name, interval)
+        if compiled:
+            steps[name, "compiled"] = ours(name, interval, compiled=True)
+    samples = {key: [] for key in steps}
+    order = list(steps)
+    for r in range(rounds + 1):
+        order = order[1:] + order[:1]
+        for key in order:
+            count = 4 if key[0] == "sgd" else interval
+            start = time.process_time()
+            for i in range(count):
+                steps[key](data[(r + i) % len(data)])
+            if r:  # the first round warms up and compiles
+                samples[key].append((time.process_time() - start) / count)
+    return {
+        name: {key[1]: statistics.median(v) for key, v in samples.items() if key[0] == name}
+        for name in methods
+    }
 
 
 if __name__ == "__main__":
