@@ -39,6 +39,7 @@ def kfac(
     labels: Labels = "mc",
     samples: int = 1,
     sharing: Sharing = "expand",
+    max_dim: int = 0,
     decay: Decay = 0.95,
     every: int = 1,
     refresh_every: int = 10,
@@ -55,6 +56,8 @@ def kfac(
         samples: sampled labels, with "mc".
         sharing: how positions of one example are combined, "expand" or "reduce", see
             :func:`funcprecond.representation.kronecker_io.layer_rows`.
+        max_dim: of a longer axis of a weight, such as a head's vocabulary, only the diagonal of the
+            factor is kept, as of an embedding's; 0 is no limit.
         decay: None for the newest batch alone, or the weight of the old factors.
         every, refresh_every, start: the intervals, see :func:`funcprecond.compose`.
     """
@@ -72,7 +75,7 @@ def kfac(
         refresh_every=refresh_every,
         start=start,
         # Of one batch the factors have low rank, which the split damping can make use of.
-        initial=lambda params: KroneckerIO.init(params, rows=decay is None and not joint),
+        initial=lambda params: KroneckerIO.init(params, decay is None and not joint, max_dim),
     )
 
 

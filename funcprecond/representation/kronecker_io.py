@@ -8,6 +8,7 @@ Only the product has meaning; it has the scale of the loss.
 
 import dataclasses
 import functools
+import math
 
 import torch
 from einops import rearrange
@@ -44,6 +45,8 @@ class KroneckerIO:
         names: the parameters this state belongs to.
         rows: of a local measurement (``decay=None``), keep a factor of n rows and columns as the
             (r, n) rows that it is the product of, if these are fewer.
+        max_dim: of a longer axis only the factor's diagonal is measured and kept, (o,) or (i + 1,);
+            0 is no limit. A convolution of several groups has no limit: its factors are short.
     """
 
     left: dict[str, Tensor]
@@ -53,11 +56,12 @@ class KroneckerIO:
     weight: Tensor
     names: tuple[str, ...] = static()
     rows: bool = static(default=False)
+    max_dim: int = static(default=0)
 
     @classmethod
-    def init(cls, params: Params, rows: bool = False) -> "KroneckerIO":
+    def init(cls, params: Params, rows: bool = False, max_dim: int = 0) -> "KroneckerIO":
         """Empty."""
-        return cls({}, {}, {}, {}, zero_weight(params), tuple(params), rows)
+        return cls({}, {}, {}, {}, zero_weight(params), tuple(params), rows, max_dim)
 
     def accumulate(self, value: Layers, decay: average.Decay) -> "KroneckerIO":
         """Take in a measurement of the layers."""
@@ -69,7 +73,12 @@ class KroneckerIO:
                 units[block] = _unit_blocks(uses, bias, value.scale)
             else:
                 left[block], right[block] = _factors(
-                    uses, bias, value.sharing, value.scale, self.rows and decay is None
+                    uses,
+                    bias,
+                    value.sharing,
+                    value.scale,
+                    self.rows and decay is None,
+                    self.max_dim,
                 )
         others = {k: d * value.scale for k, d in value.others.items()}
 
@@ -84,6 +93,7 @@ class KroneckerIO:
             average.weight(self.weight, decay),
             self.names,
             self.rows,
+            self.max_dim,
         )
 
     def with_cotangents(self, value: Layers) -> "KroneckerIO":
@@ -99,7 +109,7 @@ class KroneckerIO:
                 units[block] = units[block] + _unit_blocks(uses, bias, value.scale)
                 continue
             side = right if inputs_are_left(uses[0]) else left
-            new = _output_factor(uses, value.sharing, value.scale, self.rows)
+            new = _output_factor(uses, value.sharing, value.scale, self.rows, self.max_dim)
             side[block] = _joined(side[block], new)
         others = {k: self.others[k] + d * value.scale for k, d in value.others.items()}
         return dataclasses.replace(self, left=left, right=right, units=units, others=others)
@@ -107,8 +117,7 @@ class KroneckerIO:
     def block(self, name: str) -> Tensor:
         """A layer's block as a dense matrix, in the order of the flattened ``[W | b]``."""
         left, right = (product(x) / self.weight for x in (self.left[name], self.right[name]))
-        if left.ndim == 1:
-            return torch.kron(left.diag(), right.contiguous())
+        left, right = (x.diag() if x.ndim == 1 else x for x in (left, right))
         if left.ndim == 2:
             return torch.kron(left.contiguous(), right.contiguous())
         return torch.block_diag(
@@ -125,6 +134,8 @@ def product(factor: Tensor) -> Tensor:
 
 def _joined(a: Tensor, b: Tensor) -> Tensor:
     """The sum of two factors: as rows while they are fewer than their columns."""
+    if a.ndim == 1:
+        return a + b
     if a.shape[-2] + b.shape[-2] < a.shape[-1]:
         return torch.cat([a, b], -2)
     return product(a) + product(b)
@@ -151,21 +162,50 @@ def layer_rows(use: LayerUse, bias: bool, sharing: Sharing) -> tuple[Tensor, Ten
 
 
 def _factors(
-    uses: tuple[LayerUse, ...], bias: bool, sharing: Sharing, scale: Tensor, keep_rows: bool
+    uses: tuple[LayerUse, ...],
+    bias: bool,
+    sharing: Sharing,
+    scale: Tensor,
+    keep_rows: bool,
+    max_dim: int,
 ) -> tuple[Tensor, Tensor]:
     if len({use.call.kind for use in uses}) > 1:
-        return _tied_factors(uses, sharing, scale)
+        return _tied_factors(uses, sharing, scale, max_dim)
+    outputs = _output_factor(uses, sharing, scale, keep_rows, max_dim)
     if uses[0].call.kind == "embedding":
-        return frequencies(uses), _embedding_moment(uses) * scale
-    outputs = _output_factor(uses, sharing, scale, keep_rows)
-    inputs = input_factor(uses, bias, sharing, outputs.dtype, keep_rows)
+        return frequencies(uses), outputs
+    if _is_long(_fan_in(uses[0]) + bias, uses[0], max_dim):
+        inputs = _input_diagonal(uses, bias, sharing, outputs.dtype)
+    else:
+        inputs = input_factor(uses, bias, sharing, outputs.dtype, keep_rows)
     if inputs.ndim == 3 and inputs.shape[0] == 1:
         inputs = inputs[0]
     return (inputs, outputs) if inputs_are_left(uses[0]) else (outputs, inputs)
 
 
+def _is_long(length: int, use: LayerUse, max_dim: int) -> bool:
+    grouped = use.call.kind == "conv" and use.call.options[4] > 1
+    return 0 < max_dim < length and not grouped
+
+
+def _fan_in(use: LayerUse) -> int:
+    if use.call.kind != "conv":
+        return use.inputs.shape[-1]
+    return use.inputs.shape[1] * math.prod(use.geometry[0])
+
+
+def _input_diagonal(
+    uses: tuple[LayerUse, ...], bias: bool, sharing: Sharing, dtype: torch.dtype
+) -> Tensor:
+    """(i,), or (i + 1,): the mean of ``[a, 1]²`` over all rows of a layer's inputs."""
+    rows = [use.input_rows().to(dtype) for use in uses]
+    rows = [x.mean(-2, keepdim=True) if sharing == "reduce" else x for x in rows]
+    mean = torch.cat([x.reshape(-1, x.shape[-1]) for x in rows]).square().mean(0)
+    return torch.cat([mean, torch.ones_like(mean[:1])]) if bias else mean
+
+
 def _tied_factors(
-    uses: tuple[LayerUse, ...], sharing: Sharing, scale: Tensor
+    uses: tuple[LayerUse, ...], sharing: Sharing, scale: Tensor, max_dim: int
 ) -> tuple[Tensor, Tensor]:
     """A table's uses as an embedding and as a linear layer, ``diag ⊗ right`` each, as one product.
 
@@ -176,10 +216,13 @@ def _tied_factors(
     applied = tuple(use for use in uses if use.call.kind == "linear")
     rows = [_grad_rows(use, sharing) for use in applied]
     squares = _total([g.square().sum(-2) for g in rows]) * scale
-    inputs = input_factor(applied, False, sharing, squares.dtype, False)
+    if _is_long(_fan_in(applied[0]), applied[0], max_dim):
+        inputs = _input_diagonal(applied, False, sharing, squares.dtype)
+    else:
+        inputs = input_factor(applied, False, sharing, squares.dtype, False)
     return nearest_kronecker(
         [frequencies(looked_up).to(squares.dtype), squares],
-        [_embedding_moment(looked_up) * scale, inputs],
+        [_output_factor(looked_up, sharing, scale, False, max_dim), inputs],
     )
 
 
@@ -199,15 +242,13 @@ def frequencies(uses: tuple[LayerUse, ...]) -> Tensor:
     return total / total.sum()
 
 
-def _embedding_moment(uses: tuple[LayerUse, ...]) -> Tensor:
-    padding = uses[0].call.options[0]
-    parts = []
-    for use in uses:
-        g = use.grad_rows().to(factor_dtype(use.grads))
-        if padding is not None:
-            g = g * (use.input_rows() != padding).unsqueeze(-1)
-        parts.append(gram(g.flatten(0, -2)))
-    return _total(parts)
+def _kept_grad_rows(use: LayerUse) -> Tensor:
+    """(M, d): an embedding's output gradients, zero where the input is padding."""
+    g = use.grad_rows().to(factor_dtype(use.grads))
+    padding = use.call.options[0]
+    if padding is not None:
+        g = g * (use.input_rows() != padding).unsqueeze(-1)
+    return g.flatten(0, -2)
 
 
 def _unit_blocks(uses: tuple[LayerUse, ...], bias: bool, scale: Tensor) -> Tensor:
@@ -230,11 +271,15 @@ def _grad_rows(use: LayerUse, sharing: Sharing) -> Tensor:
 
 
 def _output_factor(
-    uses: tuple[LayerUse, ...], sharing: Sharing, scale: Tensor, keep_rows: bool
+    uses: tuple[LayerUse, ...], sharing: Sharing, scale: Tensor, keep_rows: bool, max_dim: int
 ) -> Tensor:
     """``scale Σ g g^T``, or ``scale^1/2 g`` as rows if they are fewer than their columns."""
-    if uses[0].call.kind == "embedding":
-        return _embedding_moment(uses) * scale
+    embedding = uses[0].call.kind == "embedding"
+    if _is_long(uses[0].call.shape[1 if uses[0].call.kind == "conv" else -1], uses[0], max_dim):
+        rows = [_kept_grad_rows(use) if embedding else _grad_rows(use, sharing) for use in uses]
+        return _total([g.reshape(-1, g.shape[-1]).square().sum(0) for g in rows]) * scale
+    if embedding:
+        return _total([gram(_kept_grad_rows(use)) for use in uses]) * scale
     # Rows of several uses are not joined: only a single use is kept as rows.
     keep_rows = keep_rows and len(uses) == 1
     parts = []

@@ -25,7 +25,7 @@ __all__ = ["Eigen", "EigenFactor", "eigenbases", "groups_of", "rotate", "rotate_
 class EigenFactor:
     """Eigenvectors and eigenvalues of both factors of each block, and the rest's curvature.
 
-    An embedding's left factor is diagonal and has no vectors.
+    A diagonal factor, such as an embedding's left one, has no vectors.
     """
 
     left_vectors: dict[str, Tensor]
@@ -73,7 +73,7 @@ class Eigen:
         """Rotate, divide, rotate back: four products a layer, two of them maybe of rows only."""
 
         def solve(block: str, gradient: LayerGradient) -> LayerGradient:
-            left, right = factor.left_vectors.get(block), factor.right_vectors[block]
+            left, right = factor.left_vectors.get(block), factor.right_vectors.get(block)
             lefts, rights = factor.left_values[block], factor.right_values[block]
             values = lefts.unsqueeze(-1) * rights.unsqueeze(-2)
             rotated = rotate(gradient, left, right) / (values + self.damping)
@@ -81,9 +81,9 @@ class Eigen:
 
         return apply_blocks(
             grads,
-            factor.right_vectors,
+            factor.right_values,
             solve,
-            lambda block: groups_of(factor.right_vectors[block]),
+            lambda block: groups_of(factor.right_vectors.get(block)),
             unit_inverses(factor.units, self.damping),
             factor.others,
             self.damping,
@@ -115,19 +115,22 @@ def eigenbases(factors: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str,
     return values, vectors
 
 
-def rotate(gradient: LayerGradient, left: Tensor | None, right: Tensor) -> Tensor:
+def rotate(gradient: LayerGradient, left: Tensor | None, right: Tensor | None) -> Tensor:
     """``left^T gradient right``; None stands for the identity."""
-    rotated = gradient.map(lambda x: x if left is None else x @ left, lambda x: x @ right)
+    rotated = gradient.map(
+        lambda x: x if left is None else x @ left, lambda x: x if right is None else x @ right
+    )
     if rotated.outputs is None:
         return rotated.inputs
     return rotated.matrix()
 
 
-def rotate_back(matrix: Tensor, left: Tensor | None, right: Tensor) -> LayerGradient:
+def rotate_back(matrix: Tensor, left: Tensor | None, right: Tensor | None) -> LayerGradient:
     """``left matrix right^T``."""
-    return LayerGradient(None, (matrix if left is None else left @ matrix) @ right.mT)
+    matrix = matrix if left is None else left @ matrix
+    return LayerGradient(None, matrix if right is None else matrix @ right.mT)
 
 
-def groups_of(vectors: Tensor) -> int:
-    """The number of groups that a block's eigenvectors are for."""
-    return vectors.shape[0] if vectors.ndim == 3 else 1
+def groups_of(vectors: Tensor | None) -> int:
+    """The number of groups that a block's eigenvectors are for; of a diagonal factor 1."""
+    return 1 if vectors is None or vectors.ndim == 2 else vectors.shape[0]

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import funcprecond as fp
+from funcprecond.representation.kronecker_io import product
 from tests import problems, reference
 from tests.equality import assert_close, assert_same
 
@@ -132,6 +133,70 @@ def test_a_tied_embedding_and_head_are_the_nearest_kronecker_product_to_both_use
     nearest = s[0] * torch.kron(u[:, 0].reshape(5, 5).contiguous(), vh[0].reshape(3, 3))
     torch.testing.assert_close(state.representation.block("table"), nearest, rtol=1e-9, atol=1e-12)
     assert_close(direction, dense_solve(nearest, evidence.grads, 0.1), rtol=1e-8)
+
+
+def matrix_layers(params, ids):
+    h = F.embedding(ids, params["table"]) @ params["inner"]
+    return F.linear(h.tanh(), params["head"], params["bias"])
+
+
+def long_axes(kind):
+    """A toy with an axis of 5, and shorter ones."""
+    if kind == "conv":
+        return problems.convnet()
+    shapes = {"table": (5, 3), "inner": (3, 4), "head": (5, 4), "bias": (5,)}
+    params = {k: problems.normal(shape, i) for i, (k, shape) in enumerate(shapes.items())}
+    model, used = (matrix_layers, params) if kind == "head" else (tied, {"table": params["table"]})
+    problem = fp.problem(model, fp.losses.cross_entropy, params=used)
+    return problems.Toy(problem, ((IDS, NEXT),))
+
+
+def as_matrix(tree, block):
+    """``[W | b]`` of a block's parameters."""
+    weight, *bias = block.split("+")
+    return torch.cat([tree[weight].flatten(1), *(tree[k].unsqueeze(1) for k in bias)], 1)
+
+
+@pytest.mark.parametrize("max_dim", [1, 2, 4])
+@pytest.mark.parametrize("kind", ["conv", "head"])
+@pytest.mark.parametrize("decay", [None, 0.9])
+def test_of_a_long_axis_the_diagonal_of_the_factor_is_kept(kind, max_dim, decay):
+    toy = long_axes(kind)
+    options = {"labels": "exact", "damping_split": "pi", "decay": decay}
+    whole, kept = (
+        problems.update(toy, fp.kfac(**options, max_dim=n))[0].representation for n in (0, max_dim)
+    )
+    for full, part in ((whole.left, kept.left), (whole.right, kept.right)):
+        for block, factor in full.items():
+            expected = product(factor)
+            if factor.shape[-1] > max_dim and expected.ndim == 2:
+                expected = expected.diagonal()
+            torch.testing.assert_close(product(part[block]), expected)
+
+
+@pytest.mark.parametrize("kind", ["conv", "head", "tied"])
+@pytest.mark.parametrize("split", ["joint", "pi"])
+def test_diagonal_factors_are_solved_with_as_matrices_are(kind, split):
+    toy = long_axes(kind)
+    opt = fp.kfac(labels="exact", damping=0.1, damping_split=split, decay=None, max_dim=2)
+    state, direction, evidence = problems.update(toy, opt)
+    kept = state.representation
+    assert any(x.ndim == 1 for x in kept.right.values())
+    for block in kept.left:
+        g = as_matrix(evidence.grads, block)
+        if split == "joint":
+            dense = kept.block(block)
+            dense = dense + 0.1 * reference.eye(len(dense))
+            expected = torch.linalg.solve(dense, g.reshape(-1)).reshape(g.shape)
+        else:
+            factors = (product(x[block]) for x in (kept.left, kept.right))
+            left, right = (x.diag() if x.ndim == 1 else x for x in factors)
+            pi = (right.diagonal().mean() / left.diagonal().mean()).sqrt()
+            left = left + 0.1**0.5 / pi * reference.eye(len(left))
+            right = right + 0.1**0.5 * pi * reference.eye(len(right))
+            expected = torch.linalg.solve(left, g) @ torch.linalg.inv(right)
+        found = as_matrix(direction, block)
+        torch.testing.assert_close(found, expected, rtol=1e-8, atol=1e-10)
 
 
 @pytest.mark.parametrize("orientation", ["in_out", "with a bias"])
