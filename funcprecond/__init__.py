@@ -53,6 +53,7 @@ from funcprecond.methods.splus import splus
 from funcprecond.methods.tnt import tnt
 from funcprecond.observe import Every, Evidence, MissingEvidence, Need, Noise, draw, observe
 from funcprecond.problem import Problem, problem
+from funcprecond.representation.average import RisingDecay
 from funcprecond.solver.nystrom import nystrom, nystrom_cg
 from funcprecond.transform import Transform, apply, chain, make_step, make_update
 from funcprecond.transforms.accumulate import accumulate

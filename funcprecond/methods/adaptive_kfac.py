@@ -23,7 +23,7 @@ from funcprecond.curvature.objective import Objective
 from funcprecond.curvature.quadratic_form import GGNForm
 from funcprecond.observe import Every, Evidence, MissingEvidence
 from funcprecond.problem import Params
-from funcprecond.representation.average import Decay, check_decay
+from funcprecond.representation.average import Decay, RisingDecay, check_decay
 from funcprecond.representation.diagonal import factor_dtype
 from funcprecond.representation.kronecker_io import KroneckerIO
 from funcprecond.solver.cholesky import Cholesky, CholeskyFactor
@@ -33,6 +33,8 @@ from funcprecond.transform import Transform
 from funcprecond.tree import state
 
 __all__ = ["AdaptiveKFACState", "adaptive_kfac"]
+
+PAPERS = RisingDecay(0.95)
 
 
 @state
@@ -68,7 +70,7 @@ def adaptive_kfac(
     labels: Labels = "mc",
     samples: int = 1,
     sharing: Sharing = "expand",
-    decay: Decay = 0.95,
+    decay: Decay = PAPERS,
     every: int = 1,
     refresh_every: int = 20,
     damping_every: int = 5,
@@ -81,7 +83,8 @@ def adaptive_kfac(
         damping: λ to start from, in the loss's units; γ starts from ``sqrt(λ + η)``. The paper's
             150 is for losses summed over hundreds of outputs.
         l2: η; ``η/2 |θ|²`` is added to what is minimised. The paper's is 1e-5.
-        labels, samples, sharing, decay: see :func:`funcprecond.kfac`.
+        labels, samples, sharing: see :func:`funcprecond.kfac`.
+        decay: of the factors, see :class:`funcprecond.RisingDecay`.
         every: the factors' interval.
         refresh_every: the inverses' interval, T₃.
         damping_every: λ's interval T₁, with ``ω₁ = 0.95^T₁``.

@@ -133,8 +133,9 @@ def _measured(state: EKFACState, layers: Layers, decay: Decay, refresh: bool) ->
         for k, uses in layers.uses.items()
         if k in right
     }
-    moments = {k: average.accumulate(moments.get(k), x, decay) for k, x in new.items()}
-    return EKFACState(factors, left, right, moments, average.weight(old_weight, decay))
+    at = average.at(old_weight, decay)
+    moments = {k: average.accumulate(moments.get(k), x, at) for k, x in new.items()}
+    return EKFACState(factors, left, right, moments, average.weight(old_weight, at))
 
 
 CARDS = (

@@ -58,7 +58,8 @@ def kfac(
             :func:`funcprecond.representation.kronecker_io.layer_rows`.
         max_dim: of a longer axis of a weight, such as a head's vocabulary, only the diagonal of the
             factor is kept, as of an embedding's; 0 is no limit.
-        decay: None for the newest batch alone, or the weight of the old factors.
+        decay: None for the newest batch alone, or the weight of the old factors; the paper's is
+            ``fp.RisingDecay(0.95)``.
         every, refresh_every, start: the intervals, see :func:`funcprecond.compose`.
     """
     if damping_split not in ("joint", "pi", "equal"):

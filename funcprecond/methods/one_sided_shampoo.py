@@ -112,11 +112,12 @@ def one_sided_shampoo(
             new = {
                 k: mode_gram(g, _axis(g.shape, side)) for k, g in gradients.items() if k in totals
             }
-            totals = {k: average.accumulate(t, new[k], decay) for k, t in totals.items()}
+            at = average.at(weight, decay)
+            totals = {k: average.accumulate(t, new[k], at) for k, t in totals.items()}
             diagonals = {
-                k: average.accumulate(d, gradients[k].square(), decay) for k, d in diagonals.items()
+                k: average.accumulate(d, gradients[k].square(), at) for k, d in diagonals.items()
             }
-            weight = average.weight(weight, decay)
+            weight = average.weight(weight, at)
         roots, inverses = state.roots, state.inverses
         if evidence is None or refresh in evidence:
             names = list(totals)

@@ -110,11 +110,12 @@ def tnt(
         totals, weight, inverses = state.totals, state.weight, state.inverses
         if measure in evidence:
             new = _covariances(evidence[curvature], totals, per_example)
+            at = average.at(weight, decay)
             totals = {
-                k: tuple(average.accumulate(h, x, decay) for h, x in zip(t, new[k], strict=True))
+                k: tuple(average.accumulate(h, x, at) for h, x in zip(t, new[k], strict=True))
                 for k, t in totals.items()
             }
-            weight = average.weight(weight, decay)
+            weight = average.weight(weight, at)
         if refresh in evidence:
             covariances = {k: tuple(h / weight for h in t) for k, t in totals.items()}
             inverses = _inverses(covariances, inverses, damping)

@@ -49,9 +49,9 @@ class Dense:
 
     def accumulate(self, value: Any, decay: average.Decay) -> "Dense":
         """Take in a measurement, anything with a ``to_dense()`` by parameter."""
-        new = value.to_dense()
-        total = {k: average.accumulate(t, new[k], decay) for k, t in self.total.items()}
-        return Dense(total, average.weight(self.weight, decay))
+        new, at = value.to_dense(), average.at(self.weight, decay)
+        total = {k: average.accumulate(t, new[k], at) for k, t in self.total.items()}
+        return Dense(total, average.weight(self.weight, at))
 
     def matrices(self) -> dict[str, Tensor]:
         """The averaged matrix of each parameter."""

@@ -33,9 +33,9 @@ class Diagonal:
 
     def accumulate(self, value: Any, decay: average.Decay) -> "Diagonal":
         """Take in a measurement, anything with a ``diagonal()``."""
-        new = value.diagonal()
-        total = {k: average.accumulate(t, new[k], decay) for k, t in self.total.items()}
-        return Diagonal(total, average.weight(self.weight, decay))
+        new, at = value.diagonal(), average.at(self.weight, decay)
+        total = {k: average.accumulate(t, new[k], at) for k, t in self.total.items()}
+        return Diagonal(total, average.weight(self.weight, at))
 
     def diagonal(self) -> Params:
         """The averaged diagonal."""

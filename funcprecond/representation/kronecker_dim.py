@@ -53,12 +53,12 @@ class KroneckerDim:
 
     def accumulate(self, value: Any, decay: average.Decay) -> "KroneckerDim":
         """Take in a measurement that has ``grads`` (an outer product)."""
-        blocks, diagonals = {}, {}
+        blocks, diagonals, at = {}, {}, average.at(self.weight, decay)
         for name, g in value.grads.items():
             # Upcast before the product: a Gram matrix in bfloat16 has lost its small eigenvalues.
             g = g.to(factor_dtype(g))
             if name in self.diagonals:
-                diagonals[name] = average.accumulate(self.diagonals[name], g.square(), decay)
+                diagonals[name] = average.accumulate(self.diagonals[name], g.square(), at)
             else:
                 blocks |= self.blocking.split(name, g)
         names, layout = list(blocks), self.blocking
@@ -69,12 +69,11 @@ class KroneckerDim:
         )
         totals = {
             name: tuple(
-                average.accumulate(s, c, decay)
-                for s, c in zip(self.totals[name], found, strict=True)
+                average.accumulate(s, c, at) for s, c in zip(self.totals[name], found, strict=True)
             )
             for name, found in zip(names, new, strict=True)
         }
-        weight = average.weight(self.weight, decay)
+        weight = average.weight(self.weight, at)
         return KroneckerDim(totals, diagonals, weight, self.blocking)
 
     def factors(self) -> dict[str, tuple[Tensor, ...]]:

@@ -65,7 +65,7 @@ class KroneckerIO:
 
     def accumulate(self, value: Layers, decay: average.Decay) -> "KroneckerIO":
         """Take in a measurement of the layers."""
-        value = value.restrict(self.names)
+        value, at = value.restrict(self.names), average.at(self.weight, decay)
         left, right, units = {}, {}, {}
         for block, uses in value.uses.items():
             bias = split_block(block)[1] is not None
@@ -83,14 +83,14 @@ class KroneckerIO:
         others = {k: d * value.scale for k, d in value.others.items()}
 
         def merge(old: dict[str, Tensor], new: dict[str, Tensor]) -> dict[str, Tensor]:
-            return {k: average.accumulate(old.get(k), x, decay) for k, x in new.items()}
+            return {k: average.accumulate(old.get(k), x, at) for k, x in new.items()}
 
         return KroneckerIO(
             merge(self.left, left),
             merge(self.right, right),
             merge(self.units, units),
             merge(self.others, others),
-            average.weight(self.weight, decay),
+            average.weight(self.weight, at),
             self.names,
             self.rows,
             self.max_dim,

@@ -10,13 +10,13 @@ from tests import problems, reference
 from tests.conformance.references import mlp_layers
 from tests.equality import assert_close, assert_same
 
-DAMPING, L2, DECAY = 0.5, 0.1, 0.5
+DAMPING, L2, DECAY = 0.5, 0.1, 0.75
 EVERY, REFRESH, DAMPING_EVERY, GAMMA_EVERY = 2, 3, 2, 4
 OPTIONS = {
     "damping": DAMPING,
     "l2": L2,
     "labels": "exact",
-    "decay": DECAY,
+    "decay": fp.RisingDecay(DECAY),
     "every": EVERY,
     "refresh_every": REFRESH,
     "damping_every": DAMPING_EVERY,
@@ -29,7 +29,7 @@ def dense_trajectory(toy, steps):
     """The parameters after each step, with λ and γ, by Martens & Grosse's equations alone."""
     omega1, omega2 = 0.95**DAMPING_EVERY, 0.95 ** (GAMMA_EVERY / 2)
     params, last = toy.params, torch.zeros(31, dtype=torch.float64)
-    lam, gamma, totals, weight = DAMPING, (DAMPING + L2) ** 0.5, None, 0.0
+    lam, gamma, averages = DAMPING, (DAMPING + L2) ** 0.5, None
 
     def objective(vector, batch):
         p = reference.unravel(vector, params)
@@ -37,8 +37,7 @@ def dense_trajectory(toy, steps):
 
     def inverse(gamma):
         matrix = torch.zeros(31, 31, dtype=torch.float64)
-        for (a, b), order in zip(totals, orders, strict=True):
-            a, b = a / weight, b / weight
+        for (a, b), order in zip(averages, orders, strict=True):
             pi = ((a.trace() / len(a)) / (b.trace() / len(b))).sqrt()
             damped = reference.kron(
                 b + gamma / pi * reference.eye(len(b)), a + gamma * pi * reference.eye(len(a))
@@ -52,12 +51,12 @@ def dense_trajectory(toy, steps):
         if t % EVERY == 0:
             found = list(mlp_layers(toy.problem, params, batch))
             orders = [order for _, _, _, order in found]
-            old = totals or [(0, 0), (0, 0)]
-            totals = [
-                (DECAY * x + (1 - DECAY) * a, DECAY * y + (1 - DECAY) * b)
+            old = averages or [(0, 0), (0, 0)]
+            keep = min(1 - 1 / (t // EVERY + 1), DECAY)
+            averages = [
+                (keep * x + (1 - keep) * a, keep * y + (1 - keep) * b)
                 for (x, y), (a, b, _, _) in zip(old, found, strict=True)
             ]
-            weight = DECAY * weight + 1 - DECAY
         gradient = reference.ravel(
             reference.gradient(
                 lambda p, b=batch: toy.problem.loss(toy.problem(p, b[0]), b[1]), params

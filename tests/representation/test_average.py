@@ -11,7 +11,8 @@ from tests.problems import normal
 def carried(values, decay):
     total, weight = torch.zeros_like(values[0]), values[0].new_zeros(())
     for x in values:
-        total, weight = average.accumulate(total, x, decay), average.weight(weight, decay)
+        at = average.at(weight, decay)
+        total, weight = average.accumulate(total, x, at), average.weight(weight, at)
     return total / weight
 
 
@@ -27,6 +28,17 @@ def test_an_average_is_the_normalised_weighted_sum(decay, n):
 def test_an_average_of_equal_values_is_that_value_from_the_first_step(decay):
     x = normal((3,), 0)
     assert_close(carried([x] * 5, decay), x, rtol=1e-10)
+
+
+@given(st.floats(0, 0.99), st.integers(1, 30), st.booleans())
+def test_a_rising_decay_is_one_minus_one_over_k_up_to_its_limit(limit, n, as_tensor):
+    values = [normal((3,), i) for i in range(n)]
+    expected = torch.zeros_like(values[0])
+    for k, x in enumerate(values, 1):
+        keep = min(1 - 1 / k, limit)
+        expected = keep * expected + (1 - keep) * x
+    limit = torch.tensor(limit, dtype=torch.float64) if as_tensor else limit
+    assert_close(carried(values, average.RisingDecay(limit)), expected, rtol=1e-10, atol=1e-12)
 
 
 def test_none_is_the_newest_and_sum_the_sum():
@@ -51,12 +63,14 @@ def test_the_newest_takes_the_dtype_of_the_total():
     assert new.dtype == torch.float32
 
 
-@pytest.mark.parametrize("decay", [None, "sum", 0.0, 0.999, torch.tensor(0.5)])
+@pytest.mark.parametrize(
+    "decay", [None, "sum", 0.0, 0.999, torch.tensor(0.5), average.RisingDecay()]
+)
 def test_a_valid_decay_passes(decay):
     average.check_decay(decay)
 
 
-@pytest.mark.parametrize("decay", [1.0, 1, -0.1, "mean", float("nan")])
+@pytest.mark.parametrize("decay", [1.0, 1, -0.1, "mean", float("nan"), average.RisingDecay(1.0)])
 def test_an_invalid_decay_is_shown(decay):
     with pytest.raises(ValueError, match="the weight of the old value, not"):
         average.check_decay(decay)
