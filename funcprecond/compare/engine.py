@@ -39,7 +39,8 @@ class Engine:
 
     Args:
         rows: what to compare, all of one task.
-        seeds: the first one sweeps the learning rate; all of them run the best rate.
+        seeds: the first one sweeps the learning rate; all of them run the best rate, and if one of
+            them fails there, the best where none does.
         points: learning rates in the sweep.
         data: the task's data on the device.
         store: finished cells.
@@ -70,15 +71,16 @@ class Engine:
             self.finish(row)
 
     def finish(self, row: Setting) -> None:
-        """Sweep the row's learning rate, then run the other seeds at the best one."""
+        """Sweep the row's learning rate, then run the other seeds at the best steady one."""
         if self.cost(row)["status"] == "failed":
             return  # it would fail again, once for each learning rate
         while (exponent := next_exponent(self.sweep(row), self.points)) is not None:
             self.train(row, exponent, self.seeds[0])
-        winner = best(self.sweep(row))
-        if winner is not None:
+        tried = None
+        while (winner := self.winner(row)) != tried and winner is not None:
             for seed in self.seeds[1:]:
                 self.train(row, winner, seed)
+            tried = winner
 
     def train(self, row: Setting, exponent: int, seed: int) -> None:
         """Run one training cell, unless it is finished."""
@@ -138,13 +140,29 @@ class Engine:
         found = {e: self.store.get(self.train_config(row, e, self.seeds[0])) for e in span}
         return {exponent: result for exponent, result in found.items() if result is not None}
 
-    def repeats(self, row: Setting) -> dict[int, Result]:
-        """Finished runs at the best learning rate by seed; empty while there is no best."""
-        winner = best(self.sweep(row))
-        if winner is None:
-            return {}
-        found = {s: self.store.get(self.train_config(row, winner, s)) for s in self.seeds}
+    def winner(self, row: Setting) -> int | None:
+        """Exponent of the best rate at which no seed is known to fail; of the best, if all fail.
+
+        One seed cannot tell: at the rate that it likes best another one may diverge.
+        """
+        sweep = self.sweep(row)
+        steady = {
+            exponent: result
+            for exponent, result in sweep.items()
+            if all(r["status"] == "ok" for r in self.at(row, exponent).values())
+        }
+        winner = best(steady)
+        return best(sweep) if winner is None else winner
+
+    def at(self, row: Setting, exponent: int) -> dict[int, Result]:
+        """Finished runs at one learning rate by seed."""
+        found = {s: self.store.get(self.train_config(row, exponent, s)) for s in self.seeds}
         return {seed: result for seed, result in found.items() if result is not None}
+
+    def repeats(self, row: Setting) -> dict[int, Result]:
+        """Finished runs at the best steady learning rate by seed; empty while there is none."""
+        winner = self.winner(row)
+        return {} if winner is None else self.at(row, winner)
 
     def left(self, row: Setting) -> int:
         """Training runs the row still needs, further rates of its sweep not counted."""
@@ -153,7 +171,7 @@ class Engine:
         sweep = self.sweep(row)
         over = next_exponent(sweep, self.points) is None
         first = 0 if over else max(1, self.points - len(sweep))
-        if over and best(sweep) is None:
+        if over and self.winner(row) is None:
             return 0
         done = [seed for seed in self.repeats(row) if seed != self.seeds[0]] if over else []
         return first + len(self.seeds) - 1 - len(done)

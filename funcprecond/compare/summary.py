@@ -7,7 +7,7 @@ from typing import Any
 
 from funcprecond.compare.engine import Engine
 from funcprecond.compare.plan import Setting
-from funcprecond.compare.sweep import best, rate
+from funcprecond.compare.sweep import rate
 from funcprecond.compare.tasks import TASKS, Task
 from funcprecond.taxonomy import CARDS
 
@@ -127,15 +127,21 @@ def row(engine: Engine, setting: Setting) -> Row:
     results = engine.sweep(setting)
     centre = CARDS[setting.method].learning_rate
     sweep = [(e, rate(centre, e), result) for e, result in sorted(results.items())]
-    winner = best(results)
+    winner = engine.winner(setting)
     if winner is None:
         whys = [f"at learning rate {lr:g}, {result['why']}" for _, lr, result in sweep]
         status = sweep[0][2]["status"] if sweep else "unfinished"
         why = "; ".join(whys) if len(set(whys)) < 3 else f"at all {len(whys)} rates: {whys[0]}"
         return Row(setting, status, why or "not run yet", sweep=sweep, cost=cost)
-    repeats = engine.repeats(setting)
-    good = [result for result in repeats.values() if result["status"] == "ok"]
-    bad = [f"seed {seed}: {r['why']}" for seed, r in repeats.items() if r["status"] != "ok"]
+    good = [r for r in engine.repeats(setting).values() if r["status"] == "ok"]
+    # Of rates that the first seed ended well at.
+    bad = [
+        f"at learning rate {lr:g}, seed {seed}: {r['why']}"
+        for e, lr, first in sweep
+        if first["status"] == "ok"
+        for seed, r in engine.at(setting, e).items()
+        if r["status"] != "ok"
+    ]
     return Row(
         setting,
         "ok",

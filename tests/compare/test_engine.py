@@ -92,6 +92,39 @@ def test_interrupted_it_goes_on_where_it_was(engine, monkeypatch):
     assert again.watcher.kept == 4
 
 
+def fails_at(monkeypatch, *cells):
+    """Training whose validation loss is best at the highest rate; the seeds fail in ``cells``."""
+
+    def training(row, data, learning_rate, seed, advance):
+        if (learning_rate, seed) in cells:
+            return {"status": "diverged", "why": "diverged"}
+        figures = {"accuracy": 0.5, "loss": 1 / learning_rate}
+        curve = {"step": [row.steps], "loss": [1.0]}
+        return {"status": "ok", "validation": figures, "test": figures, "curve": curve}
+
+    monkeypatch.setattr(engine_module, "train", training)
+
+
+def test_a_rate_at_which_another_seed_fails_is_not_the_best(engine, monkeypatch):
+    # The method's own rate is 0.1, and half decades around it are swept.
+    fails_at(monkeypatch, (3.16, 0), (1.0, 1))
+    comparison = engine(["sgd"], points=3)
+    comparison.run()
+    assert comparison.runs_left() == 0
+    (row,) = summary.rows(comparison)
+    assert (row.status, row.learning_rate, len(row.runs)) == ("ok", 0.316, 2)
+    assert row.why == "at learning rate 1, seed 1: diverged"
+
+
+def test_where_a_seed_fails_at_every_rate_the_best_one_says_so(engine, monkeypatch):
+    fails_at(monkeypatch, *((rate, 1) for rate in (0.01, 0.0316, 0.1, 0.316, 1.0, 3.16)))
+    comparison = engine(["sgd"], points=1)
+    comparison.run()
+    (row,) = summary.rows(comparison)
+    assert (row.learning_rate, len(row.runs)) == (0.1, 1)
+    assert row.why == "at learning rate 0.1, seed 1: diverged"
+
+
 def test_a_cell_is_its_whole_configuration(engine):
     (base,) = engine(["shampoo"]).rows
     others = [
