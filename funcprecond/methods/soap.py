@@ -10,9 +10,10 @@ For a parameter with axes i longer than 1, Q_i the basis of its factor S_i, t co
     now and then  Q_i <- qr(S_i Q_i),  by descending diag(Q_iᵀ S_i Q_i)
 
 The basis is turned after the step, so no gradient is inside its own basis. m is kept in the
-rotated coordinates and turned with the basis; v only follows the columns' order. Vectors and
-scalars have no basis: Adam. Needs the gradient only; 2 Σ n_i² numbers and two copies a parameter;
-each step three products an axis, each refresh three and a QR decomposition.
+rotated coordinates and turned with the basis; where that is every step, it is cheaper kept in the
+parameter's own and rotated anew. v only follows the columns' order. Vectors and scalars have no
+basis: Adam. Needs the gradient only; 2 Σ n_i² numbers and two copies a parameter; each step three
+products an axis, each refresh three and a QR decomposition; five and that if every step is one.
 """
 
 import sys
@@ -55,12 +56,15 @@ class SOAPState:
     Attributes:
         statistics, bases: for each parameter a tuple of S_i and one of Q_i, one an axis.
         mean, second_moment: m and v, shaped like the parameters, in rotated coordinates.
+        plain_mean: m in the parameters' own coordinates, where bases are to turn at every step;
+            then ``mean`` is empty, and otherwise this is. A step goes by which one it finds.
         step: the number of updates.
     """
 
     statistics: Bases
     bases: Bases
     mean: Params
+    plain_mean: Params
     second_moment: Params
     step: Tensor
 
@@ -113,10 +117,11 @@ def soap(
         axes = {k: axes_below(p.shape, max_dim) for k, p in params.items()}
         dtypes = {k: factor_dtype(p) for k, p in params.items()}
         eyes = {k: identities(p, axes[k], dtypes[k]) for k, p in params.items()}
+        mean = {k: torch.zeros_like(p, dtype=dtypes[k]) for k, p in params.items()}
         return SOAPState(
             {k: tuple(torch.zeros_like(x) for x in e) for k, e in eyes.items()},
             eyes,
-            {k: torch.zeros_like(p, dtype=dtypes[k]) for k, p in params.items()},
+            *(({}, mean) if refresh_every == 1 else (mean, {})),
             {k: torch.zeros_like(p, dtype=dtypes[k]) for k, p in params.items()},
             counter(params),
         )
@@ -130,13 +135,14 @@ def soap(
         t = (step - 1).clamp_min(1).double() if first == "skip" else step.double()
         correction = (1 - b2**t) ** 0.5 / (1 - b1**t)
         statistics, mean, second_moment, direction = {}, {}, {}, {}
-        for name, old in state.mean.items():
+        for name, old in (state.mean or state.plain_mean).items():
             bases, axes = state.bases[name], axes_below(old.shape, max_dim)
             g = grads[name].to(old.dtype)
             x = rotate(g, bases, axes)
-            m = accumulate(old, x, b1)
+            m = accumulate(old, x if state.mean else g, b1)
             v = accumulate(state.second_moment[name], x.square(), b2)
-            d = _quotient(m, v, damping, correction)
+            y = m if state.mean else rotate(m, bases, axes)
+            d = _quotient(y, v, damping, correction)
             if first == "skip":
                 m, v = torch.where(begun, m, old), torch.where(begun, v, 0.0)
                 d = torch.where(begun, d, 0.0)
@@ -147,7 +153,8 @@ def soap(
                 found = zip(factors, grams(g, axes), strict=True)
                 factors = tuple(accumulate(s, c, bs) for s, c in found)
             statistics[name] = factors
-        new = SOAPState(statistics, state.bases, mean, second_moment, step)
+        means = (mean, {}) if state.mean else ({}, mean)
+        new = SOAPState(statistics, state.bases, *means, second_moment, step)
         if evidence is None or afresh in evidence:
             new = _turned(new, decomposed(statistics, state.bases), None, max_dim)
         elif turn in evidence:
@@ -172,16 +179,17 @@ def _quotient(m: Tensor, v: Tensor, damping: float | Tensor, factor: Tensor) -> 
 def _turned(state: SOAPState, bases: Bases, orders: Bases | None, max_dim: int) -> SOAPState:
     """The state in other bases; without orders their columns have no counterparts among the old."""
     mean, second_moment = {}, {}
-    for name, m in state.mean.items():
-        old, new, v = state.bases[name], bases[name], state.second_moment[name]
-        axes = axes_below(m.shape, max_dim)
-        mean[name] = rotate_over(m, old, new, axes)
+    for name, v in state.second_moment.items():
+        old, new = state.bases[name], bases[name]
+        axes = axes_below(v.shape, max_dim)
+        if name in state.mean:
+            mean[name] = rotate_over(state.mean[name], old, new, axes)
         if orders is None:
             shares = tuple(x.square() for x in turns(old, new))
             second_moment[name] = rotate_back(v, shares, axes)
         else:
             second_moment[name] = permute(v, orders[name], axes)
-    return SOAPState(state.statistics, bases, mean, second_moment, state.step)
+    return SOAPState(state.statistics, bases, mean, state.plain_mean, second_moment, state.step)
 
 
 CARDS = (

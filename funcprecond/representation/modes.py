@@ -44,9 +44,13 @@ def multiply(matrices: Sequence[Tensor], x: Tensor, axes: Sequence[int]) -> Tens
         return x
     y = x
     for run in _runs(x.shape, axes):
-        y = y.reshape(math.prod([x.shape[i] for i in run]), -1).mT
-        if run[0] in of:
-            y = y @ functools.reduce(torch.kron, [of[i] for i in run]).mT
+        y = y.reshape(math.prod([x.shape[i] for i in run]), -1)
+        if run[0] not in of:
+            y = y.mT
+            continue
+        matrix = functools.reduce(torch.kron, [of[i] for i in run])
+        # Few rows are written several times faster than few columns, and a copy is less than that.
+        y = (matrix @ y).mT if len(y) <= TOGETHER else y.mT @ matrix.mT
     return y.reshape(x.shape).contiguous()
 
 

@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from funcprecond.representation.kronecker_dim import axes_of
 from funcprecond.representation.modes import multiply
@@ -20,6 +21,8 @@ Bases = dict[str, tuple[Tensor, ...]]
 
 # Eigenvalues below this many roundings of the largest one are rounding themselves.
 NULL = 10
+# Matrices of a multiple of so many rows get so many more for their QR decomposition.
+ALIASING, ALIASING_PAD = 512, 8
 
 
 def eigenvectors(matrices: Tensor, previous: Tensor) -> Tensor:
@@ -75,14 +78,27 @@ def orthogonal_step(
     estimates = (q * product).sum(-2)
     # Not finite if any entry is not.
     largest = estimates.amax(-1)[..., None, None]
-    ok = torch.isfinite(largest) & (largest > 0)
+    bad = ~(torch.isfinite(largest) & (largest > 0))
     count = torch.arange(q.shape[-1], device=q.device)
     order = torch.sort(estimates, dim=-1, descending=True, stable=True).indices
-    order = torch.where(ok.squeeze(-1) & sort, order, count)
-    scaled = torch.where(ok, product / torch.where(ok, largest, 1.0) + epsilon * q, q)
-    new, triangle = torch.linalg.qr(scaled.gather(-1, order.unsqueeze(-2).expand_as(scaled)))
-    sign = torch.where(triangle.diagonal(dim1=-2, dim2=-1) < 0, -1.0, 1.0).to(new.dtype)
-    return torch.where(ok, new * sign.unsqueeze(-2), q).contiguous(), order
+    order = torch.where(bad.squeeze(-1) | (not sort), count, order)
+    # Where this is not finite LAPACK's result is not either, and dropped below.
+    shifted = product / largest + epsilon * q
+    new, diagonal = _qr(shifted.gather(-1, order.unsqueeze(-2).expand_as(shifted)))
+    sign = torch.where(diagonal < 0, -1.0, 1.0).to(new.dtype)
+    # LAPACK returns columns; the result of ``where`` has the strides of its first tensor.
+    return torch.where(bad, q, new * sign.unsqueeze(-2)).contiguous(), order
+
+
+def _qr(x: Tensor) -> tuple[Tensor, Tensor]:
+    """The orthogonal factor, and the diagonal alone of the triangular one."""
+    n = x.shape[-1]
+    # LAPACK walks along the rows of a matrix stored by columns. Those of a length that is a
+    # multiple of 512 fall on few lines of the cache; rows of zeros below change nothing else.
+    rows = ALIASING_PAD if x.device.type == "cpu" and n % ALIASING == 0 else 0
+    reflectors, scales = torch.geqrf(pad(x, (0, 0, 0, rows)) if rows else x)
+    q = torch.linalg.householder_product(reflectors, scales)
+    return q[..., :n, :], reflectors.diagonal(dim1=-2, dim2=-1)
 
 
 def decomposed(statistics: Bases, bases: Bases) -> Bases:
@@ -155,6 +171,12 @@ def turns(old: tuple[Tensor, ...], new: tuple[Tensor, ...]) -> tuple[Tensor, ...
 
 def permute(x: Tensor, orders: tuple[Tensor, ...], axes: tuple[int, ...]) -> Tensor:
     """The entries of x along each axis in the given order."""
-    for order, axis in zip(orders, axes, strict=True):
-        x = x.index_select(axis, order)
-    return x
+    if not axes:
+        return x
+    of = dict(zip(axes, orders, strict=True))
+    places = [of.get(i, torch.arange(n, device=x.device)) for i, n in enumerate(x.shape)]
+    # All but the first as one axis: two passes over x, however many there are.
+    first, rest = places[0], places[1]
+    for place in places[2:]:
+        rest = (rest.unsqueeze(-1) * len(place) + place).flatten()
+    return x.flatten(1).index_select(0, first).index_select(1, rest).reshape(x.shape)

@@ -84,6 +84,18 @@ def test_steps_converge_to_the_eigenvectors():
     assert_close(signless(q), signless(eigenvectors(s, EYE)), rtol=1e-8)
 
 
+@pytest.mark.parametrize("n", [512, 520])
+def test_the_step_is_the_qr_decomposition_at_every_size(n):
+    """Also where rows of zeros are put below the matrix."""
+    x, q = normal((n, n), 1), torch.linalg.qr(normal((n, n), 2)).Q
+    s = x @ x.T / n
+    new, order = orthogonal_step(s, q, 0.1)
+    largest = (q * (s @ q)).sum(0).max()
+    expected, triangle = torch.linalg.qr((s @ q / largest + 0.1 * q)[:, order])
+    assert_close(new, expected * triangle.diag().sign(), rtol=1e-9)
+    assert new.is_contiguous()
+
+
 def test_what_was_never_seen_keeps_its_column():
     s = torch.zeros(4, 4, dtype=torch.float64)
     s[:2, :2] = with_spectrum(SPECTRUM[:2], 2)
@@ -110,6 +122,13 @@ def test_turns_and_permutations_move_coordinates():
     moved = rotate_back(rotate(x, old, axes), turns(old, new), axes)
     assert_close(moved, rotate(x, new, axes), rtol=1e-12)
     assert_close(permute(rotate(x, old, axes), orders, axes), moved, rtol=1e-12)
+
+
+def test_an_axis_without_an_order_keeps_its_own():
+    x, a, c = normal((2, 3, 4, 2)), torch.tensor([1, 0]), torch.tensor([2, 0, 3, 1])
+    assert torch.equal(permute(x, (a, c), (0, 2)), x[a][:, :, c])
+    assert torch.equal(permute(x, (c,), (2,)), x[:, :, c])
+    assert permute(x, (), ()) is x
 
 
 def test_axes_below_leaves_out_long_and_single_axes():
