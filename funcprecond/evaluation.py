@@ -41,8 +41,6 @@ class Evaluation:
             work.
         twice: products with the Hessian or the Jacobian will be asked for.
         keep: more than the gradient will be asked for; if not, its graph is freed by the gradient.
-        along: a vector that the forward run itself is differentiated along, in forward mode: its
-            :meth:`jvp` then costs nothing more. For a single product this is the cheapest way.
 
     Attributes:
         inputs, targets: the batch's two halves.
@@ -61,7 +59,6 @@ class Evaluation:
         taps: bool = False,
         twice: bool = False,
         keep: bool = True,
-        along: Params | None = None,
     ):
         self.problem = problem
         self.params = params
@@ -72,8 +69,7 @@ class Evaluation:
         self._taps = taps
         self._keep = keep
         plain = untransformed((params, self._buffers, batch))
-        self._twice = twice or not plain or along is not None
-        self._along = along
+        self._twice = twice or not plain
         if not plain:
             # A compiler would guard on the identity of a batch that the layers are asked about.
             self.inputs = tree.map(
@@ -237,8 +233,6 @@ class Evaluation:
     @explained
     def jvp(self, vector: Params) -> Any:
         """``J vector``, shaped like the outputs, with the masks and kernels of the forward run."""
-        if vector is self._along and self._run.tangents is not None:
-            return self._run.tangents
         return self._run.jvp(self, vector)
 
     @explained

@@ -15,6 +15,7 @@ from torch.func import grad, vjp
 from funcprecond import tree
 from funcprecond.capture import Call
 from funcprecond.problem import Params, detach, example_count
+from funcprecond.unevaluated import Unevaluated
 
 __all__ = ["FunctionRun", "GraphRun", "opened_once", "renamed", "untransformed"]
 
@@ -55,44 +56,13 @@ class GraphRun:
             self.edges.append(get_gradient_edge(output))
             return output
 
-        self.tangents = None
-        along = evaluation._along if params is None else None
         with torch.enable_grad():
-            if along is None:
-                run = evaluation._forward(self.leaves, tap if taps else None)
-            else:
-                run, self.tangents = self._forward_along(evaluation, along)
-            self.outputs, buffers, capture = run
+            self.outputs, buffers, capture = evaluation._forward(self.leaves, tap if taps else None)
             example_count(self.outputs)
             self.loss = evaluation.problem.loss(self.outputs, evaluation.targets)
         self.buffers = {k: b.detach() for k, b in buffers.items()}
         self.calls, self.unrecorded = capture.calls, capture.unrecorded
         self.layer_inputs = [x.detach() for x in capture.inputs]
-
-    def _forward_along(self, evaluation, along):
-        """The run, and the outputs' derivatives along a vector; None if an operation has no rule.
-
-        First derivatives only: torch's faults with forward mode are in second ones.
-        """
-        generator = evaluation._generator
-        before = None if generator is None else generator.get_state()
-        try:
-            with forward_ad.dual_level():
-                duals = {k: forward_ad.make_dual(p, along[k]) for k, p in self.leaves.items()}
-                outputs, buffers, capture = evaluation._forward(duals, None)
-                pairs = tree.map(_unpack, outputs)
-                primals = tree.map(lambda x: x.primal, pairs, is_leaf=_is_pair)
-                tangents = tree.map(
-                    lambda x: torch.zeros_like(x.primal) if x.tangent is None else x.tangent,
-                    pairs,
-                    is_leaf=_is_pair,
-                )
-                buffers = {k: forward_ad.unpack_dual(b).primal for k, b in buffers.items()}
-            return (primals, buffers, capture), detach(tangents)
-        except NotImplementedError:
-            if generator is not None and before is not None:
-                generator.set_state(before)
-            return evaluation._forward(self.leaves, None), None
 
     @opened_once
     def grads(self):
@@ -126,9 +96,11 @@ class GraphRun:
 
     @opened_once
     def _transposed(self):
-        """``u -> J^T u`` as a graph in ``u``: linear, so its own pull-back is ``J``."""
-        seed = [torch.zeros_like(x, requires_grad=True) for x in tree.leaves(self.outputs)]
-        pulled = self._pull(seed, [*self.leaves.values()], create_graph=True)
+        """``u -> J^T u`` as a graph in ``u``, without values: its own pull-back is ``J``."""
+        unevaluated = Unevaluated()
+        seed = [unevaluated.zeros(x).requires_grad_() for x in tree.leaves(self.outputs)]
+        with unevaluated:
+            pulled = self._pull(seed, [*self.leaves.values()], create_graph=True)
         return seed, dict(zip(self.leaves, pulled, strict=True))
 
     def _through(self, graph, vector, inputs):
@@ -174,8 +146,6 @@ class GraphRun:
 
 class FunctionRun:
     """The run built from ``torch.func.vjp``, for use inside other transforms."""
-
-    tangents = None
 
     def __init__(self, evaluation: Any):
         self._hessian = self._jacobian = None
@@ -232,14 +202,6 @@ class FunctionRun:
             zeros = tree.map(torch.zeros_like, self.outputs)
             self._jacobian = vjp(lambda u: pull(u)[0], zeros)[1]
         return self._jacobian(vector)[0]
-
-
-def _unpack(x: Tensor) -> forward_ad.UnpackedDualTensor:
-    return forward_ad.unpack_dual(x)
-
-
-def _is_pair(x: Any) -> bool:
-    return isinstance(x, forward_ad.UnpackedDualTensor)
 
 
 def renamed(params: Params) -> Params:

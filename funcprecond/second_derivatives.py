@@ -34,9 +34,9 @@ def layer_norm(
     """``F.layer_norm``, to be differentiated twice and not more; torch's own if it is watched."""
     if is_watched():
         return F.layer_norm(input, normalized_shape, weight, bias, eps)
-    out = _Normalised.apply(input, list(normalized_shape), eps)
+    out, _ = _Normalised.apply(input, list(normalized_shape), eps)  # pyright: ignore
     out = out if weight is None else out * weight
-    return out if bias is None else out + bias  # pyright: ignore[reportReturnType]
+    return out if bias is None else out + bias
 
 
 def is_watched() -> bool:
@@ -65,101 +65,118 @@ class _Gelu(Function):
     @staticmethod
     def forward(ctx, x):
         ctx.save_for_backward(x)
-        ctx.slope = None
+        ctx.slope = _Slope()
         return F.gelu(x)
 
     @staticmethod
     def backward(ctx, g):
         (x,) = ctx.saved_tensors
         if torch.is_grad_enabled():
-            return g * _Slope.apply(x)
-        if ctx.slope is None:
-            ctx.slope = _slope(x)
-        return g * ctx.slope
+            return _GeluPull.apply(g, x, ctx.slope)
+        return ctx.slope.times(g, x)
 
 
-class _Slope(Function):
-    """The first derivative."""
+class _GeluPull(Function):
+    """Output gradients times the first derivative."""
 
     @staticmethod
-    def forward(ctx, x):
-        ctx.save_for_backward(x)
-        ctx.bend = None
-        return _slope(x)
+    def forward(ctx, g, x, slope):
+        ctx.save_for_backward(g, x)
+        ctx.slope, ctx.bend, ctx.again = slope, None, False
+        return slope.times(g, x)
 
     @staticmethod
-    def backward(ctx, g):
-        (x,) = ctx.saved_tensors
+    def backward(ctx, v):
+        g, x = ctx.saved_tensors
         if torch.is_grad_enabled():
-            return g * _bend(x)
-        if ctx.bend is None:
-            ctx.bend = _bend(x)
-        return g * ctx.bend
+            return _GeluPull.apply(v, x, ctx.slope), v * g * _bend(x), None
+        of_g, of_x = asked(ctx, 2)
+        for_x = None
+        if of_x:
+            bend = _bend(x).mul_(g) if ctx.bend is None else ctx.bend
+            # Kept for the third product where there is a second: one alone has no use for it.
+            ctx.bend, ctx.again = (bend if ctx.again else None), True
+            for_x = v * bend
+        return ctx.slope.times(v, x) if of_g else None, for_x, None
 
 
-def _slope(x: Tensor) -> Tensor:
-    return torch.ops.aten.gelu_backward(torch.ones_like(x), x)
+class _Slope:
+    """The first derivative; kept once it has been used more often than a single product does."""
+
+    def __init__(self):
+        self.value, self.uses = None, 0
+
+    def times(self, g: Tensor, x: Tensor) -> Tensor:
+        self.uses += 1
+        if self.uses > 3 and self.value is None:
+            self.value = torch.ops.aten.gelu_backward(torch.ones_like(x), x)
+        return torch.ops.aten.gelu_backward(g, x) if self.value is None else g * self.value
 
 
 def _bend(x: Tensor) -> Tensor:
-    """The second derivative, ``(2 - x^2)`` times the standard normal density."""
-    squares = x * x
-    return (squares * -0.5).exp() * (2 - squares) / math.sqrt(2 * math.pi)
+    """The second derivative, ``(2 - x^2)`` times the standard normal density; in four passes."""
+    log_scale, two = x.new_full((), -0.5 * math.log(2 * math.pi)), x.new_full((), 2.0)
+    density = torch.addcmul(log_scale, x, x, value=-0.5).exp_()
+    return density * torch.addcmul(two, x, x, value=-1)
 
 
 class _Normalised(Function):
-    """``(x - mean) / deviation`` over the last axes."""
+    """``y = (x - mean) r`` over the last axes, and ``r``, the inverse of the deviation."""
 
     @staticmethod
     def forward(ctx, x, shape, eps):
-        out, mean, inverse = torch.native_layer_norm(x, shape, None, None, eps)
-        ctx.save_for_backward(x, mean, inverse)
+        y, _, inverse = torch.native_layer_norm(x, shape, None, None, eps)
+        ctx.save_for_backward(y, inverse)
+        ctx.set_materialize_grads(False)
         ctx.shape = shape
-        return out
+        return y, inverse
 
     @staticmethod
-    def backward(ctx, g):
-        return _Centred.apply(g, *ctx.saved_tensors, ctx.shape), None, None
+    def backward(ctx, g, h):
+        y, inverse = ctx.saved_tensors
+        found = None if g is None else _Centred.apply(g, y, inverse, ctx.shape)
+        if h is not None:
+            through = y * (inverse**2 * h / -math.prod(ctx.shape))
+            found = through if found is None else found + through
+        return found, None, None
 
 
 class _Centred(Function):
-    """The pull-back ``R(g) = r (g - <g> - y <g y>)``, with y normalised and <> the mean.
+    """The pull-back ``r (g - <g> - y <g y>)``, with <> the mean.
 
-    It is its own transpose in g; in x that of v is ``R(-r (<g y> v + <v y> g)) - r^2 E y``, with
-    ``E = <v g> - <v> <g> - <g y> <v y>``.
+    It is its own transpose in g; in y that of v is ``-r (<g y> v + <v y> g)``, and in r the sum of
+    ``v (g - <g> - y <g y>)``.
     """
 
     @staticmethod
-    def forward(ctx, g, x, mean, inverse, shape):
-        ctx.save_for_backward(g, x, mean, inverse)
+    def forward(ctx, g, y, inverse, shape):
+        ctx.save_for_backward(g, y, inverse)
         ctx.shape = shape
-        return _centred(g, x, mean, inverse, shape)
+        return _centred(g, y, inverse, shape)
 
     @staticmethod
     def backward(ctx, v):
         if torch.is_grad_enabled():
             msg = "layer norm is differentiated twice here, and a third time was asked for"
             raise NotImplementedError(msg)
-        g, x, mean, inverse = ctx.saved_tensors
-        of_g, of_x = asked(ctx, 2)
-        for_g = _centred(v, x, mean, inverse, ctx.shape) if of_g else None
-        for_x = None
-        if of_x:
-            axes = tuple(range(-len(ctx.shape), 0))
-            y = (x - mean) * inverse
+        g, y, inverse = ctx.saved_tensors
+        of_g, of_y, of_inverse = asked(ctx, 3)
+        for_g = _centred(v, y, inverse, ctx.shape) if of_g else None
+        for_y = for_inverse = None
+        if of_y or of_inverse:
+            axes, count = tuple(range(-len(ctx.shape), 0)), math.prod(ctx.shape)
 
-            def average(a, b):
-                return (a * b).mean(axes, keepdim=True)
+            def total(a, b):
+                return (a * b).sum(axes, keepdim=True)
 
-            gy, vy = average(g, y), average(v, y)
-            within = average(v, g) - v.mean(axes, True) * g.mean(axes, True) - gy * vy
-            turned = torch.addcmul(gy * v, vy, g) * -inverse
-            for_x = _centred(turned, x, mean, inverse, ctx.shape) - inverse**2 * within * y
-        return for_g, for_x, None, None, None
+            gy, vy = total(g, y) / count, total(v, y) / count
+            for_y = torch.addcmul(gy * v, vy, g) * -inverse
+            means = v.mean(axes, True) * g.mean(axes, True)
+            for_inverse = total(v, g) - count * (means + gy * vy)
+        return for_g, for_y, for_inverse, None
 
 
-def _centred(g, x, mean, inverse, shape):
-    mask = [True, False, False]
-    return torch.ops.aten.native_layer_norm_backward(
-        g.contiguous(), x, shape, mean, inverse, None, None, mask
-    )[0]
+def _centred(g, y, inverse, shape):
+    zero, one, mask = torch.zeros_like(inverse), torch.ones_like(inverse), [True, False, False]
+    found = torch.ops.aten.native_layer_norm_backward(g, y, shape, zero, one, None, None, mask)
+    return found[0] * inverse

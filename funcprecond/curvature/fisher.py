@@ -55,7 +55,7 @@ def fisher_mv(
         noise = draw_labels(problem, batch, samples, generator)
     options = {"buffers": buffers, "generator": generator}
     if labels == "exact" or not untransformed((params, batch, buffers, vector, noise)):
-        evaluation = Evaluation(problem, params, batch, along=vector, **options)
+        evaluation = Evaluation(problem, params, batch, twice=True, **options)
         return fisher_product(evaluation, vector, labels, noise)
     evaluation = Evaluation(problem, params, batch, taps=True, twice=True, **options)
     rows = fisher_rows(evaluation, labels, noise)

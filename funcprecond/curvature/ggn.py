@@ -6,6 +6,7 @@ from typing import Any, ClassVar
 
 import torch
 
+from funcprecond.curvature.jacobian import linearise
 from funcprecond.evaluation import Evaluation
 from funcprecond.observe import Need
 from funcprecond.problem import Buffers, Params, Problem
@@ -28,8 +29,7 @@ def ggn_mv(
     and by autodiff for any other. Costs about 1.7 gradients; for many products at one point open
     :func:`funcprecond.linearise`, or make a :class:`funcprecond.GGN`.
     """
-    options = {"buffers": buffers, "generator": generator}
-    return Evaluation(problem, params, batch, along=vector, **options).ggn_mv(vector)
+    return linearise(problem, params, batch, buffers=buffers, generator=generator).ggn_mv(vector)
 
 
 @dataclasses.dataclass(frozen=True)
