@@ -2,10 +2,12 @@
 
 import functools
 import re
+import traceback
 from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.module import (
     register_module_forward_hook,
@@ -20,7 +22,9 @@ __all__ = ["explained"]
 Method = TypeVar("Method", bound=Callable)
 
 _MISSING = re.compile(r"derivative for '?(?:aten::)?(\w+?)(_backward)?'? is not implemented")
-_OTHER = ("FlexAttention does not support", "cudnn RNN backward", "once_differentiable")
+# A kernel without a rule for torch.func, such as CTC's with lengths as tuples, asks for storage.
+_STORAGE = "Tensor that doesn't have storage"
+_OTHER = ("FlexAttention does not support", "cudnn RNN backward", "once_differentiable", _STORAGE)
 # What a part of the operation's name, or of the message, tells to do.
 _WAYS = {
     "cudnn": "run it within torch.backends.cudnn.flags(enabled=False)",
@@ -55,25 +59,33 @@ def explained(method: Method) -> Method:
             known = missing is not None or any(part in str(error) for part in _OTHER)
             if not known or error.__cause__ is not None:
                 raise
-            operation = _plain(missing.group(1)) if missing else ""
+            operation = _plain(missing.group(1)) if missing else _called(error)
             where = _raised_in(error, subject) or _made_in(operation, subject, *args[:1])
-            raise NotImplementedError(_sentence(where, str(error))) from error
+            raise NotImplementedError(_sentence(where, operation, str(error))) from error
 
     return call  # pyright: ignore[reportReturnType]
 
 
-def _sentence(where: str, message: str) -> str:
-    ways = [way for part, way in _WAYS.items() if part in _plain(message)]
+def _sentence(where: str, operation: str, message: str) -> str:
+    ways = [way for part, way in _WAYS.items() if part in operation + _plain(message)]
     way = ways[0] if ways else "write it out in operations that have one"
     torchs = message.splitlines()[0].split(". ")[0].rstrip(".")
     missing = _MISSING.search(message)
-    if "once_differentiable" not in message and not (missing and missing.group(2)):
+    twice = "once_differentiable" in message or _STORAGE in message
+    if not twice and not (missing and missing.group(2)):
         return f"{where} cannot be differentiated here: {way} (torch: {torchs})"
     return (
         f"{where} cannot be differentiated twice: {way}; or take a curvature that needs gradients "
         "only, fp.KroneckerFactored or fp.DiagonalGGN, with labels='empirical' if the loss is no "
         f"known likelihood (torch: {torchs})"
     )
+
+
+def _called(error: BaseException) -> str:
+    """The last of ``torch.nn.functional``'s functions on the way to the error, or nothing."""
+    frames = (frame for frame, _ in traceback.walk_tb(error.__traceback__))
+    names = [f.f_code.co_name for f in frames if f.f_globals.get("__name__") == F.__name__]
+    return _plain(names[-1]) if names else ""
 
 
 def _raised_in(error: BaseException, subject: Any) -> str | None:

@@ -79,10 +79,7 @@ def hutchinson_trace(
         chunk_size: see :meth:`Operator.matmat`.
     """
     v = _probes(operator, products, generator, distribution, probes)
-    columns = _columns(operator, v)
-    pairs = zip(unstack(columns), operator.products(columns, chunk_size), strict=True)
-    samples = [sum((x[k] * y[k]).sum().double() for k in x) for x, y in pairs]
-    return _mean(torch.stack(samples))  # pyright: ignore[reportArgumentType]
+    return _mean(_forms(operator, v, chunk_size))
 
 
 def hutchinson_diagonal(
@@ -137,11 +134,12 @@ def hutchpp(
         raise ValueError(msg)
     v = _probes(operator, 2 * products // 3, generator, distribution, probes)
     s, g = v.chunk(2)
-    q = torch.linalg.qr(_multiply(operator, s, chunk_size).mT)[0]
-    inside = (q.mT * _multiply(operator, q.mT, chunk_size)).sum()
-    g = g.double() - (g.double() @ q) @ q.mT
-    rest = _mean((g * _multiply(operator, g, chunk_size)).sum(1))
-    return Estimate(inside + rest.estimate, rest.standard_error)
+    range_of_a = operator.products(_columns(operator, s), chunk_size)
+    q = torch.linalg.qr(torch.stack([tree.ravel(y).to(v.dtype) for y in range_of_a]).mT)[0].mT
+    inside = _forms(operator, q, chunk_size).sum()
+    # What float32 leaves of the subspace here is rounding beside the probe, and squared.
+    g = torch.addmm(g, g @ q.mT, q, alpha=-1)
+    return _mean(inside + _forms(operator, g, chunk_size))
 
 
 def xtrace(
@@ -227,6 +225,14 @@ def _probes(operator, n, generator, distribution, probes) -> Tensor:
         msg = f"probes must have the shape {(n, operator.size)}, not {tuple(probes.shape)}"
         raise ValueError(msg)
     return probes
+
+
+def _forms(operator: Operator, rows: Tensor, chunk_size: int | None) -> Tensor:
+    """(n,) ``v · A v`` of (n, P) rows, in float64; one product in memory at a time."""
+    columns = _columns(operator, rows)
+    pairs = zip(unstack(columns), operator.products(columns, chunk_size), strict=True)
+    forms = [[(x[k] * y[k]).sum(dtype=torch.float64) for k in x] for x, y in pairs]
+    return torch.stack([torch.stack(parts).sum() for parts in forms])
 
 
 def _multiply(operator: Operator, rows: Tensor, chunk_size: int | None) -> Tensor:

@@ -13,6 +13,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from funcprecond import tree
+from funcprecond.capture import Call, Capture
 from funcprecond.curvature.data import (
     batch_weight,
     check_data,
@@ -35,7 +37,7 @@ from funcprecond.curvature.layers import (
 from funcprecond.curvature.layerwise import Factors, Layerwise, Rotated
 from funcprecond.curvature.moments import second_moments
 from funcprecond.evaluation import Evaluation
-from funcprecond.problem import Buffers, Params, Problem
+from funcprecond.problem import Buffers, Params, Problem, example_count
 from funcprecond.representation.diagonal import factor_dtype, zero_weight
 from funcprecond.representation.kronecker_io import KroneckerIO, frequencies, inputs_are_left
 from funcprecond.solver.cholesky import Cholesky
@@ -89,14 +91,17 @@ class KroneckerFactored(Layerwise):
         def measured():
             for i, b in enumerate(each_batch(batch, batches)):
                 g = seeded(seed, i)
+                if kind == "foof":
+                    forward = _forward(problem, params, b, buffers, g)
+                    yield (_inputs_only(forward),), batch_weight(forward), is_sum(forward)
+                    continue
                 noise = need.draw(problem, params, b, g)
                 e = Evaluation(problem, params, b, buffers=buffers, generator=g, taps=True)
-                if kind == "foof":
-                    parts = (_inputs_only(e),)
-                else:
-                    # EKFAC takes its layers twice; else no two cotangents need be in memory.
-                    parts = (need.measure(e, noise),) if kind == "ekfac" else need.each(e, noise)
-                yield parts, batch_weight(e), e
+                # EKFAC takes its layers twice; else no two cotangents need be in memory.
+                parts = (need.measure(e, noise),) if kind == "ekfac" else need.each(e, noise)
+                share, total = batch_weight(e), is_sum(e)
+                del e  # the run's graph, which the parts do not need
+                yield parts, share, total
 
         if batches is None:
             first = list(measured())
@@ -143,11 +148,51 @@ class KroneckerFactored(Layerwise):
         return Layerwise(self.like, blocks, factor.units, others)
 
 
-def _inputs_only(evaluation: Evaluation) -> Layers:
+@dataclasses.dataclass(frozen=True)
+class _Forward:
+    """A run that is not differentiated: as much of an :class:`Evaluation` as inputs take."""
+
+    problem: Problem
+    params: Params
+    calls: list[Call]
+    layer_inputs: list[Tensor]
+    unrecorded: dict[str, str]
+    count: int
+    constant: Tensor
+
+
+def _forward(
+    problem: Problem,
+    params: Params,
+    batch: Any,
+    buffers: Buffers | None,
+    generator: torch.Generator | None,
+) -> Any:
+    inputs, targets = problem.split(batch)
+    # Tensors made here, whose identities a compiler does not guard on.
+    inputs = tree.map(lambda x: x.view_as(x) if isinstance(x, Tensor) else x, inputs)
+    leaves = {k: p.view_as(p) for k, p in params.items()}
+    capture = Capture(leaves, lambda z: z, generator=generator)
+    buffers = problem.buffers if buffers is None else buffers
+    with capture:
+        outputs, _ = problem.forward(leaves, buffers, inputs)
+    constant = problem.loss.constant(outputs, targets)
+    return _Forward(
+        problem,
+        params,
+        capture.calls,
+        capture.inputs,
+        capture.unrecorded,
+        example_count(outputs),
+        constant,
+    )
+
+
+def _inputs_only(run: Any) -> Layers:
     """The layers with output gradients of zero, which take no backward pass."""
-    like = next(iter(evaluation.params.values()))
-    grads = [like.new_zeros(()).expand(1, *call.shape) for call in evaluation.calls]
-    return Layers(layer_uses(evaluation, grads), {}, evaluation.constant)
+    like = next(iter(run.params.values()))
+    grads = [like.new_zeros(()).expand(1, *call.shape) for call in run.calls]
+    return Layers(layer_uses(run, grads), {}, run.constant)
 
 
 def _of_parts(
@@ -169,7 +214,7 @@ def _of_parts(
 
 
 def _factors(
-    measured: Iterable[tuple[Iterable[Layers], Tensor, Evaluation]],
+    measured: Iterable[tuple[Iterable[Layers], Tensor, bool]],
     params: Params,
     sharing: Sharing,
     forward_only: bool,
@@ -183,13 +228,13 @@ def _factors(
     inputs, outputs = _Mean(), _Mean()
     units, others = _Mean(), _Mean()
     inputs_left: dict[str, bool] = {}
-    for parts, share, evaluation in measured:
+    for parts, share, is_total in measured:
         if forward_only:
             (layers,) = parts
             one, uses_of = _from_inputs(layers, params, sharing), layers.uses
         else:
             one, uses_of = _of_parts(parts, params)
-        is_mean = not is_sum(evaluation)
+        is_mean = not is_total
         for name in one.left:
             uses = uses_of[name]
             inputs_left[name] = inputs_are_left(uses[0])
@@ -266,16 +311,16 @@ def _from_inputs(
 
 
 def _corrected(
-    measured: Iterable[tuple[Iterable[Layers], Tensor, Evaluation]], bases: dict[str, Rotated]
+    measured: Iterable[tuple[Iterable[Layers], Tensor, bool]], bases: dict[str, Rotated]
 ) -> dict[str, Any]:
     """EKFAC: the exact second moments in the factors' eigenbases."""
     moments = _Mean()
-    for (layers,), share, evaluation in measured:
+    for (layers,), share, is_total in measured:
         for name, uses in layers.uses.items():
             if name in bases:
                 bias = split_block(name)[1] is not None
                 found = second_moments(uses, bias, bases[name].left, bases[name].right)
-                moments.add(name, found * layers.scale, share, not is_sum(evaluation))
+                moments.add(name, found * layers.scale, share, not is_total)
     return {
         k: Rotated(bases[k].left, bases[k].right, x.reshape(bases[k].values.shape), bases[k].rest)
         for k, x in moments.means().items()

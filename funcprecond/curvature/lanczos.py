@@ -24,7 +24,7 @@ class Krylov:
     """A Krylov space; where it ended early, because it is invariant, the rest is zero.
 
     Attributes:
-        basis: (m, P), orthonormal rows.
+        basis: (m, P), orthonormal rows; none if they were not kept.
         alpha: (m,), T's diagonal, in float64.
         beta: (m,), the entries beside it; the last one leads out of the space.
         following: (P,), the vector that it leads to; zero if the space is invariant.
@@ -46,51 +46,65 @@ class Krylov:
         return values, vectors, (self.beta[-1] * vectors[-1]).abs()
 
 
-def lanczos(operator: Operator, start: Tensor, steps: int) -> Krylov:
+def lanczos(
+    operator: Operator, start: Tensor, steps: int, *, reorthogonalise: bool = True
+) -> Krylov:
     """The Krylov space of a symmetric operator.
 
     Args:
         operator: A.
         start: (P,), where it starts; its length does not matter.
         steps: m, the number of products. Memory: m vectors.
+        reorthogonalise: make each vector orthogonal to all before it; if not, three vectors are in
+            memory, none is returned, and eigenvalues that are found already come up again.
 
     Where nothing watches it ends as soon as the space is invariant, with fewer than m vectors.
     """
     plain = untransformed((start, operator.like))
     v = start / start.norm()
+    previous = v
     basis, alphas, betas = [], [], []
     # One buffer, where no transform needs to know what is written into it.
-    buffer = v.new_empty(steps, v.numel()) if plain else None
+    buffer = v.new_empty(steps, v.numel()) if plain and reorthogonalise else None
+    rows = v.new_empty(0, v.numel())
     size = v.new_zeros((), dtype=torch.float64)
     for i in range(steps):
         if buffer is not None:
             buffer[i] = v
-            rows = buffer[: i + 1]
-        else:
+            v, rows = buffer[i], buffer[: i + 1]
+        elif reorthogonalise:
             basis.append(v)
             rows = torch.stack(basis)
-        w = tree.ravel(operator @ tree.unravel(v, operator.like)).to(v.dtype)
+        vector = tree.cast(tree.unravel(v, operator.like), operator.like)
+        w = tree.ravel(operator.matvec(vector)).to(v.dtype)
         alpha = w.dot(v).double()
-        w = w - alpha.to(w.dtype) * v
+        w = torch.addcmul(w, v, -alpha.to(w.dtype))
         if i:
-            w = w - betas[-1].to(w.dtype) * rows[i - 1]
-        # What the recursion leaves is small, unless little is left at all: then once more.
+            w = torch.addcmul(w, previous, -betas[-1].to(w.dtype))
         before = w.norm()
-        w = w - (rows @ w) @ rows
-        beta = w.norm()
-        if not (plain and bool(beta > 0.5 * before)):
-            w = w - (rows @ w) @ rows
+        beta = before
+        if reorthogonalise:
+            # What the recursion leaves is small, unless little is left at all: then once more.
+            w = _without(w, rows)
             beta = w.norm()
+            if not (plain and bool(beta > 0.5 * before)):
+                w = _without(w, rows)
+                beta = w.norm()
         size = torch.maximum(size, torch.maximum(alpha.abs(), beta.double()))
         # What is left beside T's own size is rounding: the space is invariant.
         alive = beta > 10 * torch.finfo(v.dtype).eps * math.sqrt(v.numel()) * size
-        v = torch.where(alive, w / torch.where(alive, beta, 1.0), 0.0)
+        previous, v = v, w * torch.where(alive, 1 / torch.where(alive, beta, 1.0), 0.0)
+        del w  # while the next product is taken
         alphas.append(alpha)
         betas.append(torch.where(alive, beta, 0.0).double())
         if plain and not bool(alive):
             break
-    rows = torch.stack(basis) if buffer is None else buffer[: len(alphas)]
     return Krylov(rows, torch.stack(alphas), torch.stack(betas), v)
+
+
+def _without(w: Tensor, rows: Tensor) -> Tensor:
+    """What is left of a vector beside orthonormal rows."""
+    return torch.addmv(w, rows.mT, rows @ w, alpha=-1)
 
 
 @state
@@ -139,6 +153,7 @@ def spectral_density(
     *,
     probes: int = 1,
     steps: int = 100,
+    reorthogonalise: bool = True,
     generator: torch.Generator | None = None,
     vectors: Tensor | None = None,
 ) -> SpectralDensity:
@@ -147,7 +162,9 @@ def spectral_density(
     Args:
         operator: A.
         probes: random sign vectors to average over.
-        steps: products for each.
+        steps: m, products for each. Memory: m vectors.
+        reorthogonalise: if not, three vectors are in memory; eigenvalues that are found already
+            then come up again as nodes that share the weight, so that fewer new ones are found.
         generator: draws the probes.
         vectors: (probes, P) instead.
 
@@ -161,7 +178,7 @@ def spectral_density(
     steps = min(steps, flat.numel())
     nodes, weights = [], []
     for v in vectors:
-        values, columns, _ = lanczos(operator, v, steps).ritz()
+        values, columns, _ = lanczos(operator, v, steps, reorthogonalise=reorthogonalise).ritz()
         # A space that ended early is filled up with nodes that have no weight.
         missing = steps - len(values)
         nodes.append(torch.cat([values, values[-1:].expand(missing)]))

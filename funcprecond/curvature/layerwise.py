@@ -35,8 +35,10 @@ class Factors:
 
     def apply(self, matrix: Tensor) -> Tensor:
         """The block times a vector."""
-        m = _times(matrix, self.right, self.right_ridge)
-        return _times(m.mT, self.left, self.left_ridge).mT
+        # One name, so that what a side was multiplied by is gone before the next one is.
+        matrix = _times(matrix, self.right, self.right_ridge)
+        matrix = _times(matrix.mT, self.left, self.left_ridge)
+        return matrix.mT
 
     def diagonal(self) -> Tensor:
         """(o, i) or (J, o / J, i)."""
@@ -123,8 +125,14 @@ def _times(x: Tensor, factor: Tensor, ridge: Tensor | None) -> Tensor:
         return x * factor
     if not as_rows(factor):
         return x @ factor
-    product = (x @ factor.mT) @ factor
-    return product if ridge is None else (x - product) / ridge[..., None, None]
+    if ridge is None:
+        return (x @ factor.mT) @ factor
+    # Of one matrix in one call, without the product in memory beside the difference.
+    if x.ndim == factor.ndim == 2:
+        rest = torch.addmm(x, x @ factor.mT, factor, alpha=-1)
+    else:
+        rest = x - (x @ factor.mT) @ factor
+    return rest / ridge[..., None, None]
 
 
 def _diagonal(factor: Tensor, ridge: Tensor | None) -> Tensor:

@@ -16,7 +16,7 @@ from funcprecond.representation.diagonal import factor_dtype
 __all__ = ["second_moments", "unit_moments"]
 
 # Entries of per-example gradients in memory at a time, where positions must be summed first.
-CHUNK = 2**22
+CHUNK = 2**18
 
 
 def second_moments(
@@ -76,7 +76,7 @@ def _row_moments(a: Tensor, g: Tensor) -> Tensor:
     step = max(1, CHUNK // (a.shape[-1] * g.shape[-1] * g.shape[-4]))
     total = None
     for a_, g_ in zip(a.split(step, -3), g.split(step, -3), strict=True):
-        part = (g_.mT @ a_.unsqueeze(-4)).square().sum((-4, -3))
+        part = (g_.mT @ a_.unsqueeze(-4)).square_().sum((-4, -3))
         total = part if total is None else total + part
     return total  # pyright: ignore[reportReturnType]
 

@@ -6,9 +6,13 @@
 
 Process CPU time on one thread; the contenders take turns, and each call stands beside a gradient.
 Printed are medians in gradients, and ours over theirs. K-FAC is of the linear and convolutional
-layers alone on both sides; products are over all parameters. "compiled" compiles one product of
-each kind by ``torch.compile``, batch and vector as arguments; its gradient is eager. "memory" is
-the peak of what torch's allocator holds during a call, in MB, from the profiler's record.
+layers alone on both sides; products are over all parameters.
+
+"compiled" compiles each operation as one graph by ``torch.compile``, batch, vectors and random
+numbers as arguments; its gradient is eager. A dash stands where that fails, or takes longer than
+:data:`PATIENCE`; the reason is printed. Curvlinops' estimates are eager loops around its compiled
+product. "memory" is the peak of what torch's allocator holds during
+a call, in MB, from the profiler's record.
 """
 
 import argparse
@@ -16,6 +20,7 @@ import itertools
 import math
 import os
 import random
+import signal
 import statistics
 import time
 import warnings
@@ -29,6 +34,15 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 import funcprecond as fp
+from funcprecond.curvature.estimate import draw_probes
+from funcprecond.curvature.layers import LayerStatistics, split_block
+from funcprecond.curvature.layerwise import Factors, Layerwise
+from funcprecond.curvature.moments import second_moments
+from funcprecond.representation.kronecker_io import KroneckerIO
+from funcprecond.solver.cholesky import Cholesky
+
+# Seconds that one operation may take to compile.
+PATIENCE = 120
 
 
 def mlp():
@@ -110,11 +124,9 @@ def layer_names(model):
     ]
 
 
-def ours(model, batch, v, stack):
-    generator = torch.Generator().manual_seed(0)
+def problems_of(model):
+    """All parameters' problem, and that of the layers alone, with all others constant."""
     problem = fp.problem(model, fp.losses.cross_entropy)
-    params = problem.params
-    # The same model with all but the layers' parameters constant, for K-FAC.
     names = layer_names(model)
     trainable = {k: p.requires_grad for k, p in model.named_parameters()}
     for k, p in model.named_parameters():
@@ -122,6 +134,13 @@ def ours(model, batch, v, stack):
     layers = fp.problem(model, fp.losses.cross_entropy)
     for k, p in model.named_parameters():
         p.requires_grad_(trainable[k])
+    return problem, layers
+
+
+def ours(model, batch, v, stack):
+    generator = torch.Generator().manual_seed(0)
+    problem, layers = problems_of(model)
+    params = problem.params
     lv = {k: v[k] for k in layers.params}
 
     def factored(**options):
@@ -159,40 +178,215 @@ def ours(model, batch, v, stack):
         "GGN trace, 9 products": lambda: fp.hutchinson_trace(ggn(), 9, **options),
         "GGN Hutch++, 9 products": lambda: fp.hutchpp(ggn(), 9, **options),
         "GGN spectrum, 16 steps": lambda: fp.spectral_density(ggn(), steps=16, **options),
+        "GGN spectrum, 3 vectors": lambda: fp.spectral_density(
+            ggn(), steps=16, reorthogonalise=False, **options
+        ),
     }
 
 
 def ours_compiled(model, batch, v, stack):
-    problem = fp.problem(model, fp.losses.cross_entropy)
+    """Every operation as one graph; what is random comes in as an argument."""
+    generator = torch.Generator().manual_seed(0)
+    problem, layers = problems_of(model)
     params = problem.params
-    products = {
-        "Hessian, one product": lambda b, v: fp.linearise(problem, params, b).hvp(v),
-        "GGN, one product": lambda b, v: fp.ggn_mv(problem, params, b, v),
-        "empirical Fisher, one product": lambda b, v: fp.fisher_mv(
-            problem, params, b, v, labels="empirical"
+    lv = {k: v[k] for k in layers.params}
+    loss, targets = problem.loss, batch[1]
+    noise = loss.draw(targets, 1, generator)
+    kinds = {
+        "mc": LayerStatistics("mc", others="none"),
+        "kflr": LayerStatistics("exact", others="none"),
+    }
+    by_example = LayerStatistics("mc", others="none", by_example=True)
+
+    def measured(need, b, noise):
+        evaluation = fp.Evaluation(layers, layers.params, b, taps=True)
+        return need.measure(evaluation, noise)
+
+    def factors(need, b, noise):
+        empty = KroneckerIO.init(layers.params, rows=True)
+        return empty.accumulate(measured(need, b, noise), None)
+
+    def inputs_only(b):
+        return fp.KroneckerFactored(layers, layers.params, b, kind="foof").factors
+
+    def inverse_and_solve(b, noise, v):
+        found = factors(kinds["mc"], b, noise)
+        prepared = Cholesky(1e-3, "equal").prepare(found, None)
+        return Cholesky(1e-3, "equal").apply(prepared, v)
+
+    def ekfac(b, noise):
+        uses = measured(by_example, b, noise)
+        found = KroneckerIO.init(layers.params, rows=True).accumulate(uses, None)
+        blocks = {k: Factors(x, found.right[k]) for k, x in found.left.items()}
+        bases = Layerwise(layers.params, blocks, {}, {})._rotated()
+        return {
+            k: second_moments(u, split_block(k)[1] is not None, bases[k].left, bases[k].right)
+            for k, u in uses.uses.items()
+        }
+
+    def hessian(b, v):
+        return fp.linearise(problem, params, b).hvp(v)
+
+    def ggn_product(b, v):
+        return fp.ggn_mv(problem, params, b, v)
+
+    def ggn(b):
+        return fp.GGN(problem, params, b)
+
+    def sampled(b, noise, v):
+        return fp.fisher_mv(problem, params, b, v, labels="mc", noise=noise)
+
+    probes = draw_probes(ggn(batch), 9, generator)
+    factored = fp.KroneckerFactored(layers, layers.params, batch, generator=generator)
+    inverse = factored.inverse(1e-3, split="equal")
+    return {
+        "Hessian, one product": (hessian, batch, v),
+        "Hessian, 8 columns": (torch.vmap(hessian, (None, 0)), batch, stack),
+        "GGN, one product": (ggn_product, batch, v),
+        "GGN, 8 columns": (torch.vmap(ggn_product, (None, 0)), batch, stack),
+        "empirical Fisher, one product": (
+            lambda b, v: fp.fisher_mv(problem, params, b, v, labels="empirical"),
+            batch,
+            v,
+        ),
+        "sampled Fisher, one product": (sampled, batch, noise, v),
+        "sampled Fisher, 8 columns": (torch.vmap(sampled, (None, None, 0)), batch, noise, stack),
+        "K-FAC factors, mc": (lambda b, n: factors(kinds["mc"], b, n), batch, noise),
+        "K-FAC factors, exact": (lambda b: factors(kinds["kflr"], b, ()), batch),
+        "K-FAC factors, inputs only": (inputs_only, batch),
+        "K-FAC inverse and one solve": (inverse_and_solve, batch, noise, lv),
+        "K-FAC solve": (inverse.matvec, lv),
+        "EKFAC": (ekfac, batch, noise),
+        "GGN diagonal, 8 products": (
+            lambda b, p: fp.hutchinson_diagonal(ggn(b), 8, probes=p),
+            batch,
+            probes[:8],
+        ),
+        "GGN trace, 9 products": (
+            lambda b, p: fp.hutchinson_trace(ggn(b), 9, probes=p),
+            batch,
+            probes,
+        ),
+        "GGN Hutch++, 9 products": (
+            lambda b, p: fp.hutchpp(ggn(b), 9, probes=p),
+            batch,
+            probes[:6],
+        ),
+        "GGN spectrum, 16 steps": (
+            lambda b, p: fp.spectral_density(ggn(b), steps=16, vectors=p),
+            batch,
+            probes[:1],
+        ),
+        "GGN spectrum, 3 vectors": (
+            lambda b, p: fp.spectral_density(ggn(b), steps=16, vectors=p, reorthogonalise=False),
+            batch,
+            probes[:1],
         ),
     }
-    compiled = {key: torch.compile(f) for key, f in products.items()}
-    return {key: lambda f=f: f(batch, v) for key, f in compiled.items()}
 
 
 def theirs_compiled(model, batch, v, stack):
+    """The operators' own functions of a batch and columns; around them, estimates run eagerly."""
     import curvlinops as cl
 
     base = {"check_deterministic": False, "num_data": len(batch[0])}
-    data, columns = [batch], [x.unsqueeze(-1) for x in v.values()]
-    kinds = {
-        "Hessian, one product": cl.HessianLinearOperator,
-        "GGN, one product": cl.GGNLinearOperator,
-        "empirical Fisher, one product": cl.EFLinearOperator,
+    loss, params = nn.CrossEntropyLoss(), list(model.parameters())
+    one = [x.unsqueeze(-1) for x in v.values()]
+    columns = [s.movedim(0, -1).contiguous() for s in stack.values()]
+
+    def made(cls):
+        return cls(model, loss, params, [batch], **base)
+
+    hessian, empirical = made(cl.HessianLinearOperator), made(cl.EFLinearOperator)
+    sampled, ggn = made(cl.FisherMCLinearOperator), made(cl.GGNLinearOperator)
+    draws = (1, torch.Generator().manual_seed(0))
+    within = made(cl.GGNLinearOperator)
+    within.__dict__["_mp"] = torch.compile(ggn._mp, fullgraph=True, dynamic=False)
+    named, names = dict(model.named_parameters()), layer_names(model)
+    of_layers, lv = [named[k] for k in names], [v[k] for k in names]
+    options = {"num_per_example_loss_terms": 1, "separate_weight_and_bias": False, **base}
+    kinds = cl.FisherType
+
+    def kfac(kind, b, cls=cl.KFACLinearOperator):
+        return cls(model, loss, of_layers, [b], fisher_type=kind, **options)
+
+    def factors(kind):
+        def found(b):
+            op = kfac(kind, b)
+            op.compute_kronecker_factors()
+            return op._input_covariances, op._gradient_covariances
+
+        return found
+
+    def inverse(b):
+        op = kfac(kinds.MC, b)
+        op.compute_kronecker_factors()
+        return cl.KFACInverseLinearOperator(op, damping=1e-3)
+
+    def ekfac(b):
+        kfac(kinds.MC, b, cl.EKFACLinearOperator)._maybe_compute_ekfac()
+
+    def spectrum():
+        return cl.lanczos_approximate_spectrum(
+            within, ncv=16, num_repeats=1, boundaries=(0.0, 50.0)
+        )
+
+    kept = inverse(batch)
+    kept @ lv
+    return {
+        "Hessian, one product": (hessian._mp, *batch, *one),
+        "Hessian, 8 columns": (hessian._mp, *batch, *columns),
+        "GGN, one product": (ggn._mp, *batch, *one),
+        "GGN, 8 columns": (ggn._mp, *batch, *columns),
+        "empirical Fisher, one product": (empirical._mp, *batch, *one),
+        "sampled Fisher, one product": (sampled._mp, *batch, *draws, *one),
+        "sampled Fisher, 8 columns": (sampled._mp, *batch, *draws, *columns),
+        "K-FAC factors, mc": (factors(kinds.MC), batch),
+        "K-FAC factors, exact": (factors(kinds.TYPE2), batch),
+        "K-FAC factors, inputs only": (factors(kinds.FORWARD_ONLY), batch),
+        "K-FAC inverse and one solve": (lambda b: inverse(b) @ lv, batch),
+        "K-FAC solve": (lambda v: kept @ v, lv),
+        "EKFAC": (ekfac, batch),
+        "GGN diagonal, 8 products": lambda: cl.hutchinson_diag(within, 8),
+        "GGN trace, 9 products": lambda: cl.hutchinson_trace(within, 9),
+        "GGN Hutch++, 9 products": lambda: cl.hutchpp_trace(within, 9),
+        "GGN spectrum, 16 steps": spectrum,
+        "GGN spectrum, 3 vectors": spectrum,
     }
-    calls = {}
-    for key, cls in kinds.items():
-        op = cls(model, nn.CrossEntropyLoss(), list(model.parameters()), data, **base)
-        # The operator's own function of a batch and columns: what a product spends its time in.
-        compiled = torch.compile(op._mp)
-        calls[key] = lambda f=compiled: f(*batch, *columns)
-    return calls
+
+
+def that_compile(calls, problem):
+    """The calls that compile within :data:`PATIENCE`; of the others the reasons are printed."""
+    # A graph for each kind of product and number of columns.
+    torch._dynamo.config.recompile_limit = 64  # pyright: ignore
+
+    def stop(*_):
+        raise TimeoutError
+
+    signal.signal(signal.SIGALRM, stop)
+    found = {}
+    for (side, key), call in calls.items():
+        made = call if callable(call) else compiled(*call)
+        start = time.monotonic()
+        signal.alarm(PATIENCE)
+        try:
+            made()
+            found[side, key] = made
+        except Exception as error:  # whatever the compiler says
+            lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+            reason = " ".join(lines[:2]) or type(error).__name__
+            # The compiler dresses up what it is stopped by.
+            late = time.monotonic() - start >= PATIENCE
+            reason = f"not compiled after {PATIENCE} s" if late else reason
+            print(f"- {key}, {problem}, {side}: {reason}", flush=True)
+        finally:
+            signal.alarm(0)
+    return found
+
+
+def compiled(f, *args):
+    f = torch.compile(f, fullgraph=True, dynamic=False)
+    return lambda: f(*args)
 
 
 def factored_inverse(factored, v):
@@ -228,6 +422,11 @@ def theirs(model, batch, v, stack):
 
     inverse = cl.KFACInverseLinearOperator(kfac(kinds.MC), damping=1e-3)
     inverse @ lv
+
+    def spectrum():
+        # Without reorthogonalisation: no Lanczos vector is kept.
+        return cl.lanczos_approximate_spectrum(ggn, ncv=16, num_repeats=1, boundaries=(0.0, 50.0))
+
     return {
         "Hessian, one product": lambda: hessian @ one,
         "Hessian, kept": lambda: hessian @ one,
@@ -249,9 +448,8 @@ def theirs(model, batch, v, stack):
         "GGN diagonal, 8 products": lambda: cl.hutchinson_diag(ggn, 8),
         "GGN trace, 9 products": lambda: cl.hutchinson_trace(ggn, 9),
         "GGN Hutch++, 9 products": lambda: cl.hutchpp_trace(ggn, 9),
-        "GGN spectrum, 16 steps": lambda: cl.lanczos_approximate_spectrum(
-            ggn, ncv=16, num_repeats=1, boundaries=(0.0, 50.0)
-        ),
+        "GGN spectrum, 16 steps": spectrum,
+        "GGN spectrum, 3 vectors": spectrum,
     }
 
 
@@ -311,7 +509,7 @@ def main():
     torch.set_num_threads(1)
     makers = {"mlp": mlp, "cnn": cnn, "encoder": encoder}
     names = args.problems.split(",")
-    table: dict[str, dict[str, tuple[float, float]]] = {}
+    table: dict[str, dict[str, tuple[float | None, float | None]]] = {}
     for name in names:
         model, batch, v, stack = work(makers[name])
         sides = zip(("ours", "theirs"), SIDES[args.what], strict=True)
@@ -322,12 +520,16 @@ def main():
             # What is kept is not seen between two calls.
             if args.only in key and not (args.what == "memory" and "kept" in key)
         }
+        keys = dict.fromkeys(key for _, key in calls)
+        if args.what == "compiled":
+            calls = that_compile(calls, name)
         if args.what == "memory":
             found = {key: peak(call) for key, call in calls.items()}
         else:
             found = measure(calls, gradient(model, batch), args.rounds)
-        for _, key in calls:
-            table.setdefault(key, {})[name] = (found["ours", key], found["theirs", key])
+        for key in keys:
+            cell = (found.get(("ours", key)), found.get(("theirs", key)))
+            table.setdefault(key, {})[name] = cell
     unit = "MB" if args.what == "memory" else f"CPU time, {args.rounds} rounds; in gradients"
     print(f"torch {torch.__version__}, one thread, {args.what}, {unit}")
     print("| operation | " + " | ".join(f"{n}: ours | curvlinops | ratio" for n in names) + " |")
@@ -337,10 +539,12 @@ def main():
         cells = []
         for n in names:
             a, b = row[n]
-            over.append(a / b)
-            cells.append(f"{a:.2f} | {b:.2f} | {a / b:.2f}")
+            ratio = a / b if a and b else None
+            over += [ratio] if ratio else []
+            cells += ["–" if x is None else f"{x:.2f}" for x in (a, b, ratio)]
         print(f"| {key} | " + " | ".join(cells) + " |")
-    print(f"\nours / curvlinops: median {statistics.median(over):.2f}, worst {max(over):.2f}")
+    if over:
+        print(f"\nours / curvlinops: median {statistics.median(over):.2f}, worst {max(over):.2f}")
 
 
 if __name__ == "__main__":

@@ -88,3 +88,23 @@ def test_float32_gives_no_ghosts():
     assert ((ritz > 5) & (ritz < 50)).sum() == 1
     assert (ritz > 50).sum() == 1
     assert_close(space.basis @ space.basis.T, torch.eye(len(space.alpha)), atol=1e-5)
+
+
+def test_without_reorthogonalisation_copies_share_the_weight_and_none_is_kept():
+    values = torch.cat([torch.tensor([100.0, 10.0]), torch.linspace(0, 1, 58)])
+    m = strategies.with_spectrum(values.double(), 0).float()
+    start = normal((60,), 1, torch.float32)
+    space = lanczos(operator(m), start, 40, reorthogonalise=False)
+    assert space.basis.shape == (0, 60)
+    ritz, vectors, _ = space.ritz()
+    copies = ritz > 50
+    assert copies.sum() > 1
+    whole = lanczos(operator(m), start, 40).ritz()
+    assert_close(vectors[0, copies].square().sum(), whole[1][0, -1] ** 2, rtol=1e-4)
+    found = [
+        fp.spectral_density(
+            operator(m), steps=40, vectors=start.unsqueeze(0), reorthogonalise=kept
+        ).trace(torch.log1p)[0]
+        for kept in (True, False)
+    ]
+    assert_close(found[1], found[0], rtol=1e-5)
