@@ -2,7 +2,7 @@
 
     pip install --no-deps curvlinops-for-pytorch==3.0.1   # and what it imports
     python tests/benchmarks/against_curvlinops.py [--rounds 15] [--problems mlp,cnn,encoder]
-        [--what eager|compiled|memory]
+        [--what eager|compiled|memory|arithmetic]
 
 Process CPU time on one thread; the contenders take turns, and each call stands beside a gradient.
 Printed are medians in gradients, and ours over theirs. K-FAC is of the linear and convolutional
@@ -11,8 +11,9 @@ layers alone on both sides; products are over all parameters.
 "compiled" compiles each operation as one graph by ``torch.compile``, batch, vectors and random
 numbers as arguments; its gradient is eager. A dash stands where that fails, or takes longer than
 :data:`PATIENCE`; the reason is printed. Curvlinops' estimates are eager loops around its compiled
-product. "memory" is the peak of what torch's allocator holds during
-a call, in MB, from the profiler's record.
+product. "memory" is the peak of what torch's allocator holds during a call, in MB, from the
+profiler's record. "arithmetic" counts the multiplications of matrix products and convolutions, by
+torch's own formulas; decompositions are not counted.
 """
 
 import argparse
@@ -32,6 +33,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 
 import funcprecond as fp
 from funcprecond.curvature.estimate import draw_probes
@@ -492,9 +495,29 @@ def recorded_peak(call):
     return max(held, default=0)
 
 
+class Arithmetic(TorchDispatchMode):
+    """Counts what matrix products and convolutions multiply."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out, operation = func(*args, **(kwargs or {})), func.overloadpacket
+        if operation in flop_registry:
+            self.count += flop_registry[operation](*args, **(kwargs or {}), out_val=out)
+        return out
+
+
+def counted(call):
+    call()  # opens what is kept
+    with Arithmetic() as found:
+        call()
+    return found.count
+
+
 SIDES = {
     "eager": (ours, theirs),
     "memory": (ours, theirs),
+    "arithmetic": (ours, theirs),
     "compiled": (ours_compiled, theirs_compiled),
 }
 
@@ -525,12 +548,16 @@ def main():
             calls = that_compile(calls, name)
         if args.what == "memory":
             found = {key: peak(call) for key, call in calls.items()}
+        elif args.what == "arithmetic":
+            one = counted(gradient(model, batch))
+            found = {key: counted(call) / one for key, call in calls.items()}
         else:
             found = measure(calls, gradient(model, batch), args.rounds)
         for key in keys:
             cell = (found.get(("ours", key)), found.get(("theirs", key)))
             table.setdefault(key, {})[name] = cell
-    unit = "MB" if args.what == "memory" else f"CPU time, {args.rounds} rounds; in gradients"
+    timed = f"CPU time, {args.rounds} rounds; in gradients"
+    unit = {"memory": "MB", "arithmetic": "in gradients"}.get(args.what, timed)
     print(f"torch {torch.__version__}, one thread, {args.what}, {unit}")
     print("| operation | " + " | ".join(f"{n}: ours | curvlinops | ratio" for n in names) + " |")
     print("|---" * (1 + 3 * len(names)) + "|")
