@@ -137,9 +137,12 @@ class Evaluation:
         return self._run.pull(cotangents)
 
     @explained
-    def pull_layers(self, cotangents: Any) -> Sequence[Tensor]:
-        """The cotangents pulled back to each call's output. About 0.3 gradients."""
-        return self._run.pull_layers(cotangents)
+    def pull_layers(self, cotangents: Any, keep: bool = True) -> Sequence[Tensor]:
+        """The cotangents pulled back to each call's output. About 0.3 gradients.
+
+        Without ``keep`` it is the last pull-back: the graph is freed as it goes.
+        """
+        return self._run.pull_layers(cotangents, keep)
 
     def pull_each(
         self, cotangents: Any, names: Sequence[str], chunk_size: int | None = None

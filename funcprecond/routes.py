@@ -78,8 +78,8 @@ class GraphRun:
     def pull(self, cotangents):
         return dict(zip(self.leaves, self._pull(cotangents, [*self.leaves.values()]), strict=True))
 
-    def pull_layers(self, cotangents):
-        return self._pull(cotangents, self.edges)
+    def pull_layers(self, cotangents, keep):
+        return self._pull(cotangents, self.edges, keep=keep)
 
     def hvp(self, evaluation, vector):
         if not self._twice:
@@ -113,14 +113,14 @@ class GraphRun:
         )
         return dict(zip(inputs, values, strict=True))
 
-    def _pull(self, cotangents, inputs, create_graph=False):
+    def _pull(self, cotangents, inputs, create_graph=False, keep=True):
         pairs = [
             (x, u)
             for x, u in zip(tree.leaves(self.outputs), tree.leaves(cotangents), strict=True)
             if x.requires_grad
         ]
         outputs = [x for x, _ in pairs]
-        return self._gradient(outputs, [u for _, u in pairs], inputs, create_graph)
+        return self._gradient(outputs, [u for _, u in pairs], inputs, create_graph, keep)
 
     def _gradient(self, outputs, cotangents, inputs, create_graph=False, keep=True):
         flat = [outputs] if isinstance(outputs, Tensor) else outputs
@@ -187,7 +187,7 @@ class FunctionRun:
     def pull(self, cotangents):
         return self._vjp(cotangents)[0]
 
-    def pull_layers(self, cotangents):
+    def pull_layers(self, cotangents, keep):
         return self._vjp(cotangents)[1]
 
     def hvp(self, evaluation, vector):

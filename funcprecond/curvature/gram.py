@@ -24,17 +24,25 @@ __all__ = ["bordered", "gram", "input_factor", "patch_gram"]
 BLOCKS, WIDE = 4, 160
 
 
-def gram(rows: Tensor) -> Tensor:
-    """``rows^T rows`` of (..., M, n) rows; 5/8 of the products of a general one."""
-    n = rows.shape[-1]
+def gram(rows: Tensor, count: int | None = None) -> Tensor:
+    """``rows^T rows`` of (..., M, n) rows; 5/8 of the products of a general one.
+
+    With ``count``, the number of rows, that of the rows with a 1 appended: see :func:`bordered`.
+    """
+    n, sums = rows.shape[-1], None if count is None else rows.sum(-2)
     if n < WIDE:
-        return rows.mT @ rows
-    parts = rows.split(-(-n // BLOCKS), -1)
-    above = [[p.mT @ q for q in parts[i:]] for i, p in enumerate(parts)]
-    lines = [
-        torch.cat([*(above[j][i - j].mT for j in range(i)), *line], -1)
-        for i, line in enumerate(above)
-    ]
+        moment = rows.mT @ rows
+        return moment if count is None or sums is None else bordered(moment, sums, count)
+    size = -(-n // BLOCKS)
+    above = [rows[..., i : i + size].mT @ rows[..., i:] for i in range(0, n, size)]
+    lines = []
+    for i, line in enumerate(above):
+        wide = line.shape[-2]
+        left = [above[j].narrow(-1, (i - j) * size, wide).mT for j in range(i)]
+        right = [] if sums is None else [sums.narrow(-1, i * size, wide).unsqueeze(-1)]
+        lines.append(torch.cat([*left, line, *right], -1))
+    if count is not None and sums is not None:
+        lines.append(torch.cat([sums, torch.full_like(sums[..., :1], count)], -1).unsqueeze(-2))
     return torch.cat(lines, -2)
 
 
@@ -135,9 +143,7 @@ def input_factor(
                 rows = torch.cat([rows, torch.ones_like(rows[..., :1])], -1)
             if few and keep_rows and len(uses) == 1:
                 return rows * positions**-0.5
-            moment = gram(rows)
-            if bias and not few:
-                moment = bordered(moment, rows.sum(-2), positions)
+            moment = gram(rows, positions if bias and not few else None)
         total = moment if total is None else total + moment
         count += positions
     return total / count  # pyright: ignore[reportOptionalOperand]

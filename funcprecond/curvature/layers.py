@@ -185,15 +185,18 @@ class LayerStatistics(Need):
         return self._layers(evaluation, cotangents, grads, scale)
 
     def each(self, evaluation: Evaluation, noise: Any) -> Iterator[Layers]:
-        """The same measurement in parts of one cotangent, of which one is in memory at a time."""
+        """The same measurement in parts of one cotangent, of which one is in memory at a time.
+
+        The evaluation's graph is gone after the last one.
+        """
         cotangents, scale = self._cotangents(evaluation, noise)
         if cotangents is None:
             yield self.measure(evaluation, noise)
             return
         for u in cotangents:
-            yield self._layers(
-                evaluation, [u], [g.unsqueeze(0) for g in evaluation.pull_layers(u)], scale
-            )
+            pulled = evaluation.pull_layers(u, keep=u is not cotangents[-1])
+            yield self._layers(evaluation, [u], [g.unsqueeze(0) for g in pulled], scale)
+            del pulled  # so that it is gone while the next is made
 
     def _layers(
         self,
