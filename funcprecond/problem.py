@@ -150,8 +150,10 @@ def _from_module(model: nn.Module, loss: Loss, split: Callable) -> Problem:
             for held, key, name in places:
                 held[key] = tensors[name]
             outputs = model(*args, **kwargs)
-            # A layer may also put a new tensor in a buffer's place.
-            fresh |= {name: held[key] for held, key, name in places if name in fresh}
+            # A layer may also put a new tensor in a buffer's place. One that it takes away is back
+            # in the next run, as it was.
+            found = ((name, held.get(key)) for held, key, name in places if name in fresh)
+            fresh |= {name: x for name, x in found if x is not None}
         finally:
             for (held, key, _), tensor in zip(places, own, strict=True):
                 held[key] = tensor

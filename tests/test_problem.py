@@ -140,6 +140,22 @@ def test_a_buffer_that_the_model_replaces_comes_back():
     assert problem.buffers["runs"] == 0
 
 
+def test_a_buffer_that_the_model_takes_away_is_back_in_the_next_run():
+    class Forgetful(Counting):
+        def forward(self, x):
+            assert self.runs is not None
+            self.runs = None
+            return self.layer(x)
+
+    module = Forgetful()
+    problem, before = fp.problem(module, fp.losses.mse), snapshot(module)
+    batch, buffers = (normal((4, 3)).float(), torch.zeros(4, 2)), None
+    for _ in range(2):
+        buffers = fp.observe(problem, problem.params, batch, buffers=buffers).buffers
+        assert buffers == {"runs": torch.zeros(())}
+    assert_untouched(module, before)
+
+
 def test_a_run_that_fails_leaves_the_module_as_it_was():
     module = Counting()
     problem, before = fp.problem(module, fp.losses.mse), snapshot(module)

@@ -40,6 +40,7 @@ from funcprecond.evaluation import Evaluation
 from funcprecond.problem import Buffers, Params, Problem, example_count
 from funcprecond.representation.diagonal import factor_dtype, zero_weight
 from funcprecond.representation.kronecker_io import KroneckerIO, frequencies, inputs_are_left
+from funcprecond.routes import renamed
 from funcprecond.solver.cholesky import Cholesky
 
 __all__ = ["KroneckerFactored", "Split"]
@@ -171,7 +172,7 @@ def _forward(
     inputs, targets = problem.split(batch)
     # Tensors made here, whose identities a compiler does not guard on.
     inputs = tree.map(lambda x: x.view_as(x) if isinstance(x, Tensor) else x, inputs)
-    leaves = {k: p.view_as(p) for k, p in params.items()}
+    leaves = renamed(params)
     capture = Capture(leaves, lambda z: z, generator=generator)
     buffers = problem.buffers if buffers is None else buffers
     with capture:
