@@ -132,16 +132,16 @@ class Evaluation:
         return self.problem.loss.constant(self.outputs, self.targets)
 
     @explained
-    def pull(self, cotangents: Any) -> Params:
-        """``J^T cotangents``: the cotangents are shaped like the outputs. About 0.7 gradients."""
-        return self._run.pull(cotangents)
+    def pull(self, cotangents: Any, keep: bool = True) -> Params:
+        """``J^T cotangents``: the cotangents are shaped like the outputs. About 0.7 gradients.
+
+        Without ``keep`` it is the last question: the graph is freed as it goes, here and below.
+        """
+        return self._run.pull(cotangents, keep)
 
     @explained
     def pull_layers(self, cotangents: Any, keep: bool = True) -> Sequence[Tensor]:
-        """The cotangents pulled back to each call's output. About 0.3 gradients.
-
-        Without ``keep`` it is the last pull-back: the graph is freed as it goes.
-        """
+        """The cotangents pulled back to each call's output. About 0.3 gradients."""
         return self._run.pull_layers(cotangents, keep)
 
     def pull_each(
@@ -229,20 +229,24 @@ class Evaluation:
 
     # -------------------------------------------------------------------------- second derivatives
     @explained
-    def hvp(self, vector: Params) -> Params:
+    def hvp(self, vector: Params, keep: bool = True) -> Params:
         """The loss's Hessian times a vector. The first call opens the second-order graph."""
-        return self._run.hvp(self, vector)
+        return self._run.hvp(self, vector, keep)
 
     @explained
-    def jvp(self, vector: Params) -> Any:
-        """``J vector``, shaped like the outputs, with the masks and kernels of the forward run."""
-        return self._run.jvp(self, vector)
+    def jvp(self, vector: Params, keep: bool = True) -> Any:
+        """``J vector``, shaped like the outputs, with the masks and kernels of the forward run.
+
+        Without ``keep`` it is the last one, but the transpose can be asked for still.
+        """
+        return self._run.jvp(self, vector, keep)
 
     @explained
-    def ggn_mv(self, vector: Params) -> Params:
+    def ggn_mv(self, vector: Params, keep: bool = True) -> Params:
         """The Gauss-Newton matrix ``J^T H_L J`` of the loss times a vector."""
-        product = self.problem.loss.hessian_product(self.outputs, self.targets, self.jvp(vector))
-        return self.pull(product)
+        pushed = self.jvp(vector, keep)
+        product = self.problem.loss.hessian_product(self.outputs, self.targets, pushed)
+        return self.pull(product, keep)
 
     # ------------------------------------------------------------------------------------ internals
     def _refuse_coupling(self) -> None:

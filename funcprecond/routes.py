@@ -29,7 +29,10 @@ def opened_once(method: Callable) -> property:
             setattr(self, name, method(self))
         return getattr(self, name)
 
-    return property(get, doc=method.__doc__)
+    def forget(self):
+        self.__dict__.pop(name, None)
+
+    return property(get, fdel=forget, doc=method.__doc__)
 
 
 class GraphRun:
@@ -75,23 +78,26 @@ class GraphRun:
         self._graph_of_grads = grads
         return detach(grads), [g.detach() for g in everything[n:]]
 
-    def pull(self, cotangents):
-        return dict(zip(self.leaves, self._pull(cotangents, [*self.leaves.values()]), strict=True))
+    def pull(self, cotangents, keep):
+        pulled = self._pull(cotangents, [*self.leaves.values()], keep=keep)
+        return dict(zip(self.leaves, pulled, strict=True))
 
     def pull_layers(self, cotangents, keep):
         return self._pull(cotangents, self.edges, keep=keep)
 
-    def hvp(self, evaluation, vector):
+    def hvp(self, evaluation, vector, keep):
         if not self._twice:
             msg = "products with the Hessian need twice=True, in the Evaluation or in the Need"
             raise RuntimeError(msg)
         self.grads  # noqa: B018 - opens the graph of the gradient
-        return self._through(self._graph_of_grads, vector, self.leaves)
+        return self._through(self._graph_of_grads, vector, self.leaves, keep)
 
-    def jvp(self, evaluation, vector):
+    def jvp(self, evaluation, vector, keep):
         seed, pulled = self._transposed
+        if not keep:
+            del self._transposed
         flat, spec = tree.flatten(self.outputs)
-        result = self._through(pulled, vector, dict(enumerate(seed)))
+        result = self._through(pulled, vector, dict(enumerate(seed)), keep)
         return tree.unflatten([result[i] for i in range(len(flat))], spec)
 
     @opened_once
@@ -103,13 +109,16 @@ class GraphRun:
             pulled = self._pull(seed, [*self.leaves.values()], create_graph=True)
         return seed, dict(zip(self.leaves, pulled, strict=True))
 
-    def _through(self, graph, vector, inputs):
+    def _through(self, graph, vector, inputs, keep=True):
         """The vector pulled back through a graph of gradients to its inputs."""
         alive = [k for k, g in graph.items() if g.requires_grad]
         if not alive:
             return {k: torch.zeros_like(x) for k, x in inputs.items()}
         values = self._gradient(
-            [graph[k] for k in alive], [vector[k] for k in alive], [*inputs.values()]
+            [graph[k] for k in alive],
+            [vector[k] for k in alive],
+            [*inputs.values()],
+            keep=keep,
         )
         return dict(zip(inputs, values, strict=True))
 
@@ -126,14 +135,17 @@ class GraphRun:
         flat = [outputs] if isinstance(outputs, Tensor) else outputs
         found: Sequence[Tensor | None] = [None] * len(inputs)
         if inputs and any(x.requires_grad for x in flat):
-            found = torch.autograd.grad(
-                outputs,
-                inputs,
-                cotangents,
-                retain_graph=keep,
-                create_graph=create_graph,
-                allow_unused=True,
-            )
+            options = {"retain_graph": keep, "create_graph": create_graph, "allow_unused": True}
+            try:
+                found = torch.autograd.grad(outputs, inputs, cotangents, **options)
+            except RuntimeError as error:
+                if "backward through the graph a second time" not in str(error):
+                    raise
+                msg = (
+                    "the graph of this run was freed by a call with keep=False, which has to be "
+                    "the last one: open the batch again, or keep it"
+                )
+                raise RuntimeError(msg) from error
         return [self._zero(x) if g is None else g for g, x in zip(found, inputs, strict=True)]
 
     def _zero(self, unreached):
@@ -184,18 +196,18 @@ class FunctionRun:
     def grads(self):
         return self._vjp(self._loss_vjp(torch.ones_like(self.loss))[0])
 
-    def pull(self, cotangents):
+    def pull(self, cotangents, keep):
         return self._vjp(cotangents)[0]
 
     def pull_layers(self, cotangents, keep):
         return self._vjp(cotangents)[1]
 
-    def hvp(self, evaluation, vector):
+    def hvp(self, evaluation, vector, keep):
         if self._hessian is None:
             self._hessian = vjp(grad(lambda p: evaluation._loss(p)[0]), evaluation.params)[1]
         return self._hessian(vector)[0]
 
-    def jvp(self, evaluation, vector):
+    def jvp(self, evaluation, vector, keep):
         if self._jacobian is None:
             # A pull-back of its own: the one with zeros would be transposed together with them.
             pull = vjp(lambda p: evaluation._forward(p, None)[0], evaluation.params)[1]

@@ -81,6 +81,27 @@ def test_per_example_gradients_are_those_of_single_calls(route):
     assert_close(rows, reference.per_example(toy.problem, toy.params, toy.batch), rtol=1e-10)
 
 
+@pytest.mark.parametrize("question", ["pull", "pull_layers", "jvp", "ggn_mv", "hvp"])
+def test_the_last_question_is_answered_as_any_other(question, route):
+    toy = problems.convnet()
+    options = {"taps": True, "twice": True}
+    kept, last = (Evaluation(toy.problem, toy.params, toy.batch, **options) for _ in range(2))
+    given = normal(kept.outputs.shape, 3) if question.startswith("pull") else vector(toy)
+    expected = getattr(kept, question)(given)
+    assert_same(getattr(last, question)(given, keep=False), expected)
+    assert_same(getattr(kept, question)(given), expected)
+
+
+@pytest.mark.parametrize("question", ["pull", "ggn_mv", "hvp"])
+def test_what_is_asked_after_the_last_question_is_refused(question):
+    toy = problems.convnet()
+    e = Evaluation(toy.problem, toy.params, toy.batch, twice=True)
+    given = normal(e.outputs.shape, 3) if question == "pull" else vector(toy)
+    getattr(e, question)(given, keep=False)
+    with pytest.raises(RuntimeError, match="keep=False"):
+        getattr(e, question)(given)
+
+
 @pytest.mark.parametrize("chunk", [1, 2, 5, 7])
 def test_the_chunk_size_changes_nothing_but_memory(chunk):
     toy = problems.mlp()

@@ -200,17 +200,17 @@ def _of_parts(
     parts: Iterable[Layers], params: Params, rows: bool = False
 ) -> tuple[KroneckerIO, dict[str, tuple[LayerUse, ...]]]:
     """The factors of all cotangents, and the layers' uses without these."""
-    found, uses = KroneckerIO.init(params, rows), {}
-    for i, part in enumerate(parts):
-        if i:
-            found = found.with_cotangents(part)
-        else:
-            found = found.accumulate(part, None)
-            uses = {
-                name: tuple(dataclasses.replace(use, grads=use.grads[:0].clone()) for use in block)
-                for name, block in part.uses.items()
-            }
-        del part  # so that it is gone while the next is made
+    parts = iter(parts)
+    part = next(parts)
+    found = KroneckerIO.init(params, rows).accumulate(part, None)
+    uses = {
+        name: tuple(dataclasses.replace(use, grads=use.grads[:0].clone()) for use in block)
+        for name, block in part.uses.items()
+    }
+    del part  # so that it is gone while the next is made, as each is
+    for part in parts:
+        found = found.with_cotangents(part)
+        del part
     return found, uses
 
 

@@ -56,29 +56,38 @@ def fisher_mv(
     options = {"buffers": buffers, "generator": generator}
     if labels == "exact" or not untransformed((params, batch, buffers, vector, noise)):
         evaluation = Evaluation(problem, params, batch, twice=True, **options)
-        return fisher_product(evaluation, vector, labels, noise)
+        return fisher_product(evaluation, vector, labels, noise, keep=False)
     evaluation = Evaluation(problem, params, batch, taps=True, twice=True, **options)
-    rows = fisher_rows(evaluation, labels, noise)
+    rows = fisher_rows(evaluation, labels, noise, keep=False)
     if rows is None:
-        return fisher_product(evaluation, vector, labels, noise)
+        return fisher_product(evaluation, vector, labels, noise, keep=False)
     del evaluation  # the run's graph, which the rows do not need
     return rows.product(vector)
 
 
-def fisher_rows(evaluation: Evaluation, labels: Labels, noise: Tensor | None) -> Rows | None:
-    """The rows of the sampled or empirical matrix, on a batch opened with ``taps``; or None."""
-    return rows_of(evaluation, _cotangents(evaluation, labels, noise), evaluation.constant)
+def fisher_rows(
+    evaluation: Evaluation, labels: Labels, noise: Tensor | None, keep: bool = True
+) -> Rows | None:
+    """The rows of the sampled or empirical matrix, on a batch opened with ``taps``; or None.
+
+    Without ``keep`` the evaluation is of no use after them.
+    """
+    return rows_of(evaluation, _cotangents(evaluation, labels, noise), evaluation.constant, keep)
 
 
 def fisher_product(
-    evaluation: Evaluation, vector: Params, labels: Labels, noise: Tensor | None
+    evaluation: Evaluation,
+    vector: Params,
+    labels: Labels,
+    noise: Tensor | None,
+    keep: bool = True,
 ) -> Params:
     """``F vector`` on an opened batch, through the model."""
     if labels == "exact":
         # Raises if there is no likelihood.
         evaluation.problem.loss.exact(evaluation.outputs, evaluation.targets)
-        return evaluation.ggn_mv(vector)
-    pushed = tree.leaves(evaluation.jvp(vector))
+        return evaluation.ggn_mv(vector, keep)
+    pushed = tree.leaves(evaluation.jvp(vector, keep))
     total = None
     for cotangent in _cotangents(evaluation, labels, noise):
         within = [
@@ -89,7 +98,7 @@ def fisher_product(
             lambda u, s=inner: u * s.reshape(-1, *[1] * (u.ndim - 1)).to(u.dtype), cotangent
         )
         total = one if total is None else tree.map(torch.add, total, one)
-    return evaluation.pull(total)
+    return evaluation.pull(total, keep)
 
 
 def _cotangents(evaluation: Evaluation, labels: Labels, noise: Tensor | None) -> list[Any]:

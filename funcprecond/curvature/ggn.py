@@ -29,7 +29,8 @@ def ggn_mv(
     and by autodiff for any other. Costs about 1.7 gradients; for many products at one point open
     :func:`funcprecond.linearise`, or make a :class:`funcprecond.GGN`.
     """
-    return linearise(problem, params, batch, buffers=buffers, generator=generator).ggn_mv(vector)
+    opened = linearise(problem, params, batch, buffers=buffers, generator=generator)
+    return opened.ggn_mv(vector, keep=False)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -46,7 +46,8 @@ def jvp(
     Returns:
         A tree shaped like the outputs. Costs about one gradient.
     """
-    return linearise(problem, params, batch, buffers=buffers, generator=generator).jvp(vector)
+    opened = linearise(problem, params, batch, buffers=buffers, generator=generator)
+    return opened.jvp(vector, keep=False)
 
 
 def vjp(
@@ -60,4 +61,4 @@ def vjp(
 ) -> Params:
     """``J^T cotangents``: cotangents shaped like the model's outputs, pulled back to ``params``."""
     options = {"buffers": buffers, "generator": generator}
-    return Evaluation(problem, params, batch, **options).pull(cotangents)
+    return Evaluation(problem, params, batch, **options).pull(cotangents, keep=False)

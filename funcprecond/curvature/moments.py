@@ -5,9 +5,11 @@ layer's outputs and inputs, ``Σ (U^T G_n V)²`` entry by entry, where ``G_n = �
 summed over an example's positions, and over all uses of a shared weight, before it is squared.
 """
 
+import functools
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from funcprecond.curvature.layers import LayerUse
@@ -44,19 +46,34 @@ def second_moments(
     if call.kind == "embedding":
         return _embedding_moments(uses, g, right)
     a = _join([use.input_rows().to(dtype) for use in uses], -2)
-    if bias:
-        a = torch.cat([a, torch.ones_like(a[..., :1])], -1)
     swap = call.kind == "linear" and call.options == ("in_out",)
     first, second = (right, left) if swap else (left, right)
     if call.kind == "conv" and a.shape[0] == 1:
         a, g = a.squeeze(0), g.squeeze(0)
     # A convolution's groups lead; (..., n, t, i) and (..., v, n, t, o).
-    grouped = a.ndim == 4
-    if second is not None:
-        a = a @ (second.unsqueeze(1) if grouped else second)
-    if first is not None:
-        g = g @ (first[:, None, None] if grouped else first)
-    moments = _row_moments(a, g)
+    if a.ndim == 4:
+        first = None if first is None else first[:, None, None]
+        second = None if second is None else second.unsqueeze(1)
+
+    def coordinates(a: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+        g = g if first is None else g @ first
+        if bias and a.ndim == 3 and second is not None:
+            # The input 1 that belongs to the bias is not appended to the rows.
+            return F.linear(a, second[:-1].mT, second[-1]), g
+        a = torch.cat([a, torch.ones_like(a[..., :1])], -1) if bias else a
+        return a if second is None else a @ second, g
+
+    def squares(a: Tensor, g: Tensor) -> Tensor:
+        a, g = coordinates(a, g)
+        if a.shape[-2] == 1:
+            return g.squeeze(-2).square().sum(-3).mT @ a.squeeze(-2).square()
+        return (g.mT @ a.unsqueeze(-4)).square_().sum((-4, -3))
+
+    # Of examples with a single position no gradient is formed.
+    step = max(1, CHUNK // ((a.shape[-1] + bias) * g.shape[-1] * g.shape[-4]))
+    step = a.shape[-3] if a.shape[-2] == 1 else step
+    parts = zip(a.split(step, -3), g.split(step, -3), strict=True)
+    moments = functools.reduce(torch.add, (squares(*part) for part in parts))
     return moments.mT if swap else moments
 
 
@@ -66,19 +83,6 @@ def unit_moments(uses: Sequence[LayerUse], bias: bool) -> Tensor:
     x = _join([use.input_rows() for use in uses], -2)
     gradients = [(g * x).sum(-2)] + ([g.sum(-2)] if bias else [])
     return torch.stack(gradients, -1).square().sum((0, 1))
-
-
-def _row_moments(a: Tensor, g: Tensor) -> Tensor:
-    """``Σ_vn (Σ_t g_vnt a_nt^T)²`` of (..., n, t, i) and (..., v, n, t, o)."""
-    if a.shape[-2] == 1:
-        squares = g.squeeze(-2).square().sum(-3)
-        return squares.mT @ a.squeeze(-2).square()
-    step = max(1, CHUNK // (a.shape[-1] * g.shape[-1] * g.shape[-4]))
-    total = None
-    for a_, g_ in zip(a.split(step, -3), g.split(step, -3), strict=True):
-        part = (g_.mT @ a_.unsqueeze(-4)).square_().sum((-4, -3))
-        total = part if total is None else total + part
-    return total  # pyright: ignore[reportReturnType]
 
 
 def _embedding_moments(uses: Sequence[LayerUse], g: Tensor, right: Tensor | None) -> Tensor:

@@ -70,13 +70,17 @@ class Rows:
         return {k: found[k] if k in found else torch.zeros_like(v) for k, v in vector.items()}
 
 
-def rows_of(evaluation: Evaluation, cotangents: Sequence[Any], scale: Tensor) -> Rows | None:
+def rows_of(
+    evaluation: Evaluation, cotangents: Sequence[Any], scale: Tensor, keep: bool
+) -> Rows | None:
     """The rows of these cotangents, opened by one pull-back to the layers for each.
 
     Args:
         evaluation: made with ``taps``.
         cotangents: each shaped like the outputs, without ``c``.
         scale: c.
+        keep: whether anything is asked of the evaluation afterwards; if not, its graph is freed by
+            the last pull-back.
 
     Returns:
         None where the layers do not tell of everything: under a transform, or where a parameter
@@ -87,7 +91,8 @@ def rows_of(evaluation: Evaluation, cotangents: Sequence[Any], scale: Tensor) ->
     calls = evaluation.calls
     if not calls or evaluation.unrecorded or not _examples_are_apart(evaluation):
         return None
-    grads = [evaluation.pull_layers(u) for u in cotangents]
+    last = len(cotangents) - 1
+    grads = [evaluation.pull_layers(u, keep or i < last) for i, u in enumerate(cotangents)]
     return Rows(calls, evaluation.layer_inputs, grads, scale)
 
 
