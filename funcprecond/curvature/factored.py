@@ -241,7 +241,7 @@ def _factors(
             inputs_left[name] = inputs_are_left(uses[0])
             a, g = one.left[name], one.right[name]
             a, g = (a, g) if inputs_left[name] else (g, a)
-            inputs.add(name, a, share.new_tensor(sum(u.positions(sharing) for u in uses)))
+            inputs.add(name, a, share.new_full((), sum(u.positions(sharing) for u in uses)))
             outputs.add(name, g, share, is_mean or forward_only)
         for name, x in one.units.items():
             units.add(name, x, share, is_mean or forward_only)

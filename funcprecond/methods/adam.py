@@ -106,7 +106,8 @@ def _adam(betas, damping, decay_rate) -> Transform:
         torch._foreach_addcmul_(v, g, g, 1 - b2)
         d = torch._foreach_sqrt(v)
         torch._foreach_mul_(d, ratio)
-        torch._foreach_add_(d, shift)
+        # With alpha it is a sum with a tensor; without, the host would read the tensor first.
+        torch._foreach_add_(d, shift, alpha=1)
         torch._foreach_reciprocal_(d)
         torch._foreach_mul_(d, m)
         if p:
