@@ -166,13 +166,13 @@ ASKED = {
         ggn(*at), probes=2, steps=5, generator=seeded(3)
     ).trace(torch.log1p),
     "quality": lambda *at: [
-        q.error
-        for q in fp.plots.approximation_quality(
+        layer["foof"].error
+        for layer in fp.plots.approximation_quality(
             ggn(*at),
             {"foof": fp.KroneckerFactored(*at, kind="foof")},
             damping=0.1,
             generator=seeded(3),
-        )["foof"].values()
+        ).values()
     ],
     "dense": lambda *at: (fp.Hessian(*at).to_dense(), ggn(*at).blocks().frobenius_norm()),
     "exact diagonal": lambda *at: fp.DiagonalGGN(*at).diagonal(),
