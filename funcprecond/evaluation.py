@@ -23,7 +23,14 @@ from torch.func import grad_and_value, vjp, vmap
 from funcprecond import tree
 from funcprecond.capture import Call, Capture
 from funcprecond.problem import Buffers, Params, Problem, detach, example_count
-from funcprecond.routes import FunctionRun, GraphRun, opened_once, renamed, untransformed
+from funcprecond.routes import (
+    ForwardRun,
+    FunctionRun,
+    GraphRun,
+    opened_once,
+    renamed,
+    untransformed,
+)
 from funcprecond.unsupported import explained
 
 __all__ = ["Evaluation", "untransformed"]
@@ -41,6 +48,7 @@ class Evaluation:
             work.
         twice: products with the Hessian or the Jacobian will be asked for.
         keep: more than the gradient will be asked for; if not, its graph is freed by the gradient.
+        forward_only: nothing will be pulled back, so that no graph is made for it.
 
     Attributes:
         inputs, targets: the batch's two halves.
@@ -59,6 +67,7 @@ class Evaluation:
         taps: bool = False,
         twice: bool = False,
         keep: bool = True,
+        forward_only: bool = False,
     ):
         self.problem = problem
         self.params = params
@@ -75,7 +84,8 @@ class Evaluation:
             self.inputs = tree.map(
                 lambda x: x.view_as(x) if isinstance(x, Tensor) else x, self.inputs
             )
-        self._run = (GraphRun if plain else FunctionRun)(self)
+        differentiated = GraphRun if plain else FunctionRun
+        self._run: Any = (ForwardRun if forward_only else differentiated)(self)
 
     # --------------------------------------------------------------------------- the forward run
     @property

@@ -1,6 +1,7 @@
-"""The two ways a run is differentiated: an autograd graph, and ``torch.func.vjp``.
+"""The two ways a run is differentiated, an autograd graph and ``torch.func.vjp``, and a run alone.
 
-:class:`funcprecond.Evaluation` chooses one; both answer the same questions with the same numbers.
+:class:`funcprecond.Evaluation` chooses one; the first two answer the same questions with the same
+numbers.
 """
 
 from collections.abc import Callable, Sequence
@@ -17,7 +18,7 @@ from funcprecond.capture import Call
 from funcprecond.problem import Params, detach, example_count
 from funcprecond.unevaluated import Unevaluated
 
-__all__ = ["FunctionRun", "GraphRun", "opened_once", "renamed", "untransformed"]
+__all__ = ["ForwardRun", "FunctionRun", "GraphRun", "opened_once", "renamed", "untransformed"]
 
 
 def opened_once(method: Callable) -> property:
@@ -214,6 +215,16 @@ class FunctionRun:
             zeros = tree.map(torch.zeros_like, self.outputs)
             self._jacobian = vjp(lambda u: pull(u)[0], zeros)[1]
         return self._jacobian(vector)[0]
+
+
+class ForwardRun:
+    """The run alone: its outputs, and what the layers were given."""
+
+    def __init__(self, evaluation: Any):
+        params = renamed(evaluation.params)
+        self.outputs, self.buffers, capture = evaluation._forward(params, lambda z: z)
+        self.calls, self.unrecorded = capture.calls, capture.unrecorded
+        self.layer_inputs = capture.inputs
 
 
 def renamed(params: Params) -> Params:

@@ -13,8 +13,6 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from funcprecond import tree
-from funcprecond.capture import Call, Capture
 from funcprecond.curvature.data import (
     batch_weight,
     check_data,
@@ -37,10 +35,9 @@ from funcprecond.curvature.layers import (
 from funcprecond.curvature.layerwise import Factors, Layerwise, Rotated
 from funcprecond.curvature.moments import second_moments
 from funcprecond.evaluation import Evaluation
-from funcprecond.problem import Buffers, Params, Problem, example_count
+from funcprecond.problem import Buffers, Params, Problem
 from funcprecond.representation.diagonal import factor_dtype, zero_weight
 from funcprecond.representation.kronecker_io import KroneckerIO, frequencies, inputs_are_left
-from funcprecond.routes import renamed
 from funcprecond.solver.cholesky import Cholesky
 
 __all__ = ["KroneckerFactored", "Split"]
@@ -92,12 +89,13 @@ class KroneckerFactored(Layerwise):
         def measured():
             for i, b in enumerate(each_batch(batch, batches)):
                 g = seeded(seed, i)
+                options = {"buffers": buffers, "generator": g, "taps": True}
                 if kind == "foof":
-                    forward = _forward(problem, params, b, buffers, g)
-                    yield (_inputs_only(forward),), batch_weight(forward), is_sum(forward)
+                    e = Evaluation(problem, params, b, forward_only=True, **options)
+                    yield (_inputs_only(e),), batch_weight(e), is_sum(e)
                     continue
                 noise = need.draw(problem, params, b, g)
-                e = Evaluation(problem, params, b, buffers=buffers, generator=g, taps=True)
+                e = Evaluation(problem, params, b, **options)
                 # EKFAC takes its layers twice; else no two cotangents need be in memory.
                 parts = (need.measure(e, noise),) if kind == "ekfac" else need.each(e, noise)
                 share, total = batch_weight(e), is_sum(e)
@@ -149,51 +147,11 @@ class KroneckerFactored(Layerwise):
         return Layerwise(self.like, blocks, factor.units, others)
 
 
-@dataclasses.dataclass(frozen=True)
-class _Forward:
-    """A run that is not differentiated: as much of an :class:`Evaluation` as inputs take."""
-
-    problem: Problem
-    params: Params
-    calls: list[Call]
-    layer_inputs: list[Tensor]
-    unrecorded: dict[str, str]
-    count: int
-    constant: Tensor
-
-
-def _forward(
-    problem: Problem,
-    params: Params,
-    batch: Any,
-    buffers: Buffers | None,
-    generator: torch.Generator | None,
-) -> Any:
-    inputs, targets = problem.split(batch)
-    # Tensors made here, whose identities a compiler does not guard on.
-    inputs = tree.map(lambda x: x.view_as(x) if isinstance(x, Tensor) else x, inputs)
-    leaves = renamed(params)
-    capture = Capture(leaves, lambda z: z, generator=generator)
-    buffers = problem.buffers if buffers is None else buffers
-    with capture:
-        outputs, _ = problem.forward(leaves, buffers, inputs)
-    constant = problem.loss.constant(outputs, targets)
-    return _Forward(
-        problem,
-        params,
-        capture.calls,
-        capture.inputs,
-        capture.unrecorded,
-        example_count(outputs),
-        constant,
-    )
-
-
-def _inputs_only(run: Any) -> Layers:
+def _inputs_only(evaluation: Evaluation) -> Layers:
     """The layers with output gradients of zero, which take no backward pass."""
-    like = next(iter(run.params.values()))
-    grads = [like.new_zeros(()).expand(1, *call.shape) for call in run.calls]
-    return Layers(layer_uses(run, grads), {}, run.constant)
+    like = next(iter(evaluation.params.values()))
+    grads = [like.new_zeros(()).expand(1, *call.shape) for call in evaluation.calls]
+    return Layers(layer_uses(evaluation, grads), {}, evaluation.constant)
 
 
 def _of_parts(

@@ -259,7 +259,7 @@ class Operator(abc.ABC):
         for start in range(0, size, COLUMNS):
             count = min(COLUMNS, size - start)
             rows = flat.new_zeros(count, size)
-            rows[torch.arange(count), torch.arange(start, start + count)] = 1
+            rows.diagonal(start).fill_(1)
             parts = rows.split([p.numel() for p in self.like.values()], 1)
             basis = {
                 k: x.reshape(count, *p.shape).to(p.dtype)
