@@ -41,7 +41,8 @@ class Call:
     """One use of a parameter by a layer: everything about it that is not a tensor.
 
     Attributes:
-        kind: "linear", "conv", "embedding", "norm", or "add" of a parameter to something else.
+        kind: "linear", "conv", "conv_transpose", "embedding", "norm", or "add" of a parameter to
+            something else.
         weight: the parameter's name.
         bias: the bias's name, if the call adds one that is a parameter.
         options: what the layer's formula needs beside its tensors, by kind.
@@ -56,6 +57,7 @@ class Call:
 
 
 _CONVS = {F.conv1d: 1, F.conv2d: 2, F.conv3d: 3}
+_TRANSPOSED_CONVS = {F.conv_transpose1d: 1, F.conv_transpose2d: 2, F.conv_transpose3d: 3}
 # What stands in for a function in a run that is differentiated twice.
 _TWICE = {f: functools.partial(convolve, f) for f in _CONVS} | {
     F.gelu: gelu,
@@ -222,6 +224,23 @@ class Capture(TorchFunctionMode):
                 dims = _CONVS[func]
                 options = (dims, *(_per_axis(o, dims) for o in options[:3]), options[3])
                 return record("conv", argument(0, "input"), weight, argument(2, "bias"), options)
+        elif func in _TRANSPOSED_CONVS:
+            x, kernel, bias = argument(0, "input"), argument(1, "weight"), argument(2, "bias")
+            if (weight := self._name(kernel)) and x.ndim == kernel.ndim:
+                dims = _TRANSPOSED_CONVS[func]
+                names = (("stride", 3, 1), ("padding", 4, 0), ("dilation", 7, 1))
+                options = [_per_axis(argument(i, n, d), dims) for n, i, d in names]
+                added = _per_axis(argument(5, "output_padding", 0), dims)
+                options = (dims, *options, argument(6, "groups", 1), added)
+                out = record("conv_transpose", x, weight, None, options)
+                if name := self._name(bias):
+                    # The weight's positions are the input's, the bias's the output's: it is a
+                    # layer of its own, a scale of ones.
+                    call = Call("norm", name, None, ("channel",), tuple(out.shape))
+                    self.calls.append(call)
+                    self.inputs.append(out.new_ones(()).expand(out.shape))
+                    out = tap(out)
+                return out
         elif func is F.embedding:
             if weight := self._name(argument(1, "weight")):
                 padding = argument(2, "padding_idx")

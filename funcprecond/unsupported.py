@@ -15,7 +15,6 @@ from torch.nn.modules.module import (
 )
 
 from funcprecond import tree
-from funcprecond.losses import Custom
 
 __all__ = ["explained"]
 
@@ -30,7 +29,7 @@ _WAYS = {
     "cudnn": "run it within torch.backends.cudnn.flags(enabled=False)",
     "flexattention": "use F.scaled_dot_product_attention, or matrix products and a softmax",
     "scaleddotproduct": "run it within torch.nn.attention.sdpa_kernel(SDPBackend.MATH)",
-    "ctcloss": "write the loss out with logsumexp",
+    "ctcloss": "write the loss out with logsumexp, or, for gradients, give its lengths as tensors",
     "embeddingbag": "use an Embedding and the mean or sum of its rows",
     "cdist": "write the distances out, (x.unsqueeze(-2) - y.unsqueeze(-3)).square().sum(-1).sqrt()",
     "oncedifferentiable": "make its backward differentiable, or write it out in torch's operations",
@@ -40,8 +39,8 @@ _WAYS = {
 def explained(method: Method) -> Method:
     """A function whose missing derivatives are explained.
 
-    Its first argument says of what: an :class:`funcprecond.Evaluation`, or a function of params,
-    which are then the second.
+    Its first argument says of what: an :class:`funcprecond.Evaluation`, a loss, or a function of
+    params, which are then the second.
 
     Raises:
         NotImplementedError: torch cannot differentiate a part of the model, or the loss, as often
@@ -71,7 +70,9 @@ def _sentence(where: str, operation: str, message: str) -> str:
     way = ways[0] if ways else "write it out in operations that have one"
     torchs = message.splitlines()[0].split(". ")[0].rstrip(".")
     missing = _MISSING.search(message)
-    twice = "once_differentiable" in message or _STORAGE in message
+    # Within a transform such a kernel has not even a first derivative.
+    stored = _STORAGE in message and not tree.in_transform()
+    twice = "once_differentiable" in message or stored
     if not twice and not (missing and missing.group(2)):
         return f"{where} cannot be differentiated here: {way} (torch: {torchs})"
     return (
@@ -102,6 +103,8 @@ def _raised_in(error: BaseException, subject: Any) -> str | None:
 
 def _made_in(operation: str, subject: Any, params: Any = None) -> str:
     """The innermost layer that makes the operation, or the loss, found by one more run."""
+    if hasattr(subject, "empirical"):
+        return _loss(subject)
     is_function = not hasattr(subject, "problem")
     outermost = "the function" if is_function else "the model"
     if not operation or tree.in_transform():
@@ -145,9 +148,13 @@ def _made_in(operation: str, subject: Any, params: Any = None) -> str:
             hook.remove()
     if found or is_function:
         return found[0] if found else outermost
-    loss = subject.problem.loss
-    loss = loss.function if isinstance(loss, Custom) else loss
-    return f"the loss {getattr(loss, '__name__', loss)}"
+    return _loss(subject.problem.loss)
+
+
+def _loss(loss: Any) -> str:
+    """A loss by the name of the function that it was made of, if it was."""
+    function = getattr(loss, "function", loss)
+    return f"the loss {getattr(function, '__name__', function)}"
 
 
 def _names(subject: Any) -> dict[nn.Module, str]:

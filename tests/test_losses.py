@@ -142,6 +142,30 @@ def test_the_empirical_cotangent_times_the_constant_is_the_gradient(loss, f, y):
 
 
 @every_loss
+def test_the_empirical_cotangent_is_the_same_within_a_graph_and_a_transform(loss, f, y):
+    expected = loss.empirical(f, y)
+    assert not expected.requires_grad
+    leaf = f.clone().requires_grad_()
+    within = loss.empirical(leaf, y)
+    assert_close(within.detach(), expected, rtol=1e-12)
+    # Its derivative is the loss's Hessian over c.
+    v = torch.randn_like(f)
+    (product,) = torch.autograd.grad(loss.constant(f, y) * within, leaf, v, allow_unused=True)
+    hessian = torch.func.vjp(grad(lambda x: loss(x, y)), f)[1](v)[0]
+    assert_close(torch.zeros_like(f) if product is None else product, hessian, rtol=1e-9)
+    mapped = torch.vmap(lambda x: loss.empirical(x, y))(f.unsqueeze(0))
+    assert_close(mapped[0], expected, rtol=1e-12)
+
+
+def test_a_loss_that_does_not_look_at_all_outputs_has_cotangents_of_zero():
+    outputs = {"a": torch.ones(2, 3), "b": torch.ones(2)}
+    one = fp.losses.Custom(lambda f, y: f["b"].sum())
+    assert_close(one.empirical(outputs, None), {"a": torch.zeros(2, 3), "b": 2 * torch.ones(2)})
+    none = fp.losses.Custom(lambda f, y: torch.ones(()))
+    assert_close(none.empirical(outputs, None)["b"], torch.zeros(2))
+
+
+@every_loss
 def test_sampling_is_scaled_by_the_number_of_samples(loss, f, y):
     noise = loss.draw(y, 1, seeded(5))
     once, thrice = loss.sampled(f, y, noise), loss.sampled(f, y, noise.expand(3, *noise.shape[1:]))

@@ -16,7 +16,7 @@ from funcprecond.curvature.per_sample import PerSampleGrads
 from tests import problems
 from tests.conformance.methods import build, every_method
 from tests.equality import assert_close, assert_same, copy
-from tests.problems import Toy, initialised, seeded
+from tests.problems import Toy, initialised, normal, seeded
 
 NEEDS = {
     "nothing": (),
@@ -65,10 +65,20 @@ def test_a_methods_observation_runs_the_model_once(name):
     assert len(calls) == 1
 
 
-def test_per_example_gradients_add_one_run_of_single_examples():
-    """By vmap: the model is traced once more, on one example at a time."""
+def test_per_example_gradients_add_no_run():
     toy, calls = counted(problems.mlp())
     fp.observe(toy.problem, toy.params, toy.batch, (PerSampleGrads(),))
+    assert len(calls) == 1
+
+
+def test_per_example_gradients_of_what_is_in_no_layer_add_a_run_of_single_examples():
+    def model(params, x):
+        return x @ params["w"] * params["s"].exp()
+
+    params = {"w": normal((3, 3)), "s": normal((3,))}
+    problem = fp.problem(model, fp.losses.cross_entropy, params=params)
+    toy, calls = counted(Toy(problem, problems.mlp().batches))
+    fp.observe(toy.problem, params, toy.batch, (PerSampleGrads(),))
     assert len(calls) == 2
 
 

@@ -254,15 +254,14 @@ def _from_inputs(
             left[name], right[name] = frequencies(uses), eye
             continue
         moment = input_factor(uses, bias is not None, sharing, eye.dtype, keep_rows)
-        if call.kind == "conv":
-            groups = call.options[4]
-            eye = torch.eye(p.shape[0] // groups, dtype=eye.dtype, device=p.device)
+        inputs_first = inputs_are_left(uses[0])
+        is_conv = call.kind.startswith("conv")
+        groups = call.options[4] if is_conv else 1
+        size = p[0].numel() if inputs_first else p.shape[0] // groups
+        eye = torch.eye(size, dtype=eye.dtype, device=p.device)
+        if is_conv:
             moment, eye = (moment[0], eye) if groups == 1 else (moment, eye.expand(groups, -1, -1))
-        if inputs_are_left(uses[0]):
-            eye = torch.eye(p.shape[1], dtype=eye.dtype, device=p.device)
-            left[name], right[name] = moment, eye
-        else:
-            left[name], right[name] = eye, moment
+        left[name], right[name] = (moment, eye) if inputs_first else (eye, moment)
     covered = {k for name in layers.uses for k in split_block(name) if k}
     others = {k: torch.ones_like(p) for k, p in params.items() if k not in covered}
     one = torch.ones((), dtype=layers.scale.dtype, device=layers.scale.device)

@@ -20,7 +20,7 @@ from einops import rearrange
 from torch import Tensor
 
 from funcprecond.capture import Call
-from funcprecond.curvature.patches import unfold
+from funcprecond.curvature.patches import transposed_patches, unfold
 from funcprecond.evaluation import Evaluation
 from funcprecond.observe import Need, observe
 from funcprecond.problem import Params, Problem
@@ -65,6 +65,8 @@ class LayerUse:
         if call.kind == "conv":
             *geometry, groups = self.geometry
             return rearrange(unfold(x, *geometry), "n (j c) t -> j n t c", j=groups)
+        if call.kind == "conv_transpose":
+            return rearrange(x.flatten(2), "n (j c) t -> j n t c", j=call.options[4])
         if call.kind == "embedding":
             return x.reshape(x.shape[0], -1) if x.ndim > 1 else x.reshape(-1, 1)
         if call.kind == "norm":
@@ -72,10 +74,19 @@ class LayerUse:
         return x.reshape(x.shape[0], -1, x.shape[-1])
 
     def grad_rows(self) -> Tensor:
-        """(V, N, T, o) output gradients, (J, V, N, T, o / J) for a convolution."""
+        """(V, N, T, o) output gradients, (J, V, N, T, o / J) for a convolution.
+
+        A transposed convolution's are patches, o / J * kernel, at the input's positions.
+        """
         g, call = self.grads, self.call
         if call.kind == "conv":
             return rearrange(g.flatten(3), "v n (j o) t -> j v n t o", j=call.options[4])
+        if call.kind == "conv_transpose":
+            _, stride, padding, dilation, groups, added, kernel = call.options
+            patches = transposed_patches(
+                g.flatten(0, 1), kernel, stride, padding, dilation, added
+            ).unflatten(0, g.shape[:2])
+            return rearrange(patches, "v n (j o) t -> j v n t o", j=groups)
         if call.kind == "norm":
             return self._norm_rows(g)
         return g.reshape(g.shape[0], g.shape[1], -1, g.shape[-1])
@@ -88,6 +99,8 @@ class LayerUse:
             return self.inputs.numel() if padding is None else int((self.inputs != padding).sum())
         if sharing == "reduce":
             return shape[0]
+        if call.kind == "conv_transpose":
+            return self.inputs.numel() // self.inputs.shape[1]
         return math.prod(shape) // shape[1 if call.kind == "conv" else -1]
 
     @property
@@ -187,12 +200,12 @@ class LayerStatistics(Need):
     def each(self, evaluation: Evaluation, noise: Any) -> Iterator[Layers]:
         """The same measurement in parts of one cotangent, of which one is in memory at a time.
 
-        The evaluation's graph is gone after the last one.
+        The evaluation's graph is gone after the last one, so that no gradient comes of it besides.
         """
         cotangents, scale = self._cotangents(evaluation, noise)
         if cotangents is None:
-            yield self.measure(evaluation, noise)
-            return
+            loss, scale = evaluation.problem.loss, evaluation.constant
+            cotangents = [loss.empirical(evaluation.outputs, evaluation.targets)]
         for u in cotangents:
             pulled = evaluation.pull_layers(u, keep=u is not cotangents[-1])
             yield self._layers(evaluation, [u], [g.unsqueeze(0) for g in pulled], scale)
@@ -284,7 +297,7 @@ def _stack(tensors: Sequence[Tensor]) -> Tensor:
 def _with_shape(call: Call, params: Params) -> Call:
     """The call with what its formulas need of the weight's shape: the kernel, or the vocabulary."""
     shape = tuple(params[call.weight].shape)
-    if call.kind == "conv":
+    if call.kind in ("conv", "conv_transpose"):
         return dataclasses.replace(call, options=(*call.options, shape[2:]))
     if call.kind == "embedding":
         (padding,) = call.options

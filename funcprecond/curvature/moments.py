@@ -46,9 +46,9 @@ def second_moments(
     if call.kind == "embedding":
         return _embedding_moments(uses, g, right)
     a = _join([use.input_rows().to(dtype) for use in uses], -2)
-    swap = call.kind == "linear" and call.options == ("in_out",)
+    swap = call.kind == "conv_transpose" or call.options == ("in_out",)
     first, second = (right, left) if swap else (left, right)
-    if call.kind == "conv" and a.shape[0] == 1:
+    if call.kind.startswith("conv") and a.shape[0] == 1:
         a, g = a.squeeze(0), g.squeeze(0)
     # A convolution's groups lead; (..., n, t, i) and (..., v, n, t, o).
     if a.ndim == 4:

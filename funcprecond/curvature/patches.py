@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["pads", "unfold"]
+__all__ = ["pads", "transposed_patches", "unfold"]
 
 
 def unfold(
@@ -27,6 +27,26 @@ def unfold(
     # (N, C, *out, *kernel) -> (N, C, *kernel, *out)
     x = x.permute(0, 1, *range(2 + dims, 2 + 2 * dims), *range(2, 2 + dims))
     return x.flatten(1, 1 + dims).flatten(2)
+
+
+def transposed_patches(
+    g: Tensor,
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    added: Sequence[int],
+) -> Tensor:
+    """(N, O, *output space) to (N, O * kernel, T): what each input of a transposed convolution met.
+
+    Args:
+        g: shaped like the outputs.
+        kernel, stride, padding, dilation: the convolution's.
+        added: its ``output_padding``, by which the padding is less at the end.
+    """
+    axes = reversed(list(zip(padding, added, strict=True)))
+    ends = [n for before, less in axes for n in (before, before - less)]
+    return unfold(F.pad(g, ends), kernel, stride, "valid", dilation)
 
 
 def pads(kernel: Sequence[int], padding: Sequence[int] | str, dilation: Sequence[int]) -> list[int]:

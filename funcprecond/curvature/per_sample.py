@@ -1,15 +1,21 @@
-"""Per-example gradients, and the empirical Fisher matrix that they are rows of."""
+"""Per-example gradients, and the empirical Fisher matrix that they are rows of.
+
+An example's gradient in an affine layer is ``sum_t g_nt a_nt^T``, of the layer's inputs and output
+gradients: one product for all examples. What no layer covers is differentiated by ``vmap``.
+"""
 
 import dataclasses
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from funcprecond.curvature.layers import Layers, LayerStatistics, LayerUse, split_block
 from funcprecond.evaluation import Evaluation
-from funcprecond.observe import Need, observe
+from funcprecond.observe import Need
 from funcprecond.problem import Params, Problem
 from funcprecond.representation.diagonal import factor_dtype
+from funcprecond.representation.gram import Gram
 from funcprecond.tree import state
 
 __all__ = ["PerSample", "PerSampleGrads", "per_sample_grads"]
@@ -38,7 +44,7 @@ class PerSample:
 
 @dataclasses.dataclass(frozen=True)
 class PerSampleGrads(Need):
-    """The gradient of each example, by ``vmap``.
+    """The gradient of each example.
 
     Attributes:
         chunk_size: examples at a time, or None for all at once. The result, N times the parameters,
@@ -46,14 +52,60 @@ class PerSampleGrads(Need):
     """
 
     chunk_size: int | None = None
+    taps: ClassVar[bool] = True
 
     def measure(self, evaluation: Evaluation, noise: Any) -> PerSample:
-        loss = evaluation.problem.loss
-        cotangents = loss.empirical(evaluation.outputs, evaluation.targets)
-        names = list(evaluation.params)
-        return PerSample(
-            evaluation.pull_each(cotangents, names, self.chunk_size), evaluation.constant
-        )
+        layers = _LAYERS.measure(evaluation, ())
+        # Their output gradients are the loss's, c times those of the examples' terms.
+        return PerSample(self.rows(evaluation, layers, layers.scale), evaluation.constant)
+
+    def rows(self, evaluation: Evaluation, layers: Layers, factor: Tensor | None = None) -> Params:
+        """The examples' gradients, of the layers' output gradients times ``factor``."""
+        evaluation._refuse_coupling()
+        params, count = evaluation.params, evaluation.count
+        step = self.chunk_size or max(count, 1)
+        parts = [
+            _of_layers(_part(layers, slice(i, i + step), factor), params)
+            for i in range(0, count, step)
+        ]
+        found = parts[0]
+        if len(parts) > 1:
+            # Popped, so that only the parts that are still to be joined are kept.
+            found = {k: torch.cat([p.pop(k) for p in parts]) for k in [*found]}
+        rest = [k for k in params if k not in found]
+        if rest:
+            loss = evaluation.problem.loss
+            cotangents = loss.empirical(evaluation.outputs, evaluation.targets)
+            found |= evaluation.pull_each(cotangents, rest, self.chunk_size)
+        return {k: found[k].to(p.dtype) for k, p in params.items()}
+
+
+_LAYERS = LayerStatistics("empirical", others="none", by_example=True)
+
+
+def _part(layers: Layers, examples: slice, factor: Tensor | None) -> Layers:
+    def part(use: LayerUse) -> LayerUse:
+        g = use.grads[:, examples]
+        g = g if factor is None else g * factor.to(g.dtype)
+        return dataclasses.replace(use, inputs=use.inputs[examples], grads=g)
+
+    uses = {block: tuple(map(part, of_block)) for block, of_block in layers.uses.items()}
+    return dataclasses.replace(layers, uses=uses)
+
+
+def _of_layers(layers: Layers, params: Params) -> Params:
+    """(N, *shape) for each parameter that is in a layer."""
+    found: Params = {}
+    names = [split_block(block) for block in layers.uses]
+    weights = {weight: params[weight] for weight, _ in names}
+    biases = {bias: params[bias] for _, bias in names if bias}
+    # Biases by themselves: as a last column of the weights they would be moved about with these.
+    for own in (weights, biases):
+        gram = Gram.from_layers(layers, own)
+        for pairs in gram.pairs:
+            found |= pairs.rows()
+        found |= gram.explicit
+    return found
 
 
 def per_sample_grads(
@@ -67,10 +119,11 @@ def per_sample_grads(
     """The gradient of each example's loss: (N, *shape) for each parameter.
 
     Their sum, times the loss's reduction constant (1 / N for a mean over examples), is the
-    gradient.
+    gradient. Costs a gradient, and writing the result.
 
     Raises:
         ValueError: the model couples the examples of a batch (BatchNorm in training mode).
     """
-    need = PerSampleGrads(chunk_size)
-    return observe(problem, params, batch, (need,), generator=generator)[need].grads
+    evaluation = Evaluation(problem, params, batch, generator=generator, taps=True)
+    (layers,) = _LAYERS.each(evaluation, ())
+    return PerSampleGrads(chunk_size).rows(evaluation, layers)

@@ -106,6 +106,10 @@ def _call_with(params: Params, call: Call, x: Tensor) -> Tensor:
         dims, *options = call.options
         convolve = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}[dims]
         return convolve(x, weight, bias, *options)
+    if call.kind == "conv_transpose":
+        dims, stride, padding, dilation, groups, added = call.options
+        functions = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}
+        return functions[dims](x, weight, None, stride, padding, added, groups, dilation)
     if call.kind == "embedding":
         padding = call.options[0]
         found = F.embedding(x, weight)

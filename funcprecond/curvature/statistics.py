@@ -15,6 +15,7 @@ from torch import Tensor
 from funcprecond import tree
 from funcprecond.curvature.data import check_data, each_batch
 from funcprecond.curvature.layers import LayerStatistics
+from funcprecond.evaluation import Evaluation
 from funcprecond.losses import MSE, Loss
 from funcprecond.observe import observe
 from funcprecond.problem import Params, Problem
@@ -43,8 +44,8 @@ def per_sample_gram(
 ) -> Tensor:
     """(N, N): the inner products of the examples' gradients, those of :func:`per_sample_grads`.
 
-    Costs a gradient and the smaller of two products a layer, of positions or of rows. Parameters in
-    no layer have their rows formed.
+    Costs two thirds of a gradient and the smaller of two products a layer, of positions or of rows.
+    Parameters in no layer have their rows formed.
 
     Raises:
         ValueError: the model couples the examples of a batch.
@@ -172,8 +173,9 @@ def gradient_noise_scale(
 
 def _rows(problem, params, batch, generator) -> tuple[Gram, Tensor]:
     _refuse_coupling(problem)
-    layers = observe(problem, params, batch, (ROWS,), generator=generator)[ROWS]
-    return Gram.from_layers(layers, params), 1 / layers.scale
+    evaluation = Evaluation(problem, params, batch, generator=generator, taps=True)
+    (layers,) = ROWS.each(evaluation, ())
+    return Gram.from_layers(layers, params), layers.scale
 
 
 def _refuse_coupling(problem: Problem) -> None:

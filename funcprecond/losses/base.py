@@ -11,6 +11,8 @@ from torch import Tensor
 from torch.func import grad, vjp
 
 from funcprecond import tree
+from funcprecond.second_derivatives import is_watched
+from funcprecond.unsupported import explained
 
 __all__ = ["Custom", "Loss", "Reduction", "entries", "one_term", "same_shape"]
 
@@ -28,9 +30,10 @@ class Loss(abc.ABC):
     def constant(self, outputs: Any, targets: Any) -> Tensor:
         """The reduction constant ``c``, a 0-d tensor."""
 
+    @explained
     def empirical(self, outputs: Any, targets: Any) -> Any:
         """The terms' gradient at the data's labels: the loss's cotangent divided by ``c``."""
-        gradient = grad(lambda f: self(f, targets))(outputs)
+        gradient = _gradient(lambda f: self(f, targets), outputs, targets)
         constant = self.constant(outputs, targets)
         return tree.map(lambda g: g / constant.to(g.dtype), gradient)
 
@@ -95,6 +98,23 @@ class Custom(Loss):
         first = tree.leaves(outputs)[0]
         count = first.shape[0] if self.reduction == "mean" else 1
         return first.new_full((), 1 / max(count, 1))
+
+
+def _gradient(loss: Callable[[Any], Tensor], outputs: Any, targets: Any) -> Any:
+    flat, spec = tree.flatten(outputs)
+    if is_watched() or (torch.is_grad_enabled() and _any_requires_grad([*flat, targets])):
+        return grad(loss)(outputs)
+    # torch.func has no rule for some kernels, such as CTC's with lengths in tuples.
+    flat = [f.detach().requires_grad_() for f in flat]
+    with torch.enable_grad():
+        value = loss(tree.unflatten(flat, spec))
+    if not value.requires_grad:
+        return tree.map(torch.zeros_like, outputs)
+    return tree.unflatten(torch.autograd.grad(value, flat, materialize_grads=True), spec)
+
+
+def _any_requires_grad(tensors: Any) -> bool:
+    return any(isinstance(x, Tensor) and x.requires_grad for x in tree.leaves(tensors))
 
 
 def entries(outputs: Tensor, reduction: Reduction) -> int:

@@ -184,13 +184,13 @@ def _factors(
 
 
 def _is_long(length: int, use: LayerUse, max_dim: int) -> bool:
-    grouped = use.call.kind == "conv" and use.call.options[4] > 1
+    grouped = use.call.kind.startswith("conv") and use.call.options[4] > 1
     return 0 < max_dim < length and not grouped
 
 
 def _fan_in(use: LayerUse) -> int:
     if use.call.kind != "conv":
-        return use.inputs.shape[-1]
+        return use.inputs.shape[1 if use.call.kind == "conv_transpose" else -1]
     return use.inputs.shape[1] * math.prod(use.geometry[0])
 
 
@@ -228,7 +228,13 @@ def _tied_factors(
 
 def inputs_are_left(use: LayerUse) -> bool:
     """Whether the inputs' factor is that of the weight's axis 0."""
-    return use.call.kind == "embedding" or use.call.options == ("in_out",)
+    return use.call.kind in ("embedding", "conv_transpose") or use.call.options == ("in_out",)
+
+
+def _fan_out(use: LayerUse) -> int:
+    call = use.call
+    kernel = math.prod(call.options[-1]) if call.kind == "conv_transpose" else 1
+    return call.shape[1 if call.kind.startswith("conv") else -1] * kernel
 
 
 def frequencies(uses: tuple[LayerUse, ...]) -> Tensor:
@@ -275,7 +281,7 @@ def _output_factor(
 ) -> Tensor:
     """``scale Σ g g^T``, or ``scale^1/2 g`` as rows if they are fewer than their columns."""
     embedding = uses[0].call.kind == "embedding"
-    if _is_long(uses[0].call.shape[1 if uses[0].call.kind == "conv" else -1], uses[0], max_dim):
+    if _is_long(_fan_out(uses[0]), uses[0], max_dim):
         rows = [_kept_grad_rows(use) if embedding else _grad_rows(use, sharing) for use in uses]
         return _total([g.reshape(-1, g.shape[-1]).square().sum(0) for g in rows]) * scale
     if embedding:

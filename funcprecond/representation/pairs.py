@@ -22,7 +22,7 @@ class Pairs:
         grads: (J, V, N, T, o), zero at an embedding's padding.
         weight, bias: which parameters; the bias may be None.
         shape: the weight's.
-        transposed: whether the weight is stored (i, o).
+        transposed: whether the weight is stored (J i, o).
     """
 
     inputs: Tensor
@@ -65,7 +65,11 @@ class Pairs:
         """(V, N, J, o, i): the rows, formed."""
         if not self.ids:
             return torch.einsum("jvnto,jnti->vnjoi", self.grads, self.inputs)
-        return torch.einsum("jvnto,jnti->vnjoi", self.grads, self._one_hot())
+        (v, n, _, o), tokens = self.grads.shape[1:], self.shape[0]
+        rows = self.inputs[0] + tokens * torch.arange(n, device=self.inputs.device).unsqueeze(1)
+        flat = self.grads.new_zeros(v, n * tokens, o)
+        flat = flat.index_add(1, rows.flatten(), self.grads[0].flatten(1, 2))
+        return flat.reshape(v, n, 1, tokens, o).mT
 
     def matvec(self, vector: Params) -> Tensor:
         """(V, N): the rows times a vector."""
@@ -95,15 +99,12 @@ class Pairs:
         """(V N, *shape) for each parameter."""
         return torch.vmap(self._split)(self.matrices().flatten(0, 1))
 
-    def _one_hot(self) -> Tensor:
-        classes = torch.arange(self.shape[0], device=self.inputs.device)
-        return (self.inputs.unsqueeze(-1) == classes).to(self.grads.dtype)
-
     def _join(self, vector: Params) -> Tensor:
         """(J, o, i) from the weight and the bias."""
         w = vector[self.weight].to(self.grads.dtype)
         groups = self.inputs.shape[0]
-        matrix = (w.mT if self.transposed else w.flatten(1)).unflatten(0, (groups, -1))
+        matrix = w.flatten(1).unflatten(0, (groups, -1))
+        matrix = matrix.mT if self.transposed else matrix
         if self.bias is None:
             return matrix
         column = vector[self.bias].to(matrix.dtype).reshape(groups, -1, 1)
@@ -117,7 +118,6 @@ class Pairs:
         if self.bias is not None:
             matrix, column = matrix[..., :-1], matrix[..., -1]
             found[self.bias] = column.reshape(-1)
-        matrix = matrix.flatten(0, 1)
         found[self.weight] = (matrix.mT if self.transposed else matrix).reshape(self.shape)
         return found
 
@@ -127,7 +127,7 @@ def pairs_of(uses: Sequence[LayerUse], param: Tensor, weight: str, bias: str | N
     call, dtype = uses[0].call, factor_dtype(param)
     inputs = [u.input_rows() for u in uses]
     grads = [u.grad_rows().to(dtype) for u in uses]
-    if call.kind != "conv":
+    if not call.kind.startswith("conv"):
         inputs, grads = [x.unsqueeze(0) for x in inputs], [g.unsqueeze(0) for g in grads]
     if call.kind == "embedding":
         padding = call.options[0]
@@ -144,5 +144,5 @@ def pairs_of(uses: Sequence[LayerUse], param: Tensor, weight: str, bias: str | N
         weight,
         bias,
         tuple(param.shape),
-        call.kind == "linear" and call.options[0] == "in_out",
+        call.kind == "conv_transpose" or call.options == ("in_out",),
     )

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import funcprecond as fp
+from funcprecond.curvature.diagonal import diagonal_of
 from funcprecond.curvature.layers import LayerStatistics, layer_statistics, split_block
 from funcprecond.curvature.patches import unfold
 from tests import problems, reference
@@ -136,6 +137,20 @@ def test_empirical_labels_give_the_empirical_fisher_blocks(make):
     found, _ = blocks_of(toy, LayerStatistics("empirical"))
     for names, matrix in found.items():
         assert_close(matrix, part(dense, toy.params, names), rtol=1e-8)
+
+
+@every_toy
+@pytest.mark.parametrize("labels", ["empirical", "exact"])
+def test_in_parts_of_one_cotangent_the_sum_of_the_squares_is_the_same(make, labels):
+    toy, need = make(), LayerStatistics(labels, by_example=True)
+
+    def opened():
+        return fp.Evaluation(toy.problem, toy.params, toy.batch, taps=True)
+
+    whole = diagonal_of(need.measure(opened(), ()), toy.params)
+    parts = [diagonal_of(part, toy.params) for part in need.each(opened(), ())]
+    total = {k: torch.stack([part[k] for part in parts]).sum(0) for k in whole}
+    assert_close(total, whole, rtol=1e-9)
 
 
 @every_toy

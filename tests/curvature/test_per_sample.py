@@ -7,6 +7,7 @@ from funcprecond.curvature.per_sample import PerSampleGrads
 from tests import problems, reference
 from tests.equality import assert_close
 from tests.problems import Toy, initialised, normal, seeded
+from tests.test_op_table import MODELS, NOT_MAPPED, build
 
 
 def rows_of(grads):
@@ -53,11 +54,34 @@ def test_the_diagonal_is_the_empirical_fishers():
     assert_close(reference.ravel(value.diagonal()), fisher.diagonal(), rtol=1e-9)
 
 
-def test_chunks_give_the_same_rows():
-    toy = problems.mlp()
+@pytest.mark.parametrize("make", [problems.mlp, problems.convnet])
+@pytest.mark.parametrize("size", [2, 4, 100])
+def test_chunks_give_the_same_rows(make, size):
+    toy = make()
     whole = fp.per_sample_grads(toy.problem, toy.params, toy.batch)
-    chunked = fp.per_sample_grads(toy.problem, toy.params, toy.batch, chunk_size=2)
+    chunked = fp.per_sample_grads(toy.problem, toy.params, toy.batch, chunk_size=size)
     assert_close(chunked, whole, rtol=1e-12)
+
+
+@pytest.mark.parametrize("name", [m for m in MODELS if m not in NOT_MAPPED])
+def test_of_every_kind_of_layer_the_rows_are_those_by_vmap_and_of_the_need(name):
+    """By layer and alone, by layer beside the gradient, and example by example."""
+    problem, batch = build(name)
+    problem.module.eval()
+    params, need = problem.params, PerSampleGrads()
+    evaluation = fp.Evaluation(problem, params, batch)
+    cotangents = problem.loss.empirical(evaluation.outputs, batch[1])
+    expected = evaluation.pull_each(cotangents, list(params))
+    assert_close(fp.per_sample_grads(problem, params, batch), expected, rtol=1e-9)
+    found = fp.observe(problem, params, batch, (need,))[need].grads
+    assert_close(found, expected, rtol=1e-9)
+
+
+def test_rows_have_the_parameters_dtype():
+    problem = fp.problem(nn.Linear(3, 3).bfloat16(), fp.losses.cross_entropy)
+    x, y = problems.mlp().batch
+    rows = fp.per_sample_grads(problem, problem.params, (x.bfloat16(), y))
+    assert {g.dtype for g in rows.values()} == {torch.bfloat16}
 
 
 def test_every_example_has_its_own_dropout_mask():

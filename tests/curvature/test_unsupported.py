@@ -7,7 +7,8 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 import funcprecond as fp
-from tests.equality import assert_same, copy
+from funcprecond import tree
+from tests.equality import assert_close, assert_same, copy
 from tests.problems import initialised, normal
 from tests.test_op_table import TOKENS, Body, build
 
@@ -165,23 +166,71 @@ def test_a_layer_that_torch_cannot_differentiate_is_named_with_the_way_out(cls, 
         assert fp.tree.norm(c @ problem.params) > 0
 
 
-@pytest.mark.parametrize("lengths", [tuple, torch.tensor])
-def test_a_loss_that_torch_cannot_differentiate_is_named_with_the_way_out(lengths):
+def recognising(lengths):
+    """A small CTC problem whose lengths are made by ``lengths``, and its batch."""
+
     def ctc(outputs, targets):
         steps, words = (lengths([n] * len(outputs)) for n in (outputs.shape[1], 2))
         logs = outputs.log_softmax(-1).transpose(0, 1)
         return nn.functional.ctc_loss(logs, targets, steps, words)
 
     problem = fp.problem(initialised(nn.Linear(3, 4)), ctc)
-    batch = (normal((3, 5, 3)), torch.tensor([[1, 2], [3, 1], [2, 2]]))
+    return problem, (normal((3, 5, 3)), torch.tensor([[1, 2], [3, 1], [2, 2]]))
+
+
+@pytest.mark.parametrize("lengths", [tuple, torch.tensor])
+def test_a_loss_that_torch_cannot_differentiate_is_named_with_the_way_out(lengths):
+    problem, batch = recognising(lengths)
     for cls in (fp.Hessian, fp.GGN):
         with pytest.raises(NotImplementedError, match="the loss ctc .*twice: write the loss out"):
             cls(problem, problem.params, batch) @ problem.params
-    # Lengths in tuples have no derivative under torch.func at all, by which Fisher takes rows.
-    first = (fp.Fisher,) if lengths is torch.tensor else ()
-    for cls in (fp.KroneckerFactored, fp.DiagonalGGN, *first):
+    for cls in (fp.KroneckerFactored, fp.DiagonalGGN, fp.Fisher):
         c = cls(problem, problem.params, batch, labels="empirical")
         assert fp.tree.norm(c @ problem.params) > 0
+
+
+@pytest.mark.parametrize("lengths", [tuple, torch.tensor])
+def test_the_empirical_fisher_of_ctc_is_that_of_its_central_differences(lengths):
+    problem, (x, y) = recognising(lengths)
+    point, step = tree.ravel(problem.params), 1e-5
+
+    def loss(vector, n):
+        params = tree.unravel(vector, problem.params)
+        outputs, _ = problem.forward(params, {}, x[n : n + 1])
+        return problem.loss(outputs, y[n : n + 1])
+
+    steps = step * torch.eye(len(point), dtype=point.dtype)
+    rows = torch.stack(
+        [
+            torch.stack([(loss(point + s, n) - loss(point - s, n)) / (2 * step) for s in steps])
+            for n in range(len(x))
+        ]
+    )
+    fisher = fp.Fisher(problem, problem.params, (x, y), labels="empirical").to_dense()
+    assert_close(fisher, rows.mT @ rows / len(x), rtol=1e-7)
+    grads = fp.per_sample_grads(problem, problem.params, (x, y))
+    found = torch.cat([g.flatten(1) for g in grads.values()], 1)
+    assert_close(found, rows, rtol=1e-7)
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_a_loss_without_a_rule_under_a_transform_is_named_there_with_the_way_out():
+    def gradient(problem, batch):
+        stacked = {k: p.unsqueeze(0) for k, p in problem.params.items()}
+        return torch.vmap(lambda p: fp.observe(problem, p, batch).grads)(stacked)
+
+    problem, batch = recognising(tuple)
+    for asked in (gradient, empirical_under_vmap):
+        with pytest.raises(NotImplementedError, match="loss.* differentiated here: .*as tensors"):
+            asked(problem, batch)
+    problem, batch = recognising(torch.tensor)
+    for asked in (gradient, empirical_under_vmap):
+        assert fp.tree.norm(asked(problem, batch)) > 0
+
+
+def empirical_under_vmap(problem, batch):
+    outputs = problem.forward(problem.params, {}, batch[0])[0].unsqueeze(0)
+    return {"u": torch.vmap(lambda f: problem.loss.empirical(f, batch[1]))(outputs)}
 
 
 def test_functions_given_to_hvp_are_explained_too():
