@@ -63,18 +63,20 @@ def lanczos(
     plain = untransformed((start, operator.like))
     v = start / start.norm()
     previous = v
-    basis, alphas, betas = [], [], []
-    # One buffer, where no transform needs to know what is written into it.
-    buffer = v.new_empty(steps, v.numel()) if plain and reorthogonalise else None
-    rows = v.new_empty(0, v.numel())
+    alphas, betas = [], []
+    buffer = v.new_empty(steps if reorthogonalise else 0, v.numel())
+    rows = buffer[:0]
     size = v.new_zeros((), dtype=torch.float64)
     for i in range(steps):
-        if buffer is not None:
-            buffer[i] = v
-            v, rows = buffer[i], buffer[: i + 1]
-        elif reorthogonalise:
-            basis.append(v)
-            rows = torch.stack(basis)
+        if reorthogonalise:
+            if plain:
+                buffer[i] = v
+                v = buffer[i]
+            else:
+                # Transforms must know of it; of this form, compilers write in place.
+                row = torch.full((1,), i, device=v.device)
+                buffer = buffer.index_copy(0, row, v.unsqueeze(0))
+            rows = buffer[: i + 1]
         vector = tree.cast(tree.unravel(v, operator.like), operator.like)
         w = tree.ravel(operator.matvec(vector)).to(v.dtype)
         alpha = w.dot(v).double()
@@ -104,7 +106,9 @@ def lanczos(
 
 def _without(w: Tensor, rows: Tensor) -> Tensor:
     """What is left of a vector beside orthonormal rows."""
-    return torch.addmv(w, rows.mT, rows @ w, alpha=-1)
+    # As matrices: a compiler takes products of a matrix and a vector apart into slow loops.
+    w = w.unsqueeze(0)
+    return torch.addmm(w, w @ rows.mT, rows, alpha=-1).squeeze(0)
 
 
 @state

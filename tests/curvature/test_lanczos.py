@@ -108,3 +108,17 @@ def test_without_reorthogonalisation_copies_share_the_weight_and_none_is_kept():
         for kept in (True, False)
     ]
     assert_close(found[1], found[0], rtol=1e-5)
+
+
+def test_a_krylov_space_can_be_differentiated():
+    m, start = spectrum(6)[1], normal((6,), 1)
+
+    def moment(x):
+        values, vectors, _ = lanczos(operator(x + x.T), start, 3).ritz()
+        return (vectors[0] ** 2 * values**4).sum()
+
+    def exact(x):
+        v = start / start.norm()
+        return v @ torch.linalg.matrix_power(x + x.T, 4) @ v
+
+    assert_close(torch.func.grad(moment)(m), torch.func.grad(exact)(m), rtol=1e-9, atol=1e-11)
