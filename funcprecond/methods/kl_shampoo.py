@@ -169,7 +169,7 @@ def kl_shampoo(
                     found = [x.square() @ v for x, v in of]
                 eigenvalues[name] = tuple(_floored(x, limit) for x in found)
         elif turn in evidence:
-            bases, _ = followed(statistics, bases, epsilon, sort=False)
+            bases = followed(statistics, bases, epsilon, sort=False)
         new = KLShampooState(statistics, bases, eigenvalues, mean, step, rest)
         return new, {k: direction[k] for k in grads}
 

@@ -7,13 +7,15 @@ For a parameter with axes i longer than 1, Q_i the basis of its factor S_i, t co
     m <- b1 m + (1 - b1) G'       v <- b2 v + (1 - b2) G'²
     d  = ( m / (sqrt(v) + damping) ×_i Q_i ) · sqrt(1 - b2^t) / (1 - b1^t)
     S_i <- bs S_i + (1 - bs) C_i(G)
-    now and then  Q_i <- qr(S_i Q_i),  by descending diag(Q_iᵀ S_i Q_i)
+    now and then  Q_i <- qr(S_i Q_i)
 
-The basis is turned after the step, so no gradient is inside its own basis. m is kept in the
-rotated coordinates and turned with the basis; where that is every step, it is cheaper kept in the
-parameter's own and rotated anew. v only follows the columns' order. Vectors and scalars have no
-basis: Adam. Needs the gradient only; 2 Σ n_i² numbers and two copies a parameter; each step three
-products an axis, each refresh three and a QR decomposition; five and that if every step is one.
+The QR decomposition takes the columns by descending diag(Q_iᵀ S_i Q_i) and leaves each in its
+place, so v stays as it is, where the authors' code reorders both. The basis is turned after the
+step, so no gradient is inside its own basis. m is kept in the rotated coordinates and turned with
+the basis; where that is every step, it is cheaper kept in the parameter's own and rotated anew.
+Vectors and scalars have no basis: Adam. Needs the gradient only; 2 Σ n_i² numbers and two copies a
+parameter; each step three products an axis, each refresh three and a QR decomposition; five and
+that if every step is one.
 """
 
 import sys
@@ -36,7 +38,6 @@ from funcprecond.solver.eigenbasis import (
     decomposed,
     followed,
     identities,
-    permute,
     rotate,
     rotate_back,
     rotate_over,
@@ -96,8 +97,7 @@ def soap(
             ("skip", the authors' code).
         refresh: how bases are followed. The first ones, those before ``start``, and all of an
             ``update`` without evidence come from a full decomposition ("eigh") in any case. After
-            it v is the diagonal of the old ``diag(v)`` in the new basis; after "qr" it is
-            reordered.
+            it v is the diagonal of the old ``diag(v)`` in the new basis; after "qr" it stays.
         epsilon: the QR step's shift, see :func:`funcprecond.solver.eigenbasis.orthogonal_step`; 0
             in the authors' code.
         merge, block: how parameters are cut into blocks, see
@@ -156,9 +156,9 @@ def soap(
         means = (mean, {}) if state.mean else ({}, mean)
         new = SOAPState(statistics, state.bases, *means, second_moment, step)
         if evidence is None or afresh in evidence:
-            new = _turned(new, decomposed(statistics, state.bases), None, max_dim)
+            new = _turned(new, decomposed(statistics, state.bases), max_dim, anew=True)
         elif turn in evidence:
-            new = _turned(new, *followed(statistics, state.bases, epsilon), max_dim)
+            new = _turned(new, followed(statistics, state.bases, epsilon), max_dim, anew=False)
         return new, {k: direction[k] for k in grads}
 
     def needs(t: int) -> tuple[Need, ...]:
@@ -176,19 +176,17 @@ def _quotient(m: Tensor, v: Tensor, damping: float | Tensor, factor: Tensor) -> 
     return torch.div(m, d.add_(damping), out=d).mul_(factor)
 
 
-def _turned(state: SOAPState, bases: Bases, orders: Bases | None, max_dim: int) -> SOAPState:
-    """The state in other bases; without orders their columns have no counterparts among the old."""
+def _turned(state: SOAPState, bases: Bases, max_dim: int, *, anew: bool) -> SOAPState:
+    """The state in other bases: their columns have no counterparts among the old, or take over."""
     mean, second_moment = {}, {}
     for name, v in state.second_moment.items():
         old, new = state.bases[name], bases[name]
         axes = axes_below(v.shape, max_dim)
         if name in state.mean:
             mean[name] = rotate_over(state.mean[name], old, new, axes)
-        if orders is None:
-            shares = tuple(x.square() for x in turns(old, new))
-            second_moment[name] = rotate_back(v, shares, axes)
-        else:
-            second_moment[name] = permute(v, orders[name], axes)
+        if anew:
+            v = rotate_back(v, tuple(x.square() for x in turns(old, new)), axes)
+        second_moment[name] = v
     return SOAPState(state.statistics, bases, mean, state.plain_mean, second_moment, state.step)
 
 

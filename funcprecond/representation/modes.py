@@ -14,12 +14,12 @@ from torch import Tensor
 
 from funcprecond import tree
 
-__all__ = ["grams", "multiply"]
+__all__ = ["grams", "multiply", "symmetric"]
 
 # Neighbours up to this many entries together are cheaper as one axis than one after another.
 TOGETHER = 32
-# Symmetric products of more rows are taken by halves, the one off the diagonal once.
-HALVE = 256
+# Symmetric products of more rows are taken so many rows at a time, up to the diagonal.
+ROWS = 128
 
 
 def grams(x: Tensor, axes: Sequence[int]) -> tuple[Tensor, ...]:
@@ -54,6 +54,20 @@ def multiply(matrices: Sequence[Tensor], x: Tensor, axes: Sequence[int]) -> Tens
     return y.reshape(x.shape).contiguous()
 
 
+def symmetric(rows: Tensor) -> Tensor:
+    """``rows rows^T``, of a matrix or a stack; of a large matrix little more than half of it."""
+    n = rows.shape[-2]
+    large = rows.ndim == 2 and n > ROWS and rows.device.type == "cpu"
+    if not large or torch.compiler.is_compiling() or not tree.multi_tensor((rows,)):
+        return rows @ rows.mT
+    out = rows.new_empty((n, n))
+    for i in range(0, n, ROWS):
+        end = min(i + ROWS, n)
+        torch.mm(rows[i:end], rows[:end].mT, out=out[i:end, :end])
+        out[:i, i:end] = out[i:end, :i].mT
+    return out
+
+
 def _runs(shape: Sequence[int], axes: Sequence[int]) -> list[tuple[int, ...]]:
     """All axes in order, neighbours to be taken together in one tuple."""
     runs: list[tuple[int, ...]] = []
@@ -70,30 +84,10 @@ def _runs(shape: Sequence[int], axes: Sequence[int]) -> list[tuple[int, ...]]:
 def _gram(x: Tensor) -> Tensor:
     """Of the middle axis of three."""
     if x.shape[0] == 1:
-        return _symmetric(x[0])
+        return symmetric(x[0])
     if x.shape[2] == 1:
-        return _symmetric(x[..., 0].mT)
-    return _symmetric(x.movedim(1, 0).flatten(1))
-
-
-def _symmetric(rows: Tensor) -> Tensor:
-    """``rows rows^T``."""
-    n = rows.shape[0]
-    by_halves = n > HALVE and rows.device.type == "cpu" and not torch.compiler.is_compiling()
-    if not by_halves or not tree.multi_tensor((rows,)):
-        return rows @ rows.mT
-    return _fill(rows, rows.new_empty((n, n)))
-
-
-def _fill(rows: Tensor, out: Tensor) -> Tensor:
-    if rows.shape[0] <= HALVE:
-        return torch.mm(rows, rows.mT, out=out)
-    half = rows.shape[0] // 2
-    _fill(rows[:half], out[:half, :half])
-    _fill(rows[half:], out[half:, half:])
-    torch.mm(rows[half:], rows[:half].mT, out=out[half:, :half])
-    out[:half, half:] = out[half:, :half].mT
-    return out
+        return symmetric(x[..., 0].mT)
+    return symmetric(x.movedim(1, 0).flatten(1))
 
 
 def _partial_traces(gram: Tensor, sizes: Sequence[int]) -> list[Tensor]:

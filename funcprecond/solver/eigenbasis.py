@@ -1,8 +1,8 @@
 r"""Orthogonal bases of symmetric matrices, and tensors in them.
 
-What SOAP, KL-Shampoo and SPlus keep of Shampoo's factors: one basis an axis, columns by descending
-eigenvalue, found by decomposition (:func:`eigenvectors`) or followed by one QR decomposition a
-refresh (:func:`orthogonal_step`). To a derivative, bases are constants.
+What SOAP, KL-Shampoo and SPlus keep of Shampoo's factors: one basis an axis, found by decomposition
+(:func:`eigenvectors`) or followed by one QR decomposition a refresh (:func:`orthogonal_step`). To a
+derivative, bases are constants.
 """
 
 from collections.abc import Callable
@@ -59,7 +59,7 @@ def eigenvectors(matrices: Tensor, previous: Tensor) -> Tensor:
 
 def orthogonal_step(
     matrices: Tensor, bases: Tensor, epsilon: float | Tensor = 0.0, *, sort: bool = True
-) -> tuple[Tensor, Tensor]:
+) -> Tensor:
     """One step of orthogonal iteration: ``qr(S Q)``.
 
     Args:
@@ -67,11 +67,12 @@ def orthogonal_step(
         bases: (..., n, n), orthogonal. Where a matrix is zero or not finite they stay.
         epsilon: S is shifted by this much of its largest eigenvalue, which leaves its eigenvectors
             as they are and keeps the old columns where S has seen nothing, instead of rounding.
-        sort: put the columns in the order of descending ``q_i^T S q_i`` first.
+        sort: take the columns by descending ``q_i^T S q_i``, which speeds convergence, instead of
+            from left to right.
 
     Returns:
-        The new bases, on the side of the old ones (the triangular factor's diagonal is positive),
-        and (..., n) indices: column i comes from the old column ``order[i]``.
+        The new bases. Each column has the place of the old one that it comes from, and its side
+        (the triangular factor's diagonal is positive).
     """
     s, q = matrices.detach(), bases.detach()
     product = s @ q
@@ -79,15 +80,18 @@ def orthogonal_step(
     # Not finite if any entry is not.
     largest = estimates.amax(-1)[..., None, None]
     bad = ~(torch.isfinite(largest) & (largest > 0))
-    count = torch.arange(q.shape[-1], device=q.device)
-    order = torch.sort(estimates, dim=-1, descending=True, stable=True).indices
-    order = torch.where(bad.squeeze(-1) | (not sort), count, order)
     # Where this is not finite LAPACK's result is not either, and dropped below.
-    shifted = product / largest + epsilon * q
-    new, diagonal = _qr(shifted.gather(-1, order.unsqueeze(-2).expand_as(shifted)))
-    sign = torch.where(diagonal < 0, -1.0, 1.0).to(new.dtype)
+    x = product / largest + epsilon * q
+    order = torch.sort(estimates, dim=-1, descending=True, stable=True).indices
+    new, diagonal = _qr(_columns(x, order) if sort else x)
+    new = new * torch.where(diagonal < 0, -1.0, 1.0).to(new.dtype).unsqueeze(-2)
+    new = _columns(new, order.argsort(-1)) if sort else new
     # LAPACK returns columns; the result of ``where`` has the strides of its first tensor.
-    return torch.where(bad, q, new * sign.unsqueeze(-2)).contiguous(), order
+    return torch.where(bad, q, new).contiguous()
+
+
+def _columns(x: Tensor, places: Tensor) -> Tensor:
+    return x.gather(-1, places.unsqueeze(-2).expand_as(x))
 
 
 def _qr(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -103,26 +107,20 @@ def _qr(x: Tensor) -> tuple[Tensor, Tensor]:
 
 def decomposed(statistics: Bases, bases: Bases) -> Bases:
     """:func:`eigenvectors` of every factor, equal sizes as one stack."""
-    return _of_all(lambda s, q, _: (eigenvectors(s, q),), statistics, bases)[0]
+    return _of_all(lambda s, q, _: eigenvectors(s, q), statistics, bases)
 
 
 def followed(
     statistics: Bases, bases: Bases, epsilon: float | Tensor, *, sort: bool = True
-) -> tuple[Bases, Bases]:
-    """:func:`orthogonal_step` of every factor, equal sizes as one stack: new bases, and orders."""
-
-    def step(s: Tensor, q: Tensor, _: None) -> tuple[Tensor, Tensor]:
-        return orthogonal_step(s, q, epsilon, sort=sort)
-
-    new, orders = _of_all(step, statistics, bases)
-    return new, orders
+) -> Bases:
+    """:func:`orthogonal_step` of every factor, equal sizes as one stack."""
+    return _of_all(lambda s, q, _: orthogonal_step(s, q, epsilon, sort=sort), statistics, bases)
 
 
-def _of_all(function: Callable[..., tuple[Tensor, ...]], *trees: Bases) -> list[Bases]:
+def _of_all(function: Callable[..., Tensor], *trees: Bases) -> Bases:
     flat = [[x for factors in t.values() for x in factors] for t in trees]
-    found = by_shape(function, *flat, static=[None] * len(flat[0]))
-    columns = [iter(column) for column in zip(*found, strict=True)] or [iter(()), iter(())]
-    return [{k: tuple(next(x) for _ in f) for k, f in trees[0].items()} for x in columns]
+    found = iter(by_shape(function, *flat, static=[None] * len(flat[0])))
+    return {k: tuple(next(found) for _ in f) for k, f in trees[0].items()}
 
 
 def identities(p: Tensor, axes: tuple[int, ...], dtype: torch.dtype) -> tuple[Tensor, ...]:
@@ -167,16 +165,3 @@ def rotate_over(
 def turns(old: tuple[Tensor, ...], new: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     """``Q_new^T Q_old``: what takes old coordinates to new ones."""
     return tuple(n.mT @ o for o, n in zip(old, new, strict=True))
-
-
-def permute(x: Tensor, orders: tuple[Tensor, ...], axes: tuple[int, ...]) -> Tensor:
-    """The entries of x along each axis in the given order."""
-    if not axes:
-        return x
-    of = dict(zip(axes, orders, strict=True))
-    places = [of.get(i, torch.arange(n, device=x.device)) for i, n in enumerate(x.shape)]
-    # All but the first as one axis: two passes over x, however many there are.
-    first, rest = places[0], places[1]
-    for place in places[2:]:
-        rest = (rest.unsqueeze(-1) * len(place) + place).flatten()
-    return x.flatten(1).index_select(0, first).index_select(1, rest).reshape(x.shape)

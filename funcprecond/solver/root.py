@@ -11,6 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from funcprecond.representation.modes import symmetric
 from funcprecond.solver.product_root import coupled_newton, norm_bound, polar_express
 
 __all__ = ["Method", "chosen", "eigen_root", "inverse_root"]
@@ -45,7 +46,7 @@ def inverse_root(
     if method == "eigh":
         vectors, values, ok = eigen_root(matrices, 2 * p, epsilon=epsilon, dtype=dtype, wide=True)
         half = vectors * values.unsqueeze(-2)
-        return (half @ half.mT).to(matrices.dtype), ok
+        return symmetric(half).to(matrices.dtype), ok
     a, scale, ok = _scaled(matrices, dtype or torch.float32)
     a = a + epsilon * norm_bound(a) * torch.eye(a.shape[-1], dtype=a.dtype, device=a.device)
     iterate = polar_express if method == "polar_express" else coupled_newton

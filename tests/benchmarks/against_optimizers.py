@@ -266,10 +266,11 @@ class Floor:
     Args:
         products: how many an axis takes at each step, beside its Gram matrix.
         refresh: what a refresh does with one factor.
+        turned: how many more products an axis takes then.
     """
 
-    def __init__(self, products, refresh):
-        self.products, self.refresh = products, refresh
+    def __init__(self, products, refresh, turned=0):
+        self.products, self.refresh, self.turned = products, refresh, turned
 
     def start(self, params, interval):
         self.interval, self.work = interval, []
@@ -285,11 +286,12 @@ class Floor:
         return grads
 
     def step(self, grads, t):
+        due = t % self.interval == 0
         for x, s, out in self.work:
             torch.mm(x, x.T, out=s)
-            for _ in range(self.products):
+            for _ in range(self.products + due * self.turned):
                 torch.mm(s, x, out=out)
-            if t % self.interval == 0:
+            if due:
                 self.refresh(s)
 
     def bytes(self):
@@ -310,7 +312,7 @@ FLOORS = {
     "floor of shampoo float32": (None, Floor(1, by_eigh(torch.float32, True))),
     "floor of caspr": (None, Floor(2, by_eigh(torch.float64, False))),
     "floor of caspr float32": (None, Floor(2, by_eigh(torch.float32, False))),
-    "floor of soap": (None, Floor(2, lambda s: torch.linalg.qr(s @ s))),
+    "floor of soap": (None, Floor(2, lambda s: torch.linalg.qr(s @ s), turned=1)),
 }
 
 
