@@ -11,7 +11,8 @@ from torch import Tensor
 
 from funcprecond import random, tree
 from funcprecond.curvature.lanczos import SpectralDensity
-from funcprecond.curvature.operator import Operator, Partition, partition_of
+from funcprecond.curvature.operator import Operator
+from funcprecond.curvature.vectors import Partition, partition_of
 from funcprecond.tree import state
 
 __all__ = ["Quality", "approximation_quality", "draw_quality", "matrix", "spectrum"]

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from funcprecond import random, tree
 from funcprecond.curvature.lanczos import lanczos
-from funcprecond.curvature.operator import Operator, stack
+from funcprecond.curvature.operator import Operator
+from funcprecond.curvature.vectors import stack
 from funcprecond.evaluation import untransformed
 from funcprecond.representation.low_rank import LowRank
 

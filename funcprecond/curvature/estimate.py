@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from funcprecond import random, tree
-from funcprecond.curvature.operator import Operator, unstack
+from funcprecond.curvature.operator import Operator
+from funcprecond.curvature.vectors import unstack
 from funcprecond.problem import Params
 from funcprecond.tree import state
 

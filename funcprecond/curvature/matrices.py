@@ -19,7 +19,8 @@ from funcprecond.curvature.data import check_data, mean_over, seed_of, seeded
 from funcprecond.curvature.diagonal import exact_diagonal
 from funcprecond.curvature.fisher import draw_labels, fisher_product, fisher_rows
 from funcprecond.curvature.layers import Labels, check_labels
-from funcprecond.curvature.operator import Operator, stack, unstack
+from funcprecond.curvature.operator import Operator
+from funcprecond.curvature.vectors import stack, unstack
 from funcprecond.evaluation import Evaluation, untransformed
 from funcprecond.losses import Loss
 from funcprecond.problem import Buffers, Params, Problem

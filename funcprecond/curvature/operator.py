@@ -8,36 +8,31 @@ Nothing here is computed before it is asked for, and no operator changes once it
 """
 
 import abc
-import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from funcprecond import tree
+from funcprecond.curvature.vectors import (
+    Partition,
+    count_of,
+    is_stack,
+    partition_of,
+    stack,
+    unstack,
+)
 from funcprecond.evaluation import untransformed
 from funcprecond.problem import Params
 from funcprecond.solver.cg import NotConverged, Solution, Stop, cg, truncated_cg
 from funcprecond.solver.minres import minres
 from funcprecond.solver.neumann import neumann
 
-__all__ = [
-    "BlockDiagonal",
-    "Function",
-    "Identity",
-    "Matrix",
-    "Operator",
-    "Partition",
-    "by_layer",
-    "partition_of",
-    "stack",
-    "unstack",
-]
+__all__ = ["BlockDiagonal", "Function", "Identity", "Matrix", "Operator"]
 
 Method = Literal["direct", "cg", "minres", "truncated_cg", "neumann"]
-Partition = Literal["layer", "tensor"] | Mapping[str, Sequence[str]]
 # Columns of the identity taken at a time where a whole matrix is gone through.
 COLUMNS = 32
 
@@ -84,7 +79,7 @@ class Operator(abc.ABC):
             parts = [mapped(dict(zip(names, columns, strict=True))) for columns in cut]
             # Each parameter's pieces are let go before the next one's are joined.
             return {k: torch.cat([part.pop(k) for part in parts]) for k in list(parts[0])}
-        return stack((self.matvec(v) for v in unstack(vectors)), _count(vectors))
+        return stack((self.matvec(v) for v in unstack(vectors)), count_of(vectors))
 
     def products(self, vectors: Params, chunk_size: int | None = None) -> Iterator[Params]:
         """``C`` times each vector of a stack, one after another; see :meth:`matmat`.
@@ -103,7 +98,7 @@ class Operator(abc.ABC):
         """
         if isinstance(other, Operator):
             return Product(self, other)
-        stacked = self._is_stack(other)
+        stacked = is_stack(other, self.like)
         vector = tree.cast(other, self.like)
         product = self.matmat(vector) if stacked else self.matvec(vector)
         return tree.cast(product, other)
@@ -280,22 +275,6 @@ class Operator(abc.ABC):
             }
             product = self.matmat(basis)
             yield start, torch.cat([product[k].reshape(count, -1) for k in self.like], 1)
-
-    def _is_stack(self, vector: Any) -> bool:
-        expected = {k: tuple(p.shape) for k, p in self.like.items()}
-        if not isinstance(vector, Mapping) or vector.keys() != expected.keys():
-            given = sorted(vector) if isinstance(vector, Mapping) else type(vector).__name__
-            msg = f"a vector is a dict with the keys {sorted(expected)}, not {given}"
-            raise ValueError(msg)
-        shapes = {k: tuple(vector[k].shape) for k in expected}
-        if shapes == expected:
-            return False
-        counts = {s[:1] for s in shapes.values()}
-        if len(counts) == 1 and all(shapes[k][1:] == s and shapes[k] for k, s in expected.items()):
-            return True
-        wrong = {k: s for k, s in shapes.items() if s != expected[k]}
-        msg = f"shapes {wrong} fit neither a vector {expected} nor a stack with one axis in front"
-        raise ValueError(msg)
 
 
 class Identity(Operator):
@@ -512,39 +491,6 @@ def as_function(operator: "Operator | Callable[[Params], Params]") -> Callable[[
     return operator.matvec if isinstance(operator, Operator) else operator
 
 
-def by_layer(names: Sequence[str]) -> dict[str, list[str]]:
-    """Parameter names by the module they belong to, in order; a parameter of the root stands alone.
-
-    ``{"0": ["0.weight", "0.bias"], ...}``.
-    """
-    groups: dict[str, list[str]] = {}
-    for name in names:
-        groups.setdefault(name.rpartition(".")[0] or name, []).append(name)
-    return groups
-
-
-def partition_of(params: Params, by: Partition) -> dict[str, list[str]]:
-    """Parameter names by label; see :meth:`Operator.blocks`.
-
-    Raises:
-        ValueError: a parameter is missing, unknown or in two blocks.
-    """
-    if by == "layer":
-        return by_layer(list(params))
-    if by == "tensor":
-        return {k: [k] for k in params}
-    if not isinstance(by, Mapping):
-        msg = f"by must be 'layer', 'tensor' or a mapping from labels to names, not {by!r}"
-        raise ValueError(msg)
-    names = [k for group in by.values() for k in group]
-    if sorted(names) != sorted(params):
-        missing = sorted(params.keys() - set(names))
-        twice = sorted({k for k in names if names.count(k) > 1} | (set(names) - params.keys()))
-        msg = f"the blocks leave out {missing or 'none'}, repeat or do not know {twice or 'none'}"
-        raise ValueError(msg)
-    return {label: list(group) for label, group in by.items()}
-
-
 def _as_operator(other: Any, like: Params) -> Operator:
     return other if isinstance(other, Operator) else Identity(like, other)
 
@@ -555,31 +501,3 @@ def _same_space(a: Operator, b: Operator) -> None:
     if left != right:
         msg = f"the operators act on different vectors: {left} and {right}"
         raise ValueError(msg)
-
-
-def unstack(vectors: Params) -> Iterator[Params]:
-    """The vectors of a stack, one by one."""
-    count = _count(vectors)
-    return ({k: v[i] for k, v in vectors.items()} for i in range(count))
-
-
-def stack(vectors: Iterable[Params], count: int | None = None) -> Params:
-    """(K, *shape) for each parameter, of K vectors; ``count`` if they are made one by one."""
-    if count is None:
-        vectors = list(vectors)
-        count = len(vectors)
-    rest = iter(vectors)
-    first = next(rest)
-    if torch.compiler.is_compiling() or not tree.multi_tensor(first.values()):
-        vectors = [first, *rest]
-        return {k: torch.stack([v[k] for v in vectors]) for k in first}
-    # Each is written where it belongs, and let go before the next is made.
-    found = {k: x.new_empty(count, *x.shape) for k, x in first.items()}
-    for i, vector in enumerate(itertools.chain((first,), rest)):
-        for k, x in found.items():
-            x[i] = vector[k]
-    return found
-
-
-def _count(vectors: Params) -> int:
-    return next(iter(vectors.values())).shape[0]

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from funcprecond import random, tree
-from funcprecond.curvature.operator import Operator, stack
+from funcprecond.curvature.operator import Operator
+from funcprecond.curvature.vectors import stack
 from funcprecond.problem import Params
 from funcprecond.representation.low_rank import LowRank
 from funcprecond.solver.cg import Solution

@@ -3,7 +3,8 @@ import pytest
 import torch
 
 import funcprecond as fp
-from funcprecond.curvature.operator import Function, Identity, Matrix, by_layer
+from funcprecond.curvature.operator import Function, Identity, Matrix
+from funcprecond.curvature.vectors import by_layer
 from funcprecond.solver.cg import NotConverged, Stop
 from tests import problems, reference, strategies
 from tests.equality import assert_close, assert_same, copy
