@@ -13,6 +13,7 @@ from funcprecond import random, tree
 from funcprecond.curvature.lanczos import SpectralDensity
 from funcprecond.curvature.operator import Operator
 from funcprecond.curvature.vectors import Partition, partition_of
+from funcprecond.precision import wide
 from funcprecond.tree import state
 
 __all__ = ["Quality", "approximation_quality", "draw_quality", "matrix", "spectrum"]
@@ -41,7 +42,7 @@ def approximation_quality(
     probes: int = 16,
     generator: torch.Generator | None = None,
 ) -> dict[str, dict[str, Quality]]:
-    """Every approximation against the truth, block by block, in dense float64 algebra.
+    """Every approximation against the truth, block by block, in dense algebra.
 
     Args:
         exact: C, such as a :class:`funcprecond.GGN`.
@@ -56,14 +57,14 @@ def approximation_quality(
     """
     found: dict[str, dict[str, Quality]] = {}
     for label, names in partition_of(exact.like, by).items():
-        c = exact.block(names).to_dense().double()
+        c = wide(exact.block(names).to_dense())
         shape = (probes, c.shape[0])
-        b = random.normal(shape, generator, dtype=torch.float64, device=c.device).mT
+        b = random.normal(shape, generator, dtype=c.dtype, device=c.device).mT
         eye = torch.eye(c.shape[0], dtype=c.dtype, device=c.device)
         truth = torch.linalg.solve(c + damping * eye, b)
         found[label] = {}
         for name, operator in approximations.items():
-            a = operator.block(names).to_dense().double()
+            a = wide(operator.block(names).to_dense())
             guess = torch.linalg.solve(a + damping * eye, b)
             cosine = torch.nn.functional.cosine_similarity(guess, truth, dim=0).mean()
             norm = torch.linalg.matrix_norm

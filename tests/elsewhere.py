@@ -54,11 +54,12 @@ class Elsewhere(TorchDispatchMode):
 
     Attributes:
         reads: how often the host has waited for a number.
+        float64: whether it has float64, which Apple's GPUs have not.
     """
 
-    def __init__(self):
+    def __init__(self, float64: bool = True):
         super().__init__()
-        self.reads = 0
+        self.reads, self.float64 = 0, float64
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = dict(kwargs or {})
@@ -83,6 +84,10 @@ class Elsewhere(TorchDispatchMode):
         found = func(*inner_args, **inner_kwargs)
         if not target:
             return found
+        for x in tree_flatten(found)[0]:
+            if isinstance(x, Tensor) and x.dtype == torch.float64 and not self.float64:
+                msg = f"{func} makes float64 numbers, which the device has not"
+                raise TypeError(msg)
         found = tree_map_only(Tensor, _There, found)
         if not there or func in _TRANSFERS:
             return args[0] if func is _aten.copy_.default else found

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 import funcprecond as fp
+from funcprecond import precision
 from tests import problems
 from tests.conformance.methods import every_method, intervals
 from tests.curvature.test_every_layer import CASES, case
@@ -198,7 +199,36 @@ def test_the_curvature_is_measured_there(name, there):
     assert_close(found, expected, rtol=1e-7)
 
 
+@pytest.fixture
+def without_float64(monkeypatch):
+    monkeypatch.setattr(precision, "WITHOUT_FLOAT64", {DEVICE.type})
+    return Elsewhere(float64=False), elsewhere, back
+
+
+@every_method
+def test_a_method_trains_where_there_is_no_float64(name, without_float64):
+    within, to, home = without_float64
+    toy, opt = problems.convnet(torch.float32), intervals(name)
+    batches = [toy.at(t) for t in range(3)]
+    expected, _ = train(toy.problem, opt, toy.params, batches)
+    with within:
+        found, _ = home(train(toy.problem, opt, to(toy.params), to(batches)))
+    assert_close(found, expected, rtol=1e-2)
+
+
+@pytest.mark.parametrize("name", ASKED)
+def test_the_curvature_is_measured_where_there_is_no_float64(name, without_float64):
+    within, to, home = without_float64
+    toy = problems.mlp(torch.float32)
+    with within:
+        found = home(ASKED[name](toy.problem, to(toy.params), to(toy.batch)))
+    expected = ASKED[name](toy.problem, toy.params, toy.batch)
+    assert_close(found, expected, rtol=1e-2)
+
+
 def test_the_device_refuses_what_a_gpu_refuses():
+    with Elsewhere(float64=False), pytest.raises(TypeError, match="float64"):
+        elsewhere(torch.ones(2)).double()
     with Elsewhere() as within:
         x = elsewhere(torch.arange(6.0).reshape(2, 3))
         assert x.device == DEVICE

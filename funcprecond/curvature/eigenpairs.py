@@ -17,6 +17,7 @@ from funcprecond.curvature.lanczos import lanczos
 from funcprecond.curvature.operator import Operator
 from funcprecond.curvature.vectors import stack
 from funcprecond.evaluation import untransformed
+from funcprecond.precision import wide, wide_dtype
 from funcprecond.representation.low_rank import LowRank
 
 __all__ = ["eigsh"]
@@ -97,9 +98,9 @@ class _Basis:
     def __init__(self, operator: Operator, start: Tensor, capacity: int):
         self.operator, self.capacity, self.count, self.products = operator, capacity, 0, 0
         self.buffer = start.new_empty(capacity, start.numel())
-        self.projected = start.new_zeros((capacity, capacity), dtype=torch.float64)
+        self.projected = start.new_zeros((capacity, capacity), dtype=wide_dtype(start))
         self.following, self.beta = start / start.norm(), start.new_zeros(())
-        self.scale = start.new_zeros((), dtype=torch.float64)
+        self.scale = start.new_zeros((), dtype=wide_dtype(start))
         self.invariant = False
 
     @property
@@ -116,7 +117,7 @@ class _Basis:
             w = tree.ravel(self.operator @ tree.unravel(v, self.operator.like)).to(v.dtype)
             self.products += 1
             inner = self.rows @ w
-            self.projected[: j + 1, j] = self.projected[j, : j + 1] = inner.double()
+            self.projected[: j + 1, j] = self.projected[j, : j + 1] = wide(inner)
             before = w.norm()
             w = w - inner @ self.rows
             self.beta = w.norm()
@@ -124,7 +125,7 @@ class _Basis:
                 # What rounding leaves of the old directions is no longer small beside the rest.
                 w = w - (self.rows @ w) @ self.rows
                 self.beta = w.norm()
-            self.scale = torch.maximum(self.scale, inner.norm().double())
+            self.scale = torch.maximum(self.scale, wide(inner.norm()))
             rounding = 10 * torch.finfo(v.dtype).eps * math.sqrt(v.numel())
             self.invariant = not bool(self.beta > rounding * self.scale)
             self.following = torch.zeros_like(w) if self.invariant else w / self.beta

@@ -15,6 +15,7 @@ from torch import Tensor
 from funcprecond import random, tree
 from funcprecond.curvature.operator import Operator
 from funcprecond.curvature.vectors import unstack
+from funcprecond.precision import wide, wide_dtype
 from funcprecond.problem import Params
 from funcprecond.tree import state
 
@@ -196,7 +197,7 @@ def xdiag(
 
 
 def _leave_one_out(operator, products, generator, distribution, probes, chunk_size):
-    """Probes, products, their QR, S, A Q, all (P, k) or (k, k) in float64; whether R is regular."""
+    """Probes, products, their QR, S, A Q, (P, k) or (k, k), :func:`wide`; whether R is regular."""
     if products % 2 or products < 4:
         msg = f"an even number of products is needed, at least 4, not {products}"
         raise ValueError(msg)
@@ -204,7 +205,7 @@ def _leave_one_out(operator, products, generator, distribution, probes, chunk_si
     if k > operator.size:
         msg = f"{products} products are more than twice the {operator.size} parameters"
         raise ValueError(msg)
-    w = _probes(operator, k, generator, distribution, probes).double()
+    w = wide(_probes(operator, k, generator, distribution, probes))
     y = _multiply(operator, w, chunk_size).mT
     q, r = torch.linalg.qr(y)
     z = _multiply(operator, q.mT, chunk_size).mT
@@ -229,17 +230,17 @@ def _probes(operator, n, generator, distribution, probes) -> Tensor:
 
 
 def _forms(operator: Operator, rows: Tensor, chunk_size: int | None) -> Tensor:
-    """(n,) ``v · A v`` of (n, P) rows, in float64; one product in memory at a time."""
+    """(n,) ``v · A v`` of (n, P) rows, :func:`wide`; one product in memory at a time."""
     columns = _columns(operator, rows)
     pairs = zip(unstack(columns), operator.products(columns, chunk_size), strict=True)
-    forms = [[(x[k] * y[k]).sum(dtype=torch.float64) for k in x] for x, y in pairs]
+    forms = [[(x[k] * y[k]).sum(dtype=wide_dtype(rows)) for k in x] for x, y in pairs]
     return torch.stack([torch.stack(parts).sum() for parts in forms])
 
 
 def _multiply(operator: Operator, rows: Tensor, chunk_size: int | None) -> Tensor:
-    """(n, P) rows times A, in float64."""
+    """(n, P) rows times A, :func:`wide`."""
     product = operator.matmat(_columns(operator, rows), chunk_size)
-    return torch.cat([product[k].flatten(1) for k in operator.like], 1).double()
+    return wide(torch.cat([product[k].flatten(1) for k in operator.like], 1))
 
 
 def _columns(operator: Operator, rows: Tensor) -> Params:

@@ -35,8 +35,9 @@ from funcprecond.curvature.layers import (
 from funcprecond.curvature.layerwise import Factors, Layerwise, Rotated
 from funcprecond.curvature.moments import second_moments
 from funcprecond.evaluation import Evaluation
+from funcprecond.precision import factor_dtype
 from funcprecond.problem import Buffers, Params, Problem
-from funcprecond.representation.diagonal import factor_dtype, zero_weight
+from funcprecond.representation.diagonal import zero_weight
 from funcprecond.representation.kronecker_io import KroneckerIO, frequencies, inputs_are_left
 from funcprecond.solver.cholesky import Cholesky
 

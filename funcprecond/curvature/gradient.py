@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from funcprecond.observe import Need
+from funcprecond.precision import factor_dtype
 from funcprecond.problem import Params
-from funcprecond.representation.diagonal import factor_dtype
 from funcprecond.tree import state
 
 __all__ = ["BatchGradient", "OuterProduct", "unfold_mode"]

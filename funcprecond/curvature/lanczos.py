@@ -3,7 +3,7 @@ r"""Lanczos: a Krylov space, and the density of the whole spectrum.
 After m products :math:`A V = V T + \beta_m v_{m+1} e_m^T` with orthonormal V and tridiagonal T,
 whose eigenvalues (Ritz values) approach the extreme ones of A. Every new vector is made orthogonal
 to all earlier ones, twice where it loses its length, so that float32 gives no ghosts. The small
-eigenproblem of T is solved in float64.
+eigenproblem of T is solved in float64, where the device has it.
 """
 
 import math
@@ -14,6 +14,7 @@ from torch import Tensor
 from funcprecond import random, tree
 from funcprecond.curvature.operator import Operator
 from funcprecond.evaluation import untransformed
+from funcprecond.precision import wide, wide_dtype
 from funcprecond.tree import state
 
 __all__ = ["Krylov", "SpectralDensity", "lanczos", "spectral_density"]
@@ -25,7 +26,7 @@ class Krylov:
 
     Attributes:
         basis: (m, P), orthonormal rows; none if they were not kept.
-        alpha: (m,), T's diagonal, in float64.
+        alpha: (m,), T's diagonal, :func:`wide`.
         beta: (m,), the entries beside it; the last one leads out of the space.
         following: (P,), the vector that it leads to; zero if the space is invariant.
     """
@@ -66,7 +67,7 @@ def lanczos(
     alphas, betas = [], []
     buffer = v.new_empty(steps if reorthogonalise else 0, v.numel())
     rows = buffer[:0]
-    size = v.new_zeros((), dtype=torch.float64)
+    size = v.new_zeros((), dtype=wide_dtype(v))
     for i in range(steps):
         if reorthogonalise:
             if plain:
@@ -79,7 +80,7 @@ def lanczos(
             rows = buffer[: i + 1]
         vector = tree.cast(tree.unravel(v, operator.like), operator.like)
         w = tree.ravel(operator.matvec(vector)).to(v.dtype)
-        alpha = w.dot(v).double()
+        alpha = wide(w.dot(v))
         w = torch.addcmul(w, v, -alpha.to(w.dtype))
         if i:
             w = torch.addcmul(w, previous, -betas[-1].to(w.dtype))
@@ -92,13 +93,13 @@ def lanczos(
             if not (plain and bool(beta > 0.5 * before)):
                 w = _without(w, rows)
                 beta = w.norm()
-        size = torch.maximum(size, torch.maximum(alpha.abs(), beta.double()))
+        size = torch.maximum(size, torch.maximum(alpha.abs(), wide(beta)))
         # What is left beside T's own size is rounding: the space is invariant.
         alive = beta > 10 * torch.finfo(v.dtype).eps * math.sqrt(v.numel()) * size
         previous, v = v, w * torch.where(alive, 1 / torch.where(alive, beta, 1.0), 0.0)
         del w  # while the next product is taken
         alphas.append(alpha)
-        betas.append(torch.where(alive, beta, 0.0).double())
+        betas.append(wide(torch.where(alive, beta, 0.0)))
         if plain and not bool(alive):
             break
     return Krylov(rows, torch.stack(alphas), torch.stack(betas), v)

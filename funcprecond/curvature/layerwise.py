@@ -8,6 +8,7 @@ from torch import Tensor
 
 from funcprecond.curvature.layers import split_block
 from funcprecond.curvature.operator import Operator
+from funcprecond.precision import wide, wide_dtype
 from funcprecond.problem import Params
 from funcprecond.solver.eigen import eigenbases
 from funcprecond.tree import state
@@ -171,16 +172,16 @@ def _thin_basis(rows: Tensor) -> tuple[Tensor, Tensor]:
 
     A direction whose eigenvalue is rounding beside the largest is given the zero vector and value.
     """
-    wide = rows.double()
-    if rows.dtype == torch.float64:
-        _, s, vectors = torch.linalg.svd(wide, full_matrices=False)
+    if rows.dtype == wide_dtype(rows):
+        _, s, vectors = torch.linalg.svd(rows, full_matrices=False)
         values, vectors = s**2, vectors.mT
-        limit = 1e-28
+        limit = 2000 * torch.finfo(rows.dtype).eps ** 2
     else:
         # What float32 rows lose by squaring, float64 has to spare.
-        values, q = torch.linalg.eigh(wide @ wide.mT)
+        x = wide(rows)
+        values, q = torch.linalg.eigh(x @ x.mT)
         values = values.clamp_min(0.0)
-        vectors = wide.mT @ q
+        vectors = x.mT @ q
         vectors = vectors / torch.where(values > 0, values, 1.0).sqrt().unsqueeze(-2)
         limit = 1e-9
     kept = values > limit * values.amax(-1, keepdim=True)

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from funcprecond.curvature.layers import LayerUse
-from funcprecond.representation.diagonal import factor_dtype
+from funcprecond.precision import factor_dtype
 
 __all__ = ["second_moments", "unit_moments"]
 

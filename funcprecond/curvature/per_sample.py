@@ -13,8 +13,8 @@ from torch import Tensor
 from funcprecond.curvature.layers import Layers, LayerStatistics, LayerUse, split_block
 from funcprecond.evaluation import Evaluation
 from funcprecond.observe import Need
+from funcprecond.precision import factor_dtype
 from funcprecond.problem import Params, Problem
-from funcprecond.representation.diagonal import factor_dtype
 from funcprecond.representation.gram import Gram
 from funcprecond.tree import state
 

@@ -19,8 +19,8 @@ from torch import Tensor
 
 from funcprecond.curvature.hessian import HessianProbes
 from funcprecond.observe import Every, Evidence, MissingEvidence, Need
+from funcprecond.precision import factor_dtype, wide
 from funcprecond.problem import Params
-from funcprecond.representation.diagonal import factor_dtype
 from funcprecond.taxonomy import Card
 from funcprecond.transform import Transform, counter
 from funcprecond.tree import state
@@ -103,7 +103,7 @@ def adahessian(
         step = state.step + 1
         m = {k: b1 * state.mean[k] + (1 - b1) * g.to(v[k].dtype) for k, g in grads.items()}
         # A power of an integer tensor would be taken in torch's default dtype.
-        correct1, correct2 = 1 - b1 ** step.double(), 1 - b2 ** measured.double()
+        correct1, correct2 = 1 - b1 ** wide(step), 1 - b2 ** wide(measured)
         direction = {
             k: ((m[k] / correct1) / ((v[k] / correct2) ** (power / 2) + damping)).to(g.dtype)
             for k, g in grads.items()

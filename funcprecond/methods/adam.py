@@ -16,8 +16,8 @@ from torch import Tensor
 
 from funcprecond import tree
 from funcprecond.observe import Evidence
+from funcprecond.precision import factor_dtype, wide
 from funcprecond.problem import Params
-from funcprecond.representation.diagonal import factor_dtype
 from funcprecond.taxonomy import Card
 from funcprecond.transform import Transform, counter
 from funcprecond.transforms.weight_decay import parameters
@@ -82,9 +82,9 @@ def _adam(betas, damping, decay_rate) -> Transform:
         g = [grads[k].to(m_.dtype) for k, m_ in zip(names, m, strict=True)]
         decayed = None if decay_rate is None else parameters(evidence)
         p = [] if decayed is None else [decayed[k] for k in names]
-        # In float64 whatever torch's default is: in float32 the first of these is off by 1e-5.
-        correct1 = 1 - _power(b1, step.double())
-        correct2 = (1 - _power(b2, step.double())) ** 0.5
+        # Wide, whatever torch's default is: in float32 the first of these is off by 1e-5.
+        correct1 = 1 - _power(b1, wide(step))
+        correct2 = (1 - _power(b2, wide(step))) ** 0.5
         # The direction is m / (ratio sqrt(v) + shift).
         ratio, shift = correct1 / correct2, correct1 * damping
         if numbers and tree.multi_tensor(g, m, v, p):

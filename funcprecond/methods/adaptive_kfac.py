@@ -22,9 +22,9 @@ from funcprecond.curvature.layers import Labels, LayerStatistics, Sharing
 from funcprecond.curvature.objective import Objective
 from funcprecond.curvature.quadratic_form import GGNForm
 from funcprecond.observe import Every, Evidence, MissingEvidence
+from funcprecond.precision import factor_dtype
 from funcprecond.problem import Params
 from funcprecond.representation.average import Decay, RisingDecay, check_decay
-from funcprecond.representation.diagonal import factor_dtype
 from funcprecond.representation.kronecker_io import KroneckerIO
 from funcprecond.solver.cholesky import Cholesky, CholeskyFactor
 from funcprecond.solver.levenberg_marquardt import levenberg_marquardt, reduction_ratio

@@ -17,8 +17,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from funcprecond.precision import decomposition_dtype, factor_dtype, wide
 from funcprecond.problem import Params
-from funcprecond.representation.diagonal import factor_dtype
 from funcprecond.representation.stacks import by_shape
 from funcprecond.taxonomy import Card
 from funcprecond.transform import Transform, counter, gradient_only
@@ -100,8 +100,8 @@ def ggt(
             windows[name] = w
         names = list(mean)
         # D gram D, the Gram matrix of the decayed vectors; decaying the stored one in place is not.
-        # In float64: in float32 the exponent alone is off by 1e-7 an epoch of the window.
-        weights = decay ** (age.double() / 2)
+        # Wide: in float32 the exponent alone is off by 1e-7 an epoch of the window.
+        weights = decay ** (wide(age) / 2)
         scaled = {k: weights.to(x.dtype) for k, x in grams.items()}
         decayed = [grams[k] * scaled[k] * scaled[k].unsqueeze(1) for k in names]
         seen = [(windows[k] @ mean[k].reshape(-1)) * scaled[k] for k in names]
@@ -131,7 +131,7 @@ def _solve(gram: Tensor, y: Tensor, damping, sgd: bool, epsilon) -> Tensor:
         damping, epsilon: λ and ε.
         sgd: subtract what ``m / λ`` puts into the span.
     """
-    dtype = torch.promote_types(gram.dtype, torch.float64 if gram.device.type == "cpu" else y.dtype)
+    dtype = decomposition_dtype(gram)
     a = (gram + gram.mT).to(dtype) / 2
     scale = a.diagonal(dim1=-2, dim2=-1).amax(-1)
     ok = torch.isfinite(a).all(-1).all(-1) & (scale > 0)

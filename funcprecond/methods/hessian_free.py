@@ -26,8 +26,8 @@ from funcprecond.curvature.objective import Objective
 from funcprecond.curvature.per_sample import PerSampleGrads
 from funcprecond.evaluation import untransformed
 from funcprecond.observe import Evidence, MissingEvidence, Need
+from funcprecond.precision import factor_dtype
 from funcprecond.problem import Params
-from funcprecond.representation.diagonal import factor_dtype
 from funcprecond.solver.cg import CGResult, Operator, cg, within
 from funcprecond.solver.levenberg_marquardt import levenberg_marquardt, reduction_ratio
 from funcprecond.solver.line_search import armijo, backtrack

@@ -26,10 +26,10 @@ from torch import Tensor
 
 from funcprecond.methods.adam import AdamState, adam
 from funcprecond.observe import Every, Evidence, Need
+from funcprecond.precision import factor_dtype
 from funcprecond.problem import Params
 from funcprecond.representation.average import accumulate
 from funcprecond.representation.blocks import Blocking, in_blocks
-from funcprecond.representation.diagonal import factor_dtype
 from funcprecond.representation.kronecker_dim import mode_gram
 from funcprecond.solver.eigenbasis import (
     Bases,

@@ -22,8 +22,8 @@ from funcprecond.curvature.hessian import HessianOperator
 from funcprecond.curvature.objective import Objective
 from funcprecond.evaluation import untransformed
 from funcprecond.observe import Every, Evidence, MissingEvidence, Need
+from funcprecond.precision import factor_dtype
 from funcprecond.problem import Params
-from funcprecond.representation.diagonal import factor_dtype
 from funcprecond.solver.bfgs import History, powell
 from funcprecond.solver.cg import within
 from funcprecond.solver.line_search import armijo, wolfe

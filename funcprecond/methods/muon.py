@@ -28,8 +28,8 @@ import torch
 from torch import Tensor
 
 from funcprecond import tree
+from funcprecond.precision import factor_dtype
 from funcprecond.problem import Params
-from funcprecond.representation.diagonal import factor_dtype
 from funcprecond.representation.kronecker_dim import axes_of
 from funcprecond.representation.stacks import by_shape
 from funcprecond.solver.newton_schulz import Polynomial, polar, triples

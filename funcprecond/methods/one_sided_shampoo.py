@@ -19,10 +19,11 @@ import torch
 from torch import Tensor
 
 from funcprecond.observe import Every, Evidence, Need
+from funcprecond.precision import decomposition_dtype, factor_dtype
 from funcprecond.problem import Params
 from funcprecond.representation import average
 from funcprecond.representation.average import Decay, check_decay
-from funcprecond.representation.diagonal import factor_dtype, zero_weight
+from funcprecond.representation.diagonal import zero_weight
 from funcprecond.representation.kronecker_dim import axes_of, mode_gram
 from funcprecond.representation.stacks import by_shape
 from funcprecond.solver.inverse_root import inverse_root, mode_product
@@ -166,7 +167,7 @@ def _inner(matrices: Tensor, previous: Tensor, epsilon, dtype) -> Tensor:
 def _outer(matrices: Tensor, previous: Tensor, epsilon, dtype) -> Tensor:
     """``(L^½ + ε λ_max^½ I)^-1``, with the precautions of :func:`inverse_root`."""
     if dtype is None:
-        dtype = torch.float64 if matrices.device.type == "cpu" else torch.float32
+        dtype = decomposition_dtype(matrices)
     dtype = torch.promote_types(matrices.dtype, dtype)
     a = (matrices + matrices.mT).to(dtype) / 2
     scale = a.diagonal(dim1=-2, dim2=-1).mean(-1)

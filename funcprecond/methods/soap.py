@@ -26,10 +26,10 @@ from torch import Tensor
 
 from funcprecond import tree
 from funcprecond.observe import Every, Evidence, Need
+from funcprecond.precision import factor_dtype, wide
 from funcprecond.problem import Params
 from funcprecond.representation.average import accumulate
 from funcprecond.representation.blocks import Blocking, in_blocks
-from funcprecond.representation.diagonal import factor_dtype
 from funcprecond.representation.modes import grams
 from funcprecond.representation.storage import stored
 from funcprecond.solver.eigenbasis import (
@@ -131,8 +131,8 @@ def soap(
     ) -> tuple[SOAPState, Params]:
         step = state.step + 1
         begun = step > 1
-        # In float64, as in adam: in float32 the first correction is off by 1e-5.
-        t = (step - 1).clamp_min(1).double() if first == "skip" else step.double()
+        # Wide, as in adam: in float32 the first correction is off by 1e-5.
+        t = wide((step - 1).clamp_min(1) if first == "skip" else step)
         correction = (1 - b2**t) ** 0.5 / (1 - b1**t)
         statistics, mean, second_moment, direction = {}, {}, {}, {}
         for name, old in (state.mean or state.plain_mean).items():

@@ -21,10 +21,10 @@ import torch
 from torch import Tensor
 
 from funcprecond.observe import Every, Evidence, Need
+from funcprecond.precision import factor_dtype
 from funcprecond.problem import Params
 from funcprecond.representation.average import accumulate
 from funcprecond.representation.blocks import Blocking, in_blocks
-from funcprecond.representation.diagonal import factor_dtype
 from funcprecond.representation.kronecker_dim import axes_of
 from funcprecond.representation.modes import grams
 from funcprecond.solver.eigenbasis import (

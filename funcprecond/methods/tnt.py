@@ -23,10 +23,11 @@ from torch import Tensor
 
 from funcprecond.curvature.sampled_gradient import SampledGradient, SampledGradients
 from funcprecond.observe import Every, Evidence, MissingEvidence, Need
+from funcprecond.precision import factor_dtype
 from funcprecond.problem import Params
 from funcprecond.representation import average
 from funcprecond.representation.average import Decay, check_decay
-from funcprecond.representation.diagonal import factor_dtype, zero_weight
+from funcprecond.representation.diagonal import zero_weight
 from funcprecond.representation.kronecker_dim import mode_gram
 from funcprecond.representation.stacks import by_shape
 from funcprecond.solver.inverse_root import mode_product

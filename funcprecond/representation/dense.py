@@ -5,9 +5,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from funcprecond.precision import factor_dtype
 from funcprecond.problem import Params
 from funcprecond.representation import average
-from funcprecond.representation.diagonal import factor_dtype, zero_weight
+from funcprecond.representation.diagonal import zero_weight
 from funcprecond.tree import state
 
 __all__ = ["Dense"]

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from funcprecond import tree
+from funcprecond.precision import factor_dtype
 from funcprecond.problem import Params
 from funcprecond.representation import average
 from funcprecond.tree import state
@@ -52,11 +53,6 @@ class Diagonal:
     def to_dense(self) -> Tensor:
         """(P, P), all parameters in order."""
         return torch.diag(tree.ravel(self.diagonal()))
-
-
-def factor_dtype(p: Tensor) -> torch.dtype:
-    """The dtype of statistics of ``p``: float32, or float64 if ``p`` has it."""
-    return torch.promote_types(p.dtype, torch.float32)
 
 
 def zero_weight(params: Params) -> Tensor:

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from funcprecond.curvature.layers import Layers, LayerUse, split_block
+from funcprecond.precision import factor_dtype
 from funcprecond.problem import Params
-from funcprecond.representation.diagonal import factor_dtype
 from funcprecond.representation.pairs import Pairs, pairs_of
 from funcprecond.tree import state, static
 

@@ -5,10 +5,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from funcprecond.precision import factor_dtype
 from funcprecond.problem import Params
 from funcprecond.representation import average
 from funcprecond.representation.blocks import Blocking
-from funcprecond.representation.diagonal import factor_dtype, zero_weight
+from funcprecond.representation.diagonal import zero_weight
 from funcprecond.representation.modes import grams
 from funcprecond.representation.stacks import over_stacks
 from funcprecond.tree import state, static

@@ -16,9 +16,10 @@ from torch import Tensor
 
 from funcprecond.curvature.gram import gram, input_factor
 from funcprecond.curvature.layers import Layers, LayerUse, Sharing, split_block
+from funcprecond.precision import factor_dtype
 from funcprecond.problem import Params
 from funcprecond.representation import average
-from funcprecond.representation.diagonal import factor_dtype, zero_weight
+from funcprecond.representation.diagonal import zero_weight
 from funcprecond.representation.nearest_kronecker import nearest_kronecker
 from funcprecond.tree import state, static
 

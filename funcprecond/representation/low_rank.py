@@ -5,6 +5,7 @@ from torch import Tensor
 
 from funcprecond import tree
 from funcprecond.curvature.operator import Function, Operator
+from funcprecond.precision import wide
 from funcprecond.problem import Params
 from funcprecond.tree import state
 
@@ -74,9 +75,9 @@ class LowRank(Operator):
 
     def logdet(self, damping: float | Tensor) -> Tensor:
         """``log det (C + damping I)``, a 0-d tensor."""
-        wide = self.values.double() + damping
-        rest = torch.log(torch.as_tensor(damping, dtype=wide.dtype, device=wide.device))
-        return wide.log().sum() + (self.size - self.rank) * rest
+        values = wide(self.values) + damping
+        rest = torch.log(torch.as_tensor(damping, dtype=values.dtype, device=values.device))
+        return values.log().sum() + (self.size - self.rank) * rest
 
     def diagonal(self) -> Params:
         return {k: torch.tensordot(self.values, x.square(), 1) for k, x in self.vectors.items()}

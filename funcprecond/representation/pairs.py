@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from funcprecond.curvature.layers import LayerUse
+from funcprecond.precision import factor_dtype
 from funcprecond.problem import Params
-from funcprecond.representation.diagonal import factor_dtype
 from funcprecond.tree import state, static
 
 __all__ = ["Pairs", "pairs_of"]

@@ -10,6 +10,7 @@ stays positive definite as long as every pair has :math:`s^T y > 0`.
 import torch
 from torch import Tensor
 
+from funcprecond.precision import wide, wide_dtype
 from funcprecond.tree import state
 
 __all__ = ["History", "bfgs_update", "powell", "two_loop"]
@@ -22,9 +23,9 @@ class History:
     Attributes:
         steps: (m, P), the ``s``.
         changes: (m, P), the ``y``.
-        rho: (m,), ``1 / s.y`` in float64; 0 for a row not filled yet.
-        gamma: 0-d float64, ``s.y / y.y`` of the newest pair, 1 without one: the scale of H before
-            the pairs act.
+        rho: (m,), ``1 / s.y``, :func:`wide`; 0 for a row not filled yet.
+        gamma: 0-d, :func:`wide`, ``s.y / y.y`` of the newest pair, 1 without one: the scale of H
+            before the pairs act.
     """
 
     steps: Tensor
@@ -38,8 +39,8 @@ class History:
         return cls(
             like.new_zeros((size, like.numel())),
             like.new_zeros((size, like.numel())),
-            like.new_zeros((size,), dtype=torch.float64),
-            like.new_ones((), dtype=torch.float64),
+            like.new_zeros((size,), dtype=wide_dtype(like)),
+            like.new_ones((), dtype=wide_dtype(like)),
         )
 
     def push(self, s: Tensor, y: Tensor, *, min_curvature: float | Tensor = 1e-4) -> "History":
@@ -48,7 +49,7 @@ class History:
         Fit is a finite pair with ``s.y >= min_curvature |s|^2`` and ``s.y > 0``, which bounds
         ``gamma`` by ``1 / min_curvature``. The oldest pair leaves.
         """
-        wide_s, wide_y = s.double(), y.double()
+        wide_s, wide_y = wide(s), wide(y)
         sy, yy = wide_s.dot(wide_y), wide_y.dot(wide_y)
         fit = (sy > 0) & (sy >= min_curvature * wide_s.dot(wide_s)) & torch.isfinite(yy)
         safe = torch.where(fit, sy, 1.0)

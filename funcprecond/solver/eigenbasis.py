@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from funcprecond.precision import decomposition_dtype
 from funcprecond.representation.kronecker_dim import axes_of
 from funcprecond.representation.modes import multiply
 from funcprecond.representation.stacks import by_shape
@@ -36,8 +37,7 @@ def eigenvectors(matrices: Tensor, previous: Tensor) -> Tensor:
         matrices: (..., n, n), symmetric positive semi-definite up to rounding.
         previous: what stays where a matrix is zero or not finite.
     """
-    dtype = torch.float64 if matrices.device.type == "cpu" else torch.float32
-    dtype = torch.promote_types(matrices.dtype, dtype)
+    dtype = decomposition_dtype(matrices)
     a = matrices.detach()
     rounding = NULL * torch.finfo(a.dtype).eps
     a = (a + a.mT).to(dtype) / 2

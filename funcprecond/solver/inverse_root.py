@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from funcprecond.observe import Turn
+from funcprecond.precision import factor_dtype
 from funcprecond.problem import Params
 from funcprecond.representation.blocks import Blocking
 from funcprecond.representation.dense import Dense
-from funcprecond.representation.diagonal import factor_dtype
 from funcprecond.representation.kronecker_dim import KroneckerDim
 from funcprecond.representation.modes import multiply
 from funcprecond.representation.stacks import by_shape, over_stacks

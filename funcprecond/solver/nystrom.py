@@ -14,6 +14,7 @@ from torch import Tensor
 from funcprecond import random, tree
 from funcprecond.curvature.operator import Operator
 from funcprecond.curvature.vectors import stack
+from funcprecond.precision import wide
 from funcprecond.problem import Params
 from funcprecond.representation.low_rank import LowRank
 from funcprecond.solver.cg import Solution
@@ -47,16 +48,16 @@ def nystrom(
     dtype = torch.promote_types(flat.dtype, torch.float32)
     if probes is None:
         probes = random.normal((rank, flat.numel()), generator, dtype=dtype, device=flat.device)
-    omega = torch.linalg.qr(probes.mT.double())[0]
+    omega = torch.linalg.qr(wide(probes.mT))[0]
     rows = [tree.unravel(row.to(dtype), operator.like) for row in omega.mT]
     product = operator @ stack(rows)
-    y = torch.cat([product[k].flatten(1) for k in operator.like], 1).mT.double()
+    y = wide(torch.cat([product[k].flatten(1) for k in operator.like], 1).mT)
     # A shift as large as the rounding error of the products, taken off again below.
     shift = torch.finfo(dtype).eps * flat.numel() ** 0.5 * torch.linalg.matrix_norm(y, 2)
     core = omega.mT @ y
     core = (core + core.mT) / 2
     lowest = torch.linalg.eigvalsh(core)[0]
-    tiny = torch.finfo(torch.float64).tiny
+    tiny = torch.finfo(y.dtype).tiny
     shift = shift.clamp_min(tiny) + (-lowest).clamp_min(0)
     y = y + shift * omega
     eye = torch.eye(rank, dtype=core.dtype, device=core.device)

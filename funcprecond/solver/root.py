@@ -11,6 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from funcprecond.precision import decomposition_dtype, wide
 from funcprecond.representation.modes import symmetric
 from funcprecond.solver.product_root import coupled_newton, norm_bound, polar_express
 
@@ -44,7 +45,9 @@ def inverse_root(
     """
     method = chosen(method, p, matrices.device)
     if method == "eigh":
-        vectors, values, ok = eigen_root(matrices, 2 * p, epsilon=epsilon, dtype=dtype, wide=True)
+        vectors, values, ok = eigen_root(
+            matrices, 2 * p, epsilon=epsilon, dtype=dtype, as_computed=True
+        )
         half = vectors * values.unsqueeze(-2)
         return symmetric(half).to(matrices.dtype), ok
     a, scale, ok = _scaled(matrices, dtype or torch.float32)
@@ -61,25 +64,25 @@ def eigen_root(
     *,
     epsilon: float | Tensor,
     dtype: torch.dtype | None = None,
-    wide: bool = False,
+    as_computed: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The same root in two parts: the eigenvectors, and each eigenvalue's root.
 
     Args:
         matrices, p, epsilon, dtype: see :func:`inverse_root`.
-        wide: return them in the dtype that they were computed in.
+        as_computed: return them in the dtype that they were computed in.
 
     Returns:
         (..., n, n) and (..., n), so that ``vectors diag(values) vectors^T`` is the root, and the
         booleans of :func:`inverse_root`.
     """
     if dtype is None:
-        dtype = torch.float64 if matrices.device.type == "cpu" else torch.float32
+        dtype = decomposition_dtype(matrices)
     a, scale, ok = _scaled(matrices, dtype)
     eigenvalues, vectors, converged = _eigh(a)
     values = (eigenvalues.clamp_min(0.0) + epsilon * eigenvalues[..., -1:]) ** (-1.0 / p)
     values = values * (scale ** (-1.0 / p)).unsqueeze(-1)
-    if not wide:
+    if not as_computed:
         vectors, values = vectors.to(matrices.dtype), values.to(matrices.dtype)
     return vectors, values, ok & converged
 
@@ -116,13 +119,13 @@ def chosen(method: Method, p: float | Tensor, device: torch.device) -> Method:
 
 
 def _eigh(a: Tensor) -> tuple[Tensor, Tensor, bool]:
-    """Eigenvalues, vectors, and whether they were found, if not in ``a``'s dtype in float64."""
+    """Eigenvalues, vectors, and whether they were found, in ``a``'s dtype or a :func:`wide` one."""
     try:
         return *torch.linalg.eigh(a), True
     except torch.linalg.LinAlgError:
         pass
     try:
-        values, vectors = torch.linalg.eigh(a.double())
+        values, vectors = torch.linalg.eigh(wide(a))
         return values.to(a.dtype), vectors.to(a.dtype), True
     except torch.linalg.LinAlgError:
         return torch.ones_like(a[..., 0]), torch.zeros_like(a), False

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from funcprecond import tree
+from funcprecond.precision import wide
 from funcprecond.problem import Params
 from funcprecond.representation.gram import Gram
 from funcprecond.tree import state
@@ -25,8 +26,8 @@ class Woodbury:
 
     Attributes:
         rows: U.
-        cholesky: (R, R), lower, of ``λ I + U U^T`` in float64.
-        damping: λ, a 0-d float64 tensor.
+        cholesky: (R, R), lower, of ``λ I + U U^T``, :func:`wide`.
+        damping: λ, 0-d, :func:`wide`.
     """
 
     rows: Gram
@@ -47,14 +48,14 @@ class SMW:
     accepts: ClassVar[tuple[type, ...]] = (Gram,)
 
     def prepare(self, representation: Gram) -> Woodbury:
-        """A Cholesky factor in float64, ``R^3 / 3`` operations."""
+        """A Cholesky factor, :func:`wide`, ``R^3 / 3`` operations."""
         k = representation.gram()
-        wide = ((k + k.mT) / 2).double()
-        floor = torch.finfo(k.dtype).eps * wide.diagonal().sum()
+        matrix = wide((k + k.mT) / 2)
+        floor = torch.finfo(k.dtype).eps * matrix.diagonal().sum()
         damping = (torch.zeros_like(floor) + self.damping).maximum(floor)
-        eye = torch.eye(wide.shape[-1], dtype=wide.dtype, device=wide.device)
+        eye = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
         # Does not raise: a matrix with a NaN gives a factor with NaNs, on to skip_nonfinite.
-        cholesky, _ = torch.linalg.cholesky_ex(wide + damping * eye)
+        cholesky, _ = torch.linalg.cholesky_ex(matrix + damping * eye)
         return Woodbury(representation, cholesky, damping)
 
     def apply(self, factor: Woodbury, grads: Params) -> Params:
@@ -73,4 +74,4 @@ class SMW:
 
 
 def _solve(factor: Woodbury, right: Tensor) -> Tensor:
-    return torch.cholesky_solve(right.double().unsqueeze(-1), factor.cholesky).squeeze(-1)
+    return torch.cholesky_solve(wide(right).unsqueeze(-1), factor.cholesky).squeeze(-1)

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from funcprecond.observe import Every, Evidence
+from funcprecond.precision import factor_dtype
 from funcprecond.problem import Params
-from funcprecond.representation.diagonal import factor_dtype
 from funcprecond.transform import Transform
 from funcprecond.tree import state
 

@@ -10,10 +10,10 @@ layers alone on both sides; products are over all parameters.
 
 "compiled" compiles each operation as one graph by ``torch.compile``, batch, vectors and random
 numbers as arguments; its gradient is eager. A dash stands where that fails, or takes longer than
-:data:`PATIENCE`; the reason is printed. Curvlinops' estimates are eager loops around its compiled
-product. "memory" is the peak of what torch's allocator holds during a call, in MB, from the
-profiler's record. "arithmetic" counts the multiplications of matrix products and convolutions, by
-torch's own formulas; decompositions are not counted.
+:data:`PATIENCE`; the reason is printed. Curvlinops' estimates, and on both sides spectra, are eager
+loops around the compiled product. "memory" is the peak of what torch's allocator holds during a
+call, in MB, from the profiler's record. "arithmetic" counts the multiplications of matrix products
+and convolutions, by torch's own formulas; decompositions are not counted.
 """
 
 import argparse
@@ -41,6 +41,7 @@ from funcprecond.curvature.estimate import draw_probes
 from funcprecond.curvature.layers import LayerStatistics, split_block
 from funcprecond.curvature.layerwise import Factors, Layerwise
 from funcprecond.curvature.moments import second_moments
+from funcprecond.curvature.operator import Function
 from funcprecond.representation.kronecker_io import KroneckerIO
 from funcprecond.solver.cholesky import Cholesky
 
@@ -188,7 +189,7 @@ def ours(model, batch, v, stack):
 
 
 def ours_compiled(model, batch, v, stack):
-    """Every operation as one graph; what is random comes in as an argument."""
+    """Every operation as one graph, columns under ``vmap``; what is random is an argument."""
     generator = torch.Generator().manual_seed(0)
     problem, layers = problems_of(model)
     params = problem.params
@@ -240,6 +241,8 @@ def ours_compiled(model, batch, v, stack):
         return fp.fisher_mv(problem, params, b, v, labels="mc", noise=noise)
 
     probes = draw_probes(ggn(batch), 9, generator)
+    product = torch.compile(ggn_product, fullgraph=True, dynamic=False)
+    within = Function(lambda v: product(batch, v), params)
     factored = fp.KroneckerFactored(layers, layers.params, batch, generator=generator)
     inverse = factored.inverse(1e-3, split="equal")
     return {
@@ -261,27 +264,26 @@ def ours_compiled(model, batch, v, stack):
         "K-FAC solve": (inverse.matvec, lv),
         "EKFAC": (ekfac, batch, noise),
         "GGN diagonal, 8 products": (
-            lambda b, p: fp.hutchinson_diagonal(ggn(b), 8, probes=p),
+            lambda b, p: fp.hutchinson_diagonal(ggn(b), 8, probes=p, chunk_size=8),
             batch,
             probes[:8],
         ),
         "GGN trace, 9 products": (
-            lambda b, p: fp.hutchinson_trace(ggn(b), 9, probes=p),
+            lambda b, p: fp.hutchinson_trace(ggn(b), 9, probes=p, chunk_size=9),
             batch,
             probes,
         ),
         "GGN Hutch++, 9 products": (
-            lambda b, p: fp.hutchpp(ggn(b), 9, probes=p),
+            lambda b, p: fp.hutchpp(ggn(b), 9, probes=p, chunk_size=3),
             batch,
             probes[:6],
         ),
-        "GGN spectrum, 16 steps": (
-            lambda b, p: fp.spectral_density(ggn(b), steps=16, vectors=p),
-            batch,
-            probes[:1],
+        "GGN spectrum, 16 steps": lambda: fp.spectral_density(within, steps=16, vectors=probes[:1]),
+        "GGN spectrum, 3 vectors": lambda: fp.spectral_density(
+            within, steps=16, vectors=probes[:1], reorthogonalise=False
         ),
-        "GGN spectrum, 3 vectors": (
-            lambda b, p: fp.spectral_density(ggn(b), steps=16, vectors=p, reorthogonalise=False),
+        "GGN spectrum, one graph": (
+            lambda b, p: fp.spectral_density(ggn(b), steps=16, vectors=p),
             batch,
             probes[:1],
         ),
@@ -355,6 +357,7 @@ def theirs_compiled(model, batch, v, stack):
         "GGN Hutch++, 9 products": lambda: cl.hutchpp_trace(within, 9),
         "GGN spectrum, 16 steps": spectrum,
         "GGN spectrum, 3 vectors": spectrum,
+        "GGN spectrum, one graph": spectrum,
     }
 
 
