@@ -110,7 +110,7 @@ class KroneckerFactored(Layerwise):
                 (layers,) = parts
                 self.factors = _from_inputs(layers, params, sharing, keep_rows=True)
             else:
-                self.factors = _of_parts(parts, params, rows=True)[0]
+                self.factors = _of_parts(parts, params, sharing, rows=True)[0]
         else:
             first = measured()
             self.factors = _factors(first, params, sharing, forward_only=kind == "foof")
@@ -156,21 +156,19 @@ def _inputs_only(evaluation: Evaluation) -> Layers:
 
 
 def _of_parts(
-    parts: Iterable[Layers], params: Params, rows: bool = False
+    parts: Iterable[Layers], params: Params, sharing: Sharing, rows: bool = False
 ) -> tuple[KroneckerIO, dict[str, tuple[LayerUse, ...]]]:
     """The factors of all cotangents, and the layers' uses without these."""
-    parts = iter(parts)
-    part = next(parts)
-    found = KroneckerIO.init(params, rows).accumulate(part, None)
-    uses = {
-        name: tuple(dataclasses.replace(use, grads=use.grads[:0].clone()) for use in block)
-        for name, block in part.uses.items()
-    }
-    del part  # so that it is gone while the next is made, as each is
+    found, uses = KroneckerIO.init(params, rows), {}
     for part in parts:
         found = found.with_cotangents(part)
-        del part
-    return found, uses
+        uses = {
+            name: tuple(dataclasses.replace(use, grads=use.grads[:0].clone()) for use in block)
+            for name, block in part.uses.items()
+        }
+        del part  # so that it is gone while the next is made
+    # Inputs come last, when the run's graph is gone.
+    return found.with_inputs(uses, sharing), uses
 
 
 def _factors(
@@ -193,7 +191,7 @@ def _factors(
             (layers,) = parts
             one, uses_of = _from_inputs(layers, params, sharing), layers.uses
         else:
-            one, uses_of = _of_parts(parts, params)
+            one, uses_of = _of_parts(parts, params, sharing)
         is_mean = not is_total
         for name in one.left:
             uses = uses_of[name]

@@ -98,22 +98,39 @@ class KroneckerIO:
         )
 
     def with_cotangents(self, value: Layers) -> "KroneckerIO":
-        """Take in further cotangents of the inputs that were measured last.
+        """Take in cotangents alone: the factors of output gradients, and all that is no product.
 
-        A sum over many cotangents is taken one by one so, and none of their gradients is kept.
+        A sum over many cotangents is taken one by one so, and none of their gradients is kept; the
+        inputs' factors come from :meth:`with_inputs`.
         """
         value = value.restrict(self.names)
         left, right, units = dict(self.left), dict(self.right), dict(self.units)
         for block, uses in value.uses.items():
             if uses[0].call.kind == "norm":
                 bias = split_block(block)[1] is not None
-                units[block] = units[block] + _unit_blocks(uses, bias, value.scale)
+                new = _unit_blocks(uses, bias, value.scale)
+                units[block] = units[block] + new if block in units else new
                 continue
             side = right if inputs_are_left(uses[0]) else left
             new = _output_factor(uses, value.sharing, value.scale, self.rows, self.max_dim)
-            side[block] = _joined(side[block], new)
-        others = {k: self.others[k] + d * value.scale for k, d in value.others.items()}
+            side[block] = _joined(side[block], new) if block in side else new
+        others = {k: d * value.scale for k, d in value.others.items()}
+        others = {k: self.others[k] + d if k in self.others else d for k, d in others.items()}
         return dataclasses.replace(self, left=left, right=right, units=units, others=others)
+
+    def with_inputs(
+        self, blocks: dict[str, tuple[LayerUse, ...]], sharing: Sharing
+    ) -> "KroneckerIO":
+        """Take in the inputs of layers whose cotangents are there already."""
+        left, right = dict(self.left), dict(self.right)
+        for block, uses in blocks.items():
+            if uses[0].call.kind == "norm":
+                continue
+            bias = split_block(block)[1] is not None
+            side = left if inputs_are_left(uses[0]) else right
+            side[block] = _inputs_factor(uses, bias, sharing, self.rows, self.max_dim)
+        weight = torch.ones_like(self.weight)
+        return dataclasses.replace(self, left=left, right=right, weight=weight)
 
     def block(self, name: str) -> Tensor:
         """A layer's block as a dense matrix, in the order of the flattened ``[W | b]``."""
@@ -173,15 +190,21 @@ def _factors(
     if len({use.call.kind for use in uses}) > 1:
         return _tied_factors(uses, sharing, scale, max_dim)
     outputs = _output_factor(uses, sharing, scale, keep_rows, max_dim)
-    if uses[0].call.kind == "embedding":
-        return frequencies(uses), outputs
-    if _is_long(_fan_in(uses[0]) + bias, uses[0], max_dim):
-        inputs = _input_diagonal(uses, bias, sharing, outputs.dtype)
-    else:
-        inputs = input_factor(uses, bias, sharing, outputs.dtype, keep_rows)
-    if inputs.ndim == 3 and inputs.shape[0] == 1:
-        inputs = inputs[0]
+    inputs = _inputs_factor(uses, bias, sharing, keep_rows, max_dim)
     return (inputs, outputs) if inputs_are_left(uses[0]) else (outputs, inputs)
+
+
+def _inputs_factor(
+    uses: tuple[LayerUse, ...], bias: bool, sharing: Sharing, keep_rows: bool, max_dim: int
+) -> Tensor:
+    """The second moment of the inputs, as rows or as its diagonal alone where that is asked for."""
+    if uses[0].call.kind == "embedding":
+        return frequencies(uses)
+    dtype = factor_dtype(uses[0].grads)
+    if _is_long(_fan_in(uses[0]) + bias, uses[0], max_dim):
+        return _input_diagonal(uses, bias, sharing, dtype)
+    inputs = input_factor(uses, bias, sharing, dtype, keep_rows)
+    return inputs[0] if inputs.ndim == 3 and inputs.shape[0] == 1 else inputs
 
 
 def _is_long(length: int, use: LayerUse, max_dim: int) -> bool:
