@@ -33,7 +33,7 @@ from funcprecond.convolution import convolve
 from funcprecond.draws import DRAWS, DROPOUTS, RECURRENT, dropout, recurrent_options
 from funcprecond.second_derivatives import gelu, layer_norm
 
-__all__ = ["Call", "Capture"]
+__all__ = ["CONVS", "TRANSPOSED_CONVS", "Call", "Capture"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,10 +56,11 @@ class Call:
     shape: tuple[int, ...]
 
 
-_CONVS = {F.conv1d: 1, F.conv2d: 2, F.conv3d: 3}
-_TRANSPOSED_CONVS = {F.conv_transpose1d: 1, F.conv_transpose2d: 2, F.conv_transpose3d: 3}
+# By their number of dimensions.
+CONVS = {F.conv1d: 1, F.conv2d: 2, F.conv3d: 3}
+TRANSPOSED_CONVS = {F.conv_transpose1d: 1, F.conv_transpose2d: 2, F.conv_transpose3d: 3}
 # What stands in for a function in a run that is differentiated twice.
-_TWICE = {f: functools.partial(convolve, f) for f in _CONVS} | {
+_TWICE = {f: functools.partial(convolve, f) for f in CONVS} | {
     F.gelu: gelu,
     F.layer_norm: layer_norm,
 }
@@ -217,17 +218,17 @@ class Capture(TorchFunctionMode):
                 return record("linear", x, weight, bias, ("out_in",))
             if bias is None and (weight := self._view_of(matrix)):
                 return record("linear", x, weight, None, ("in_out",))
-        elif func in _CONVS:
+        elif func in CONVS:
             if weight := self._name(argument(1, "weight")):
                 names = (("stride", 1), ("padding", 0), ("dilation", 1), ("groups", 1))
                 options = [argument(i, n, d) for i, (n, d) in enumerate(names, 3)]
-                dims = _CONVS[func]
+                dims = CONVS[func]
                 options = (dims, *(_per_axis(o, dims) for o in options[:3]), options[3])
                 return record("conv", argument(0, "input"), weight, argument(2, "bias"), options)
-        elif func in _TRANSPOSED_CONVS:
+        elif func in TRANSPOSED_CONVS:
             x, kernel, bias = argument(0, "input"), argument(1, "weight"), argument(2, "bias")
             if (weight := self._name(kernel)) and x.ndim == kernel.ndim:
-                dims = _TRANSPOSED_CONVS[func]
+                dims = TRANSPOSED_CONVS[func]
                 names = (("stride", 3, 1), ("padding", 4, 0), ("dilation", 7, 1))
                 options = [_per_axis(argument(i, n, d), dims) for n, i, d in names]
                 added = _per_axis(argument(5, "output_padding", 0), dims)

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from funcprecond.second_derivatives import asked, is_watched
+from funcprecond.second_derivatives import asked
+from funcprecond.watched import is_watched
 
 __all__ = ["convolve"]
 

@@ -29,11 +29,11 @@ from funcprecond.routes import (
     GraphRun,
     opened_once,
     renamed,
-    untransformed,
 )
 from funcprecond.unsupported import explained
+from funcprecond.watched import untransformed
 
-__all__ = ["Evaluation", "untransformed"]
+__all__ = ["Evaluation"]
 
 
 class Evaluation:

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 from torch.autograd.graph import get_gradient_edge
 from torch.func import grad, vjp
 
@@ -18,7 +17,7 @@ from funcprecond.capture import Call
 from funcprecond.problem import Params, detach, example_count
 from funcprecond.unevaluated import Unevaluated
 
-__all__ = ["ForwardRun", "FunctionRun", "GraphRun", "opened_once", "renamed", "untransformed"]
+__all__ = ["ForwardRun", "FunctionRun", "GraphRun", "opened_once", "renamed"]
 
 
 def opened_once(method: Callable) -> property:
@@ -230,23 +229,3 @@ class ForwardRun:
 def renamed(params: Params) -> Params:
     """The same values as tensors made here, whose identities a compiler does not guard on."""
     return {k: p.view_as(p) for k, p in params.items()}
-
-
-def untransformed(tensors: Any) -> bool:
-    """Whether nothing watches: no compiler, no transform, no outer graph."""
-    if torch.compiler.is_compiling():
-        return False
-    if tree.in_transform() or forward_ad._current_level >= 0:
-        return False
-    return not torch.is_grad_enabled() or not _requires_grad(tensors)
-
-
-def _requires_grad(tensors: Any) -> bool:
-    # The plain containers by hand: in a small step torch's walk over trees would be felt.
-    if isinstance(tensors, Tensor):
-        return tensors.requires_grad
-    if isinstance(tensors, dict):
-        return any(map(_requires_grad, tensors.values()))
-    if type(tensors) in (tuple, list):
-        return any(map(_requires_grad, tensors))
-    return any(isinstance(x, Tensor) and x.requires_grad for x in tree.leaves(tensors))

@@ -10,11 +10,11 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd import Function, forward_ad
+from torch.autograd import Function
 
-from funcprecond import tree
+from funcprecond.watched import is_watched
 
-__all__ = ["asked", "gelu", "is_watched", "layer_norm"]
+__all__ = ["asked", "gelu", "layer_norm"]
 
 
 def gelu(input: Tensor, approximate: str = "none") -> Tensor:
@@ -37,11 +37,6 @@ def layer_norm(
     out, _ = _Normalised.apply(input, list(normalized_shape), eps)  # pyright: ignore
     out = out if weight is None else out * weight
     return out if bias is None else out + bias
-
-
-def is_watched() -> bool:
-    """Whether a transform, a compiler or forward mode wants torch's own rules."""
-    return torch.compiler.is_compiling() or tree.in_transform() or forward_ad._current_level >= 0
 
 
 def asked(ctx, count: int) -> list[bool]:

@@ -117,9 +117,10 @@ def exact_diagonal(
             generator = seeded(seed, i)
             noise = need.draw(problem, params, b, generator)
             e = Evaluation(problem, params, b, buffers=buffers, generator=generator, taps=True)
-            # Of several cotangents at once the squares are summed before they meet the inputs'.
-            one = labels == "empirical"
-            (layers,) = need.each(e, noise) if one else (need.measure(e, noise),)
+            # The data's labels are one cotangent, and take no gradient besides; several go at once,
+            # so that their squares are summed before they meet the inputs'.
+            single = labels == "empirical"
+            (layers,) = need.each(e, noise) if single else (need.measure(e, noise),)
             yield e, diagonal_of(layers, params)
 
     return mean_over(measured())

@@ -16,9 +16,9 @@ from funcprecond import random, tree
 from funcprecond.curvature.lanczos import lanczos
 from funcprecond.curvature.operator import Operator
 from funcprecond.curvature.vectors import stack
-from funcprecond.evaluation import untransformed
 from funcprecond.precision import wide, wide_dtype
 from funcprecond.representation.low_rank import LowRank
+from funcprecond.watched import untransformed
 
 __all__ = ["eigsh"]
 

@@ -16,8 +16,9 @@ from torch import Tensor
 from funcprecond import tree
 from funcprecond.curvature.layers import Labels, check_labels
 from funcprecond.curvature.rows import Rows, rows_of
-from funcprecond.evaluation import Evaluation, untransformed
+from funcprecond.evaluation import Evaluation
 from funcprecond.problem import Buffers, Params, Problem
+from funcprecond.watched import untransformed
 
 __all__ = ["draw_labels", "fisher_mv", "fisher_product", "fisher_rows"]
 

@@ -12,11 +12,12 @@ from torch import Tensor
 from torch.func import grad, vjp
 
 from funcprecond import random, tree
-from funcprecond.evaluation import Evaluation, untransformed
+from funcprecond.evaluation import Evaluation
 from funcprecond.observe import Need
 from funcprecond.problem import Params, Problem
 from funcprecond.tree import state
 from funcprecond.unsupported import explained
+from funcprecond.watched import untransformed
 
 __all__ = ["HessianOperator", "HessianProbes", "Probes", "hvp"]
 

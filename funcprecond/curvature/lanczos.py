@@ -13,9 +13,9 @@ from torch import Tensor
 
 from funcprecond import random, tree
 from funcprecond.curvature.operator import Operator
-from funcprecond.evaluation import untransformed
 from funcprecond.precision import wide, wide_dtype
 from funcprecond.tree import state
+from funcprecond.watched import untransformed
 
 __all__ = ["Krylov", "SpectralDensity", "lanczos", "spectral_density"]
 

@@ -21,9 +21,10 @@ from funcprecond.curvature.fisher import draw_labels, fisher_product, fisher_row
 from funcprecond.curvature.layers import Labels, check_labels
 from funcprecond.curvature.operator import Operator
 from funcprecond.curvature.vectors import stack, unstack
-from funcprecond.evaluation import Evaluation, untransformed
+from funcprecond.evaluation import Evaluation
 from funcprecond.losses import Loss
 from funcprecond.problem import Buffers, Params, Problem
+from funcprecond.watched import untransformed
 
 __all__ = ["GGN", "Fisher", "Hessian"]
 

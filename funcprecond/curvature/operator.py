@@ -24,11 +24,11 @@ from funcprecond.curvature.vectors import (
     stack,
     unstack,
 )
-from funcprecond.evaluation import untransformed
 from funcprecond.problem import Params
 from funcprecond.solver.cg import NotConverged, Solution, Stop, cg, truncated_cg
 from funcprecond.solver.minres import minres
 from funcprecond.solver.neumann import neumann
+from funcprecond.watched import untransformed
 
 __all__ = ["BlockDiagonal", "Function", "Identity", "Matrix", "Operator"]
 

@@ -19,10 +19,11 @@ from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 
 from funcprecond import tree
-from funcprecond.capture import Call, Capture
-from funcprecond.evaluation import Evaluation, untransformed
+from funcprecond.capture import CONVS, TRANSPOSED_CONVS, Call, Capture
+from funcprecond.evaluation import Evaluation
 from funcprecond.problem import Params
 from funcprecond.routes import renamed
+from funcprecond.watched import untransformed
 
 __all__ = ["Rows", "rows_of"]
 
@@ -104,12 +105,12 @@ def _call_with(params: Params, call: Call, x: Tensor) -> Tensor:
         return F.linear(x, weight if call.options == ("out_in",) else weight.mT, bias)
     if call.kind == "conv":
         dims, *options = call.options
-        convolve = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}[dims]
+        (convolve,) = (f for f, n in CONVS.items() if n == dims)
         return convolve(x, weight, bias, *options)
     if call.kind == "conv_transpose":
         dims, stride, padding, dilation, groups, added = call.options
-        functions = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}
-        return functions[dims](x, weight, None, stride, padding, added, groups, dilation)
+        (convolve,) = (f for f, n in TRANSPOSED_CONVS.items() if n == dims)
+        return convolve(x, weight, None, stride, padding, added, groups, dilation)
     if call.kind == "embedding":
         padding = call.options[0]
         found = F.embedding(x, weight)

@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.func import grad, vjp
 
 from funcprecond import tree
-from funcprecond.second_derivatives import is_watched
 from funcprecond.unsupported import explained
+from funcprecond.watched import untransformed
 
 __all__ = ["Custom", "Loss", "Reduction", "entries", "one_term", "same_shape"]
 
@@ -102,7 +102,7 @@ class Custom(Loss):
 
 def _gradient(loss: Callable[[Any], Tensor], outputs: Any, targets: Any) -> Any:
     flat, spec = tree.flatten(outputs)
-    if is_watched() or (torch.is_grad_enabled() and _any_requires_grad([*flat, targets])):
+    if not untransformed((flat, targets)):
         return grad(loss)(outputs)
     # torch.func has no rule for some kernels, such as CTC's with lengths in tuples.
     flat = [f.detach().requires_grad_() for f in flat]
@@ -111,10 +111,6 @@ def _gradient(loss: Callable[[Any], Tensor], outputs: Any, targets: Any) -> Any:
     if not value.requires_grad:
         return tree.map(torch.zeros_like, outputs)
     return tree.unflatten(torch.autograd.grad(value, flat, materialize_grads=True), spec)
-
-
-def _any_requires_grad(tensors: Any) -> bool:
-    return any(isinstance(x, Tensor) and x.requires_grad for x in tree.leaves(tensors))
 
 
 def entries(outputs: Tensor, reduction: Reduction) -> int:

@@ -24,7 +24,6 @@ from funcprecond.curvature.ggn import GGNOperator
 from funcprecond.curvature.hessian import HessianOperator
 from funcprecond.curvature.objective import Objective
 from funcprecond.curvature.per_sample import PerSampleGrads
-from funcprecond.evaluation import untransformed
 from funcprecond.observe import Evidence, MissingEvidence, Need
 from funcprecond.precision import factor_dtype
 from funcprecond.problem import Params
@@ -34,6 +33,7 @@ from funcprecond.solver.line_search import armijo, backtrack
 from funcprecond.taxonomy import Card
 from funcprecond.transform import Transform
 from funcprecond.tree import state
+from funcprecond.watched import untransformed
 
 __all__ = ["HessianFreeState", "hessian_free"]
 

@@ -20,7 +20,6 @@ from torch import Tensor
 from funcprecond import tree
 from funcprecond.curvature.hessian import HessianOperator
 from funcprecond.curvature.objective import Objective
-from funcprecond.evaluation import untransformed
 from funcprecond.observe import Every, Evidence, MissingEvidence, Need
 from funcprecond.precision import factor_dtype
 from funcprecond.problem import Params
@@ -30,6 +29,7 @@ from funcprecond.solver.line_search import armijo, wolfe
 from funcprecond.taxonomy import Card
 from funcprecond.transform import Transform, counter
 from funcprecond.tree import state
+from funcprecond.watched import untransformed
 
 __all__ = ["LBFGSState", "lbfgs"]
 

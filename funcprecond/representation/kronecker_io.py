@@ -67,41 +67,28 @@ class KroneckerIO:
     def accumulate(self, value: Layers, decay: average.Decay) -> "KroneckerIO":
         """Take in a measurement of the layers."""
         value, at = value.restrict(self.names), average.at(self.weight, decay)
-        left, right, units = {}, {}, {}
-        for block, uses in value.uses.items():
-            bias = split_block(block)[1] is not None
-            if uses[0].call.kind == "norm":
-                units[block] = _unit_blocks(uses, bias, value.scale)
-            else:
-                left[block], right[block] = _factors(
-                    uses,
-                    bias,
-                    value.sharing,
-                    value.scale,
-                    self.rows and decay is None,
-                    self.max_dim,
-                )
-        others = {k: d * value.scale for k, d in value.others.items()}
+        kept = self.rows and decay is None
+        empty = dataclasses.replace(self, left={}, right={}, units={}, others={}, rows=kept)
+        new = empty.with_cotangents(value).with_inputs(value.uses, value.sharing)
 
         def merge(old: dict[str, Tensor], new: dict[str, Tensor]) -> dict[str, Tensor]:
             return {k: average.accumulate(old.get(k), x, at) for k, x in new.items()}
 
-        return KroneckerIO(
-            merge(self.left, left),
-            merge(self.right, right),
-            merge(self.units, units),
-            merge(self.others, others),
-            average.weight(self.weight, at),
-            self.names,
-            self.rows,
-            self.max_dim,
+        return dataclasses.replace(
+            self,
+            left=merge(self.left, new.left),
+            right=merge(self.right, new.right),
+            units=merge(self.units, new.units),
+            others=merge(self.others, new.others),
+            weight=average.weight(self.weight, at),
         )
 
     def with_cotangents(self, value: Layers) -> "KroneckerIO":
         """Take in cotangents alone: the factors of output gradients, and all that is no product.
 
         A sum over many cotangents is taken one by one so, and none of their gradients is kept; the
-        inputs' factors come from :meth:`with_inputs`.
+        inputs' factors come from :meth:`with_inputs`. A tied embedding has both of its factors at
+        once, from all cotangents together.
         """
         value = value.restrict(self.names)
         left, right, units = dict(self.left), dict(self.right), dict(self.units)
@@ -110,6 +97,10 @@ class KroneckerIO:
                 bias = split_block(block)[1] is not None
                 new = _unit_blocks(uses, bias, value.scale)
                 units[block] = units[block] + new if block in units else new
+                continue
+            if _are_tied(uses):
+                tied = _tied_factors(uses, value.sharing, value.scale, self.max_dim)
+                left[block], right[block] = tied
                 continue
             side = right if inputs_are_left(uses[0]) else left
             new = _output_factor(uses, value.sharing, value.scale, self.rows, self.max_dim)
@@ -124,7 +115,7 @@ class KroneckerIO:
         """Take in the inputs of layers whose cotangents are there already."""
         left, right = dict(self.left), dict(self.right)
         for block, uses in blocks.items():
-            if uses[0].call.kind == "norm":
+            if uses[0].call.kind == "norm" or _are_tied(uses):
                 continue
             bias = split_block(block)[1] is not None
             side = left if inputs_are_left(uses[0]) else right
@@ -179,21 +170,6 @@ def layer_rows(use: LayerUse, bias: bool, sharing: Sharing) -> tuple[Tensor, Ten
     return a, g
 
 
-def _factors(
-    uses: tuple[LayerUse, ...],
-    bias: bool,
-    sharing: Sharing,
-    scale: Tensor,
-    keep_rows: bool,
-    max_dim: int,
-) -> tuple[Tensor, Tensor]:
-    if len({use.call.kind for use in uses}) > 1:
-        return _tied_factors(uses, sharing, scale, max_dim)
-    outputs = _output_factor(uses, sharing, scale, keep_rows, max_dim)
-    inputs = _inputs_factor(uses, bias, sharing, keep_rows, max_dim)
-    return (inputs, outputs) if inputs_are_left(uses[0]) else (outputs, inputs)
-
-
 def _inputs_factor(
     uses: tuple[LayerUse, ...], bias: bool, sharing: Sharing, keep_rows: bool, max_dim: int
 ) -> Tensor:
@@ -226,6 +202,10 @@ def _input_diagonal(
     rows = [x.mean(-2, keepdim=True) if sharing == "reduce" else x for x in rows]
     mean = torch.cat([x.reshape(-1, x.shape[-1]) for x in rows]).square().mean(0)
     return torch.cat([mean, torch.ones_like(mean[:1])]) if bias else mean
+
+
+def _are_tied(uses: tuple[LayerUse, ...]) -> bool:
+    return len({use.call.kind for use in uses}) > 1
 
 
 def _tied_factors(

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from funcprecond import tree
-from funcprecond.evaluation import untransformed
 from funcprecond.problem import Params
 from funcprecond.tree import state
+from funcprecond.watched import untransformed
 
 __all__ = [
     "CGResult",

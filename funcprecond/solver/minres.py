@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from funcprecond import tree
-from funcprecond.evaluation import untransformed
 from funcprecond.problem import Params
 from funcprecond.solver.cg import Operator, Solution, Stop
+from funcprecond.watched import untransformed
 
 __all__ = ["minres"]
 
