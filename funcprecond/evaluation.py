@@ -22,6 +22,7 @@ from torch.func import grad_and_value, vjp, vmap
 
 from funcprecond import tree
 from funcprecond.capture import Call, Capture
+from funcprecond.precision import wide_dtype
 from funcprecond.problem import Buffers, Params, Problem, detach, example_count
 from funcprecond.routes import (
     ForwardRun,
@@ -254,9 +255,18 @@ class Evaluation:
     @explained
     def ggn_mv(self, vector: Params, keep: bool = True) -> Params:
         """The Gauss-Newton matrix ``J^T H_L J`` of the loss times a vector."""
+        return self.pull(self.output_hessian_mv(self.jvp(vector, keep)), keep)
+
+    @explained
+    def ggn_form(self, vector: Params, keep: bool = True) -> Tensor:
+        """``vector · G vector``, a 0-d tensor, summed :func:`wide`: no pull-back is needed."""
         pushed = self.jvp(vector, keep)
-        product = self.problem.loss.hessian_product(self.outputs, self.targets, pushed)
-        return self.pull(product, keep)
+        pairs = zip(tree.leaves(pushed), tree.leaves(self.output_hessian_mv(pushed)), strict=True)
+        return torch.stack([(u * c).sum(dtype=wide_dtype(u)) for u, c in pairs]).sum()
+
+    def output_hessian_mv(self, pushed: Any) -> Any:
+        """The loss's Hessian in the outputs times a tree shaped like the outputs."""
+        return self.problem.loss.hessian_product(self.outputs, self.targets, pushed)
 
     # ------------------------------------------------------------------------------------ internals
     def _refuse_coupling(self) -> None:

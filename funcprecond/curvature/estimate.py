@@ -1,10 +1,11 @@
 r"""Estimates of a trace or a diagonal from products with random vectors, with standard errors.
 
-All take the number of products, so that they can be compared at equal cost. Hutchinson's variance
-is :math:`2 (|A|_F^2 - \sum_i a_{ii}^2)` a probe with signs; Hutch++ and XTrace first take out the
-dominant eigenspace, so that theirs falls with the square of the number of products wherever the
-eigenvalues decay. Probes are drawn from the generator before anything is multiplied; the numbers
-do not depend on the chunk size.
+All take the number of products, so that they can be compared at equal cost; where only ``v · A v``
+is asked for, which a Gauss-Newton matrix gives for half a product, that is one of them. Hutchinson's
+variance is :math:`2 (|A|_F^2 - \sum_i a_{ii}^2)` a probe with signs; Hutch++ and XTrace first take
+out the dominant eigenspace, so that theirs falls with the square of the number of products wherever
+the eigenvalues decay. Probes are drawn from the generator before anything is multiplied; the
+numbers do not depend on the chunk size.
 """
 
 from typing import Literal
@@ -15,7 +16,7 @@ from torch import Tensor
 from funcprecond import random, tree
 from funcprecond.curvature.operator import Operator
 from funcprecond.curvature.vectors import unstack
-from funcprecond.precision import wide, wide_dtype
+from funcprecond.precision import wide
 from funcprecond.problem import Params
 from funcprecond.tree import state
 
@@ -71,6 +72,9 @@ def hutchinson_trace(
     chunk_size: int | None = None,
 ) -> Estimate:
     """The trace as the mean of ``v · A v`` (Hutchinson 1990).
+
+    Of a Gauss-Newton or Fisher matrix these are quadratic forms that need no pull-back, half a
+    product each: see :meth:`Operator.quadratic_forms`.
 
     Args:
         operator: A.
@@ -230,11 +234,8 @@ def _probes(operator, n, generator, distribution, probes) -> Tensor:
 
 
 def _forms(operator: Operator, rows: Tensor, chunk_size: int | None) -> Tensor:
-    """(n,) ``v · A v`` of (n, P) rows, :func:`wide`; one product in memory at a time."""
-    columns = _columns(operator, rows)
-    pairs = zip(unstack(columns), operator.products(columns, chunk_size), strict=True)
-    forms = [[(x[k] * y[k]).sum(dtype=wide_dtype(rows)) for k in x] for x, y in pairs]
-    return torch.stack([torch.stack(parts).sum() for parts in forms])
+    """(n,) ``v · A v`` of (n, P) rows, :func:`wide`."""
+    return operator.quadratic_forms(_columns(operator, rows), chunk_size)
 
 
 def _multiply(operator: Operator, rows: Tensor, chunk_size: int | None) -> Tensor:

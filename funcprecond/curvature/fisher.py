@@ -8,6 +8,7 @@ taken from the rows by layer (:mod:`funcprecond.curvature.rows`). Elsewhere they
 each example.
 """
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -17,10 +18,11 @@ from funcprecond import tree
 from funcprecond.curvature.layers import Labels, check_labels
 from funcprecond.curvature.rows import Rows, rows_of
 from funcprecond.evaluation import Evaluation
+from funcprecond.precision import wide
 from funcprecond.problem import Buffers, Params, Problem
 from funcprecond.watched import untransformed
 
-__all__ = ["draw_labels", "fisher_mv", "fisher_product", "fisher_rows"]
+__all__ = ["draw_labels", "fisher_form", "fisher_mv", "fisher_product", "fisher_rows"]
 
 
 def fisher_mv(
@@ -88,18 +90,39 @@ def fisher_product(
         # Raises if there is no likelihood.
         evaluation.problem.loss.exact(evaluation.outputs, evaluation.targets)
         return evaluation.ggn_mv(vector, keep)
-    pushed = tree.leaves(evaluation.jvp(vector, keep))
     total = None
-    for cotangent in _cotangents(evaluation, labels, noise):
-        within = [
-            (u * t).flatten(1).sum(1) for u, t in zip(tree.leaves(cotangent), pushed, strict=True)
-        ]
-        inner = evaluation.constant * sum(within)
+    for cotangent, inner in _inner_products(evaluation, vector, labels, noise, keep):
+        scaled = evaluation.constant * inner
         one = tree.map(
-            lambda u, s=inner: u * s.reshape(-1, *[1] * (u.ndim - 1)).to(u.dtype), cotangent
+            lambda u, s=scaled: u * s.reshape(-1, *[1] * (u.ndim - 1)).to(u.dtype), cotangent
         )
         total = one if total is None else tree.map(torch.add, total, one)
     return evaluation.pull(total, keep)
+
+
+def fisher_form(
+    evaluation: Evaluation, vector: Params, labels: Labels, noise: Tensor | None
+) -> Tensor:
+    """``vector · F vector`` on an opened batch, a 0-d tensor, :func:`wide`: no pull-back."""
+    if labels == "exact":
+        evaluation.problem.loss.exact(evaluation.outputs, evaluation.targets)
+        return evaluation.ggn_form(vector)
+    inner = [s for _, s in _inner_products(evaluation, vector, labels, noise)]
+    return evaluation.constant * sum(wide(s).square().sum() for s in inner)
+
+
+def _inner_products(
+    evaluation: Evaluation,
+    vector: Params,
+    labels: Labels,
+    noise: Tensor | None,
+    keep: bool = True,
+) -> Iterator[tuple[Any, Tensor]]:
+    """Each cotangent with (N,) its inner products with ``J vector``, within each example."""
+    pushed = tree.leaves(evaluation.jvp(vector, keep))
+    for cotangent in _cotangents(evaluation, labels, noise):
+        pairs = zip(tree.leaves(cotangent), pushed, strict=True)
+        yield cotangent, torch.stack([(u * t).flatten(1).sum(1) for u, t in pairs]).sum(0)
 
 
 def _cotangents(evaluation: Evaluation, labels: Labels, noise: Tensor | None) -> list[Any]:

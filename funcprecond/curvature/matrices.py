@@ -17,10 +17,10 @@ from torch import Tensor
 
 from funcprecond.curvature.data import check_data, mean_over, seed_of, seeded
 from funcprecond.curvature.diagonal import exact_diagonal
-from funcprecond.curvature.fisher import draw_labels, fisher_product, fisher_rows
+from funcprecond.curvature.fisher import draw_labels, fisher_form, fisher_product, fisher_rows
 from funcprecond.curvature.layers import Labels, check_labels
 from funcprecond.curvature.operator import Operator
-from funcprecond.curvature.vectors import stack, unstack
+from funcprecond.curvature.vectors import in_chunks, stack, unstack, wide_dot
 from funcprecond.evaluation import Evaluation
 from funcprecond.losses import Loss
 from funcprecond.problem import Buffers, Params, Problem
@@ -87,6 +87,18 @@ class _OnData(Operator):
             return (self.matvec(v) for v in unstack(vectors))
         return super().products(vectors, chunk_size)
 
+    def quadratic_forms(self, vectors: Params, chunk_size: int | None = None) -> Tensor:
+        def form(vector: Params) -> Params:
+            return self._over_data(lambda e, noise: {"": self._form(e, vector, noise)})
+
+        def forms(e: Evaluation, noise: Any) -> Params:
+            return {"": torch.stack([self._form(e, v, noise) for v in unstack(vectors)])}
+
+        chunk_size = self.chunk_size if chunk_size is None else chunk_size
+        chunked = chunk_size is not None
+        found = in_chunks(form, vectors, chunk_size) if chunked else self._over_data(forms)
+        return found[""]
+
     def loss(self) -> Tensor:
         """The loss over all of the data, a 0-d tensor."""
         return self._over_data(lambda e, _: {"": e.loss})[""]
@@ -98,6 +110,10 @@ class _OnData(Operator):
     @abc.abstractmethod
     def _product(self, evaluation: Evaluation, vector: Params, noise: Any) -> Params:
         """The batch's matrix times a vector."""
+
+    def _form(self, evaluation: Evaluation, vector: Params, noise: Any) -> Tensor:
+        """``v · C v`` with the batch's matrix."""
+        return wide_dot(vector, self._product(evaluation, vector, noise))
 
     def _draw(self, batch: Any, generator: torch.Generator | None) -> Any:
         """What a product needs beside the vector."""
@@ -162,11 +178,15 @@ class Hessian(_OnData):
 class GGN(_OnData):
     """The loss's Gauss-Newton matrix ``J^T H_L J``; see :class:`_OnData` for the arguments.
 
-    1.0 to 1.4 gradients a product on a kept batch, 1.7 on a streamed one.
+    1.0 to 1.4 gradients a product on a kept batch, 1.7 on a streamed one; a quadratic form, which
+    is ``J v`` and no more, about half.
     """
 
     def _product(self, evaluation: Evaluation, vector: Params, noise: Any) -> Params:
         return evaluation.ggn_mv(vector)
+
+    def _form(self, evaluation: Evaluation, vector: Params, noise: Any) -> Tensor:
+        return evaluation.ggn_form(vector)
 
     def diagonal(self) -> Params:
         """Exact; for a likelihood from layer statistics (:class:`funcprecond.DiagonalGGN`)."""
@@ -195,6 +215,12 @@ class Fisher(_OnData):
         if self.labels != "exact" and (found := rows()):
             return found.product(vector)
         return fisher_product(evaluation, vector, self.labels, drawn)
+
+    def _form(self, evaluation: Evaluation, vector: Params, noise: Any) -> Tensor:
+        drawn, rows = noise
+        if self.labels != "exact" and (found := rows()):
+            return found.form(vector)
+        return fisher_form(evaluation, vector, self.labels, drawn)
 
     def _open(self, batch: Any, index: int) -> tuple[Evaluation, Any]:
         evaluation, drawn = super()._open(batch, index)

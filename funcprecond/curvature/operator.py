@@ -19,10 +19,12 @@ from funcprecond import tree
 from funcprecond.curvature.vectors import (
     Partition,
     count_of,
+    in_chunks,
     is_stack,
     partition_of,
     stack,
     unstack,
+    wide_dot,
 )
 from funcprecond.problem import Params
 from funcprecond.solver.cg import NotConverged, Solution, Stop, cg, truncated_cg
@@ -68,17 +70,7 @@ class Operator(abc.ABC):
             ValueError: ``chunk_size`` is not a positive int.
         """
         if chunk_size is not None:
-            if not isinstance(chunk_size, int) or chunk_size < 1:
-                msg = f"chunk_size must be a positive int or None, not {chunk_size!r}"
-                raise ValueError(msg)
-            # What a product draws, all columns share: dropout masks and sampled labels. Cut here,
-            # because what vmap itself does to share it between chunks does not compile.
-            mapped = torch.vmap(self.matvec, randomness="same")
-            names = list(vectors)
-            cut = zip(*(vectors[k].split(chunk_size) for k in names), strict=True)
-            parts = [mapped(dict(zip(names, columns, strict=True))) for columns in cut]
-            # Each parameter's pieces are let go before the next one's are joined.
-            return {k: torch.cat([part.pop(k) for part in parts]) for k in list(parts[0])}
+            return in_chunks(self.matvec, vectors, chunk_size)
         return stack((self.matvec(v) for v in unstack(vectors)), count_of(vectors))
 
     def products(self, vectors: Params, chunk_size: int | None = None) -> Iterator[Params]:
@@ -87,6 +79,14 @@ class Operator(abc.ABC):
         What takes each as it comes needs no second stack in memory, where C makes them one by one.
         """
         return unstack(self.matmat(vectors, chunk_size))
+
+    def quadratic_forms(self, vectors: Params, chunk_size: int | None = None) -> Tensor:
+        """(K,) ``v · C v`` for each vector of a stack, :func:`wide`; see :meth:`matmat`.
+
+        A product each, unless C knows how to do without: see :class:`funcprecond.GGN`.
+        """
+        pairs = zip(unstack(vectors), self.products(vectors, chunk_size), strict=True)
+        return torch.stack([wide_dot(v, product) for v, product in pairs])
 
     def __matmul__(self, other: Any) -> Any:
         """``C @ v``, ``C @ V`` for a stack, or the product with another operator.
@@ -153,9 +153,10 @@ class Operator(abc.ABC):
         return sum(p.numel() for p in self.like.values())
 
     def diagonal(self) -> Params:
-        """The diagonal, shaped like the parameters; exact, by P products unless C knows better."""
-        parts = [c[:, i : i + len(c)].diagonal() for i, c in self._columns()]
-        return tree.unravel(torch.cat(parts), self.like)
+        """The diagonal, shaped like the parameters; exact, by P forms unless C knows better."""
+        parts = [self.quadratic_forms(basis) for basis in self._basis()]
+        diagonal = tree.unravel(torch.cat(parts), self.like)
+        return tree.cast(diagonal, self.like)
 
     def trace(self) -> Tensor:
         """The trace, a 0-d tensor; exact, from :meth:`diagonal`."""
@@ -163,11 +164,11 @@ class Operator(abc.ABC):
 
     def frobenius_norm(self) -> Tensor:
         """The root of the sum of all squared entries, a 0-d tensor; exact, by P products."""
-        return torch.stack([c.square().sum() for _, c in self._columns()]).sum().sqrt()
+        return torch.stack([c.square().sum() for c in self._columns()]).sum().sqrt()
 
     def to_dense(self) -> Tensor:
         """(P, P), all parameters in order; P products unless C knows better."""
-        return torch.cat([c for _, c in self._columns()]).mT
+        return torch.cat([c for c in self._columns()]).mT
 
     def to_scipy(self) -> Any:
         """A ``scipy.sparse.linalg.LinearOperator`` on flat NumPy vectors, on the CPU."""
@@ -261,20 +262,24 @@ class Operator(abc.ABC):
         reason = torch.where(finite, zero + Stop.RESIDUAL.value, zero + Stop.NOT_FINITE.value)
         return Solution(x, residual, zero, reason)
 
-    def _columns(self) -> Iterator[tuple[int, Tensor]]:
-        """(the first column's number, (K, P) columns), a few at a time."""
+    def _columns(self) -> Iterator[Tensor]:
+        """(K, P) columns, a few at a time."""
+        for basis in self._basis():
+            product, count = self.matmat(basis), count_of(basis)
+            yield torch.cat([product[k].reshape(count, -1) for k in self.like], 1)
+
+    def _basis(self) -> Iterator[Params]:
+        """The unit vectors in order, in stacks of a few."""
         flat, size = tree.ravel(self.like), self.size
         for start in range(0, size, COLUMNS):
             count = min(COLUMNS, size - start)
             rows = flat.new_zeros(count, size)
             rows.diagonal(start).fill_(1)
             parts = rows.split([p.numel() for p in self.like.values()], 1)
-            basis = {
+            yield {
                 k: x.reshape(count, *p.shape).to(p.dtype)
                 for (k, p), x in zip(self.like.items(), parts, strict=True)
             }
-            product = self.matmat(basis)
-            yield start, torch.cat([product[k].reshape(count, -1) for k in self.like], 1)
 
 
 class Identity(Operator):
@@ -314,6 +319,10 @@ class Sum(Operator):
         a, b = (t.matmat(vectors, chunk_size) for t in self.terms)
         return tree.add(a, b)
 
+    def quadratic_forms(self, vectors: Params, chunk_size: int | None = None) -> Tensor:
+        a, b = (t.quadratic_forms(vectors, chunk_size) for t in self.terms)
+        return a + b
+
     @property
     def transposed(self) -> Operator:
         return Sum(*(t.transposed for t in self.terms))
@@ -342,6 +351,9 @@ class Multiple(Operator):
 
     def matmat(self, vectors: Params, chunk_size: int | None = None) -> Params:
         return tree.mul(self.a.matmat(vectors, chunk_size), self.factor)
+
+    def quadratic_forms(self, vectors: Params, chunk_size: int | None = None) -> Tensor:
+        return self.a.quadratic_forms(vectors, chunk_size) * self.factor
 
     @property
     def transposed(self) -> Operator:
@@ -397,13 +409,11 @@ class Block(Operator):
         return {k: product[k] for k in vector}
 
     def matmat(self, vectors: Params, chunk_size: int | None = None) -> Params:
-        count = next(iter(vectors.values())).shape[0]
-        whole = {
-            k: vectors[k] if k in vectors else p.new_zeros(()).expand(count, *p.shape)
-            for k, p in self._others()
-        }
-        product = self.whole.matmat(whole, chunk_size)
+        product = self.whole.matmat(self._within(vectors), chunk_size)
         return {k: product[k] for k in vectors}
+
+    def quadratic_forms(self, vectors: Params, chunk_size: int | None = None) -> Tensor:
+        return self.whole.quadratic_forms(self._within(vectors), chunk_size)
 
     @property
     def transposed(self) -> Operator:
@@ -411,6 +421,14 @@ class Block(Operator):
 
     def block(self, names: Sequence[str]) -> Operator:
         return self.whole.block(names)
+
+    def _within(self, vectors: Params) -> Params:
+        """A stack of vectors of the whole, zero beyond the block."""
+        count = count_of(vectors)
+        return {
+            k: vectors[k] if k in vectors else p.new_zeros(()).expand(count, *p.shape)
+            for k, p in self._others()
+        }
 
     def _others(self):
         return self.whole.like.items()
@@ -433,6 +451,13 @@ class BlockDiagonal(Operator):
 
     def matmat(self, vectors: Params, chunk_size: int | None = None) -> Params:
         return self._each(lambda part, v: part.matmat(v, chunk_size), vectors)
+
+    def quadratic_forms(self, vectors: Params, chunk_size: int | None = None) -> Tensor:
+        each = [
+            part.quadratic_forms({k: vectors[k] for k in part.like}, chunk_size)
+            for part in self.parts.values()
+        ]
+        return torch.stack(each).sum(0)
 
     @property
     def transposed(self) -> Operator:

@@ -32,9 +32,8 @@ class GGNForm(Need):
 
 
 def _form(evaluation: Evaluation, vectors: Sequence[Params]) -> Tensor:
-    loss, outputs, targets = evaluation.problem.loss, evaluation.outputs, evaluation.targets
     pushed = [evaluation.jvp(tree.fill(v, evaluation.params)) for v in vectors]
-    curved = [loss.hessian_product(outputs, targets, u) for u in pushed]
+    curved = [evaluation.output_hessian_mv(u) for u in pushed]
     return torch.stack([torch.stack([_dot(u, c) for c in curved]) for u in pushed])
 
 

@@ -10,7 +10,7 @@ and ``J^T u`` through the model take up to four, and nothing is differentiated t
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from torch.autograd.graph import get_gradient_edge
 from funcprecond import tree
 from funcprecond.capture import CONVS, TRANSPOSED_CONVS, Call, Capture
 from funcprecond.evaluation import Evaluation
+from funcprecond.precision import wide
 from funcprecond.problem import Params
 from funcprecond.routes import renamed
 from funcprecond.watched import untransformed
@@ -47,15 +48,9 @@ class Rows:
         """The matrix times a vector: 0.5 to 0.9 gradients for each cotangent."""
         leaves = {k: v.detach().requires_grad_() for k, v in vector.items()}
         # Only the place of each step in the graph is kept: its value goes into inner products.
-        edges, inner = [], [self.scale.new_zeros(())] * len(self.grads)
-        for i, (call, x) in enumerate(zip(self.calls, self.inputs, strict=True)):
-            with torch.enable_grad():
-                step = _call_with(leaves, call, x)
-            edges.append(get_gradient_edge(step))
-            step = step.detach()
-            inner = [
-                s + (step * g[i]).flatten(1).sum(1) for s, g in zip(inner, self.grads, strict=True)
-            ]
+        edges = []
+        with torch.enable_grad():
+            inner = self._inner_products(leaves, lambda z: edges.append(get_gradient_edge(z)))
         inner = [self.scale * s for s in inner]
         found: Params = {}
         for i, (call, edge) in enumerate(zip(self.calls, edges, strict=True)):
@@ -69,6 +64,23 @@ class Rows:
             for k, part in zip(names, parts, strict=True):
                 found[k] = found[k] + part if k in found else part
         return {k: found[k] if k in found else torch.zeros_like(v) for k, v in vector.items()}
+
+    def form(self, vector: Params) -> Tensor:
+        """``v · F v``, a 0-d tensor, :func:`wide`: half a product."""
+        inner = self._inner_products(vector, lambda z: None)
+        return self.scale * sum(wide(s).square().sum() for s in inner)
+
+    def _inner_products(self, vector: Params, seen: Callable[[Tensor], Any]) -> Sequence[Tensor]:
+        """(N,) inner products of each cotangent's rows with a vector; the calls' steps are seen."""
+        inner = [self.scale.new_zeros(())] * len(self.grads)
+        for i, (call, x) in enumerate(zip(self.calls, self.inputs, strict=True)):
+            step = _call_with(vector, call, x)
+            seen(step)
+            step = step.detach()
+            inner = [
+                s + (step * g[i]).flatten(1).sum(1) for s, g in zip(inner, self.grads, strict=True)
+            ]
+        return inner
 
 
 def rows_of(

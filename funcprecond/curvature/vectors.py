@@ -3,15 +3,27 @@
 A vector is a dict of tensors shaped like the parameters; a stack of K has one more axis, in front.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
+from torch import Tensor
 
 from funcprecond import tree
+from funcprecond.precision import wide_dtype
 from funcprecond.problem import Params
 
-__all__ = ["Partition", "by_layer", "count_of", "is_stack", "partition_of", "stack", "unstack"]
+__all__ = [
+    "Partition",
+    "by_layer",
+    "count_of",
+    "in_chunks",
+    "is_stack",
+    "partition_of",
+    "stack",
+    "unstack",
+    "wide_dot",
+]
 
 Partition = Literal["layer", "tensor"] | Mapping[str, Sequence[str]]
 
@@ -71,6 +83,30 @@ def stack(vectors: Iterable[Params], count: int | None = None) -> Params:
 def count_of(vectors: Params) -> int:
     """K of a stack."""
     return next(iter(vectors.values())).shape[0]
+
+
+def in_chunks(function: Callable[[Params], Params], vectors: Params, chunk_size: int) -> Params:
+    """A function of one vector of each of a stack, ``chunk_size`` of them at a time under ``vmap``.
+
+    Raises:
+        ValueError: ``chunk_size`` is not a positive int.
+    """
+    if not isinstance(chunk_size, int) or chunk_size < 1:
+        msg = f"chunk_size must be a positive int or None, not {chunk_size!r}"
+        raise ValueError(msg)
+    # What a product draws, all columns share: dropout masks and sampled labels. Cut here, because
+    # what vmap itself does to share it between chunks does not compile.
+    mapped = torch.vmap(function, randomness="same")
+    names = list(vectors)
+    cut = zip(*(vectors[k].split(chunk_size) for k in names), strict=True)
+    parts = [mapped(dict(zip(names, columns, strict=True))) for columns in cut]
+    # Each name's pieces are let go before the next one's are joined.
+    return {k: torch.cat([part.pop(k) for part in parts]) for k in list(parts[0])}
+
+
+def wide_dot(x: Params, y: Params) -> Tensor:
+    """The inner product of two vectors, a 0-d tensor, summed :func:`wide`."""
+    return torch.stack([(x[k] * y[k]).sum(dtype=wide_dtype(x[k])) for k in x]).sum()
 
 
 def by_layer(names: Sequence[str]) -> dict[str, list[str]]:

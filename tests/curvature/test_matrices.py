@@ -1,7 +1,12 @@
+import functools
+
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 import funcprecond as fp
+from funcprecond.curvature.vectors import by_layer
+from funcprecond.losses import Loss
 from tests import problems, reference
 from tests.curvature.test_ggn import TOYS
 from tests.equality import assert_close, assert_same, copy
@@ -209,6 +214,66 @@ def test_stacks_of_vectors_on_one_batch_and_on_many(cls):
             assert_close({k: p[i] for k, p in product.items()}, one, rtol=1e-11)
         assert_close(operator.matmat(columns, 2), product, rtol=1e-11)
         assert_close(cls(toy.problem, toy.params, chunk_size=3, **data) @ columns, product, 1e-11)
+
+
+KINDS = {
+    "hessian": fp.Hessian,
+    "ggn": fp.GGN,
+    "exact": fp.Fisher,
+    "mc": functools.partial(fp.Fisher, labels="mc"),
+    "empirical": functools.partial(fp.Fisher, labels="empirical"),
+}
+
+
+@pytest.mark.parametrize("make", TOYS.values(), ids=TOYS.keys())
+@pytest.mark.parametrize("kind", KINDS)
+def test_quadratic_forms_are_those_of_the_dense_matrix(make, kind):
+    toy = make()
+    if kind in ("exact", "mc") and type(toy.problem.loss).exact is Loss.exact:
+        pytest.skip("the loss is no likelihood")
+    operator = KINDS[kind](toy.problem, toy.params, toy.batch, generator=seeded(0))
+    dense = operator.to_dense()
+    vectors = {k: normal((3, *p.shape), i) for i, (k, p) in enumerate(toy.params.items())}
+    rows = torch.cat([v.flatten(1) for v in vectors.values()], 1)
+    forms = (rows @ dense * rows).sum(1)
+    for chunk_size in (None, 2):
+        assert_close(operator.quadratic_forms(vectors, chunk_size), forms, rtol=1e-9)
+    first, *rest = by_layer(list(toy.params)).values()
+    size = sum(toy.params[k].numel() for k in first)
+    inside = rows[:, :size]
+    block = operator.block(first)
+    forms = (inside @ dense[:size, :size] * inside).sum(1)
+    assert_close(block.quadratic_forms({k: vectors[k] for k in first}), forms, rtol=1e-9)
+    if rest:
+        apart = operator.blocks()
+        products = apart @ vectors
+        forms = sum((vectors[k] * products[k]).flatten(1).sum(1) for k in vectors)
+        assert_close(apart.quadratic_forms(vectors), forms, rtol=1e-9)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_quadratic_forms_over_many_batches_are_those_of_all_the_data(kind):
+    toy = problems.mlp()
+    vectors = {k: normal((3, *p.shape), i) for i, (k, p) in enumerate(toy.params.items())}
+    operator = KINDS[kind](toy.problem, toy.params, batches=toy.batches, generator=seeded(0))
+    products = operator @ vectors
+    forms = sum((vectors[k] * products[k]).flatten(1).sum(1) for k in vectors)
+    for chunk_size in (None, 2):
+        assert_close(operator.quadratic_forms(vectors, chunk_size), forms, rtol=1e-10)
+
+
+@pytest.mark.parametrize("kind", ["ggn", "exact", "mc", "empirical"])
+def test_a_quadratic_form_takes_no_pull_back(kind):
+    toy = problems.mlp()
+    operator = KINDS[kind](toy.problem, toy.params, toy.batch, generator=seeded(0))
+    vectors = {k: normal((8, *p.shape), i) for i, (k, p) in enumerate(toy.params.items())}
+    operator @ vectors  # opens it
+    counts = []
+    for call in (operator.quadratic_forms, operator.matmat):
+        with FlopCounterMode(display=False) as counter:
+            call(vectors)
+        counts.append(counter.get_total_flops())
+    assert counts[0] <= counts[1] / 2
 
 
 def test_dropout_masks_are_drawn_once_and_shared_by_all_products():

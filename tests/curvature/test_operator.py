@@ -32,7 +32,7 @@ def test_the_algebra_is_that_of_the_dense_matrices(kind):
     m, a = list(operators(0))[kind]
     n, b = list(operators(1))[kind]
     eye, v = reference.eye(SIZE), normal((SIZE,), 5)
-    vector = reference.unravel(v, LIKE)
+    vector, rows = reference.unravel(v, LIKE), normal((3, SIZE), 6)
     cases = {
         "sum": (a + b, m + n),
         "difference": (a - b, m - n),
@@ -48,7 +48,10 @@ def test_the_algebra_is_that_of_the_dense_matrices(kind):
     for name, (operator, dense) in cases.items():
         assert_close(operator.to_dense(), dense, rtol=1e-12)
         assert_close(reference.ravel(operator @ vector), dense @ v, rtol=1e-12)
-        assert_close(reference.ravel(operator.diagonal()), dense.diagonal(), rtol=1e-12)
+        assert_close(reference.ravel(operator.diagonal()), dense.diagonal(), rtol=1e-11, atol=1e-12)
+        forms = (rows @ dense * rows).sum(1)
+        for chunk_size in (None, 2):
+            assert_close(operator.quadratic_forms(_split(rows), chunk_size), forms, rtol=1e-11)
         assert_close(operator.trace(), dense.trace(), rtol=1e-11, atol=1e-11)
         assert_close(operator.frobenius_norm(), dense.norm(), rtol=1e-12)
         assert_close(operator.transposed.to_dense(), dense.T, rtol=1e-12)
@@ -58,7 +61,7 @@ def test_the_algebra_is_that_of_the_dense_matrices(kind):
 def test_a_stack_is_multiplied_column_by_column_whatever_the_chunk():
     m, a = next(iter(operators()))
     rows = normal((5, SIZE), 3)
-    columns = {k: x.reshape(5, *LIKE[k].shape) for k, x in _split(rows).items()}
+    columns = _split(rows)
     product = a @ columns
     assert_close(torch.cat([p.reshape(5, -1) for p in product.values()], 1), rows @ m, rtol=1e-12)
     for chunk_size in (1, 2, 5):
@@ -66,8 +69,8 @@ def test_a_stack_is_multiplied_column_by_column_whatever_the_chunk():
 
 
 def _split(rows):
-    sizes = [p.numel() for p in LIKE.values()]
-    return dict(zip(LIKE, rows.split(sizes, 1), strict=True))
+    parts = rows.split([p.numel() for p in LIKE.values()], 1)
+    return {k: x.reshape(-1, *LIKE[k].shape) for k, x in zip(LIKE, parts, strict=True)}
 
 
 @pytest.mark.parametrize("kind", [0, 1])
