@@ -1,11 +1,13 @@
 """Operators with a block for each layer: Kronecker factors, or a diagonal in their eigenbases."""
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from funcprecond import tree
 from funcprecond.curvature.layers import split_block
 from funcprecond.curvature.operator import Operator
 from funcprecond.precision import wide, wide_dtype
@@ -34,12 +36,18 @@ class Factors:
     left_ridge: Tensor | None = None
     right_ridge: Tensor | None = None
 
-    def apply(self, matrix: Tensor) -> Tensor:
-        """The block times a vector."""
+    def apply(self, matrix: Tensor, fresh: bool = False) -> Tensor:
+        """The block times a vector; a ``fresh`` one, of no other use, may be written over."""
+        plain = tree.multi_tensor((matrix, self.left, self.right))
         # One name, so that what a side was multiplied by is gone before the next one is.
-        matrix = _times(matrix, self.right, self.right_ridge)
-        matrix = _times(matrix.mT, self.left, self.left_ridge)
-        return matrix.mT
+        matrix = _times(matrix, self.right, self.right_ridge is not None, plain and fresh)
+        matrix = _times(matrix.mT, self.left, self.left_ridge is not None, plain).mT
+        sides = ((self.left, self.left_ridge), (self.right, self.right_ridge))
+        ridges = [r for x, r in sides if r is not None and as_rows(x)]
+        if not ridges:
+            return matrix
+        ridge = functools.reduce(torch.mul, ridges)[..., None, None]
+        return matrix.div_(ridge) if plain else matrix / ridge
 
     def diagonal(self) -> Tensor:
         """(o, i) or (J, o / J, i)."""
@@ -72,7 +80,7 @@ class Rotated:
     values: Tensor
     rest: Tensor | None = None
 
-    def apply(self, matrix: Tensor) -> Tensor:
+    def apply(self, matrix: Tensor, fresh: bool = False) -> Tensor:
         """The block times a vector."""
         m = matrix @ self.right
         if self.left is None:
@@ -120,20 +128,19 @@ def as_rows(factor: Tensor) -> bool:
     return factor.ndim > 1 and factor.shape[-2] < factor.shape[-1]
 
 
-def _times(x: Tensor, factor: Tensor, ridge: Tensor | None) -> Tensor:
-    """``x F`` for rows x."""
+def _times(x: Tensor, factor: Tensor, inverse: bool, over: bool) -> Tensor:
+    """``x F`` for rows x, times the ridge if F is an inverse kept as rows; maybe written over x."""
     if factor.ndim == 1:
         return x * factor
     if not as_rows(factor):
         return x @ factor
-    if ridge is None:
+    if not inverse:
         return (x @ factor.mT) @ factor
     # Of one matrix in one call, without the product in memory beside the difference.
     if x.ndim == factor.ndim == 2:
-        rest = torch.addmm(x, x @ factor.mT, factor, alpha=-1)
-    else:
-        rest = x - (x @ factor.mT) @ factor
-    return rest / ridge[..., None, None]
+        out = x if over else None
+        return torch.addmm(x, x @ factor.mT, factor, alpha=-1, out=out)  # pyright: ignore
+    return x - (x @ factor.mT) @ factor
 
 
 def _diagonal(factor: Tensor, ridge: Tensor | None) -> Tensor:
@@ -213,7 +220,9 @@ class Layerwise(Operator):
         for name, block in self.layers.items():
             weight = split_block(name)[0]
             lead = tuple(vector[weight].shape[: vector[weight].ndim - self.like[weight].ndim])
-            product = block.apply(_join(vector, self.like, name, block))
+            # With the bias as last column it is a new matrix.
+            fresh = split_block(name)[1] is not None
+            product = block.apply(_join(vector, self.like, name, block), fresh)
             found |= _split(product, self.like, name, lead)
         for name, matrices in self.units.items():
             parts = [k for k in split_block(name) if k]
