@@ -81,9 +81,11 @@ def lanczos(
         vector = tree.cast(tree.unravel(v, operator.like), operator.like)
         w = tree.ravel(operator.matvec(vector)).to(v.dtype)
         alpha = wide(w.dot(v))
-        w = torch.addcmul(w, v, -alpha.to(w.dtype))
+        # What is joined to one vector is new, and written over while nothing watches.
+        out = w if plain else None
+        w = torch.addcmul(w, v, -alpha.to(w.dtype), out=out)
         if i:
-            w = torch.addcmul(w, previous, -betas[-1].to(w.dtype))
+            w = torch.addcmul(w, previous, -betas[-1].to(w.dtype), out=out)
         before = w.norm()
         beta = before
         if reorthogonalise:
@@ -96,7 +98,8 @@ def lanczos(
         size = torch.maximum(size, torch.maximum(alpha.abs(), wide(beta)))
         # What is left beside T's own size is rounding: the space is invariant.
         alive = beta > 10 * torch.finfo(v.dtype).eps * math.sqrt(v.numel()) * size
-        previous, v = v, w * torch.where(alive, 1 / torch.where(alive, beta, 1.0), 0.0)
+        inverse = torch.where(alive, 1 / torch.where(alive, beta, 1.0), 0.0)
+        previous, v = v, torch.mul(w, inverse, out=w if plain else None)
         del w  # while the next product is taken
         alphas.append(alpha)
         betas.append(wide(torch.where(alive, beta, 0.0)))
