@@ -16,7 +16,7 @@ from einops import rearrange
 from torch import Tensor
 
 from funcprecond.curvature.layers import LayerUse, Sharing
-from funcprecond.curvature.patches import pads, unfold
+from funcprecond.curvature.patches import pads, unfold, windows
 
 __all__ = ["bordered", "gram", "input_factor", "patch_gram"]
 
@@ -79,12 +79,13 @@ def patch_gram(
         return gram(rows), rows.sum(-2)
     # Patches along the other axes; this one leads, so that shifted rows are a view.
     x = F.pad(x, pads(kernel, padding, dilation)).movedim(2, 0)
-    height, channels = x.shape[0], x.shape[2]
-    # A sequence has no other axis: one of length 1 stands in.
-    rest, steps, gaps = ((*option[1:], 1) for option in (kernel, stride, dilation))
-    flat = unfold(x.flatten(0, 1).unsqueeze(-1), rest, steps, "valid", gaps)
-    lines = rearrange(flat, "(h n) (j f) t -> j h (n t) f", h=height, j=groups)
-    lines = lines.contiguous()
+    height, count, channels = x.shape[:3]
+    rest = len(kernel) - 1
+    flat = windows(x, kernel[1:], stride[1:], dilation[1:]).unflatten(2, (groups, -1))
+    # (h, n, j, c, *out, *kernel) -> (j, h, (n *out), (c *kernel))
+    after = (*range(4, 4 + rest), 3, *range(4 + rest, 4 + 2 * rest))
+    lines = flat.permute(2, 0, 1, *after).contiguous()
+    lines = lines.reshape(groups, height, count * math.prod(lines.shape[3 : 3 + rest]), -1)
     out = height - d * (k - 1)
 
     def part(start: int, stop: int, shift: int) -> Tensor:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["pads", "transposed_patches", "unfold"]
+__all__ = ["pads", "transposed_patches", "unfold", "windows"]
 
 
 def unfold(
@@ -20,13 +20,20 @@ def unfold(
     The patch axis is ordered as the flattened weight's: channel first, then the kernel's axes.
     """
     dims = len(kernel)
-    x = F.pad(x, pads(kernel, padding, dilation))
-    for axis in range(dims):
-        window = dilation[axis] * (kernel[axis] - 1) + 1
-        x = x.unfold(2 + axis, window, stride[axis])[..., :: dilation[axis]]
+    x = windows(F.pad(x, pads(kernel, padding, dilation)), kernel, stride, dilation)
     # (N, C, *out, *kernel) -> (N, C, *kernel, *out)
     x = x.permute(0, 1, *range(2 + dims, 2 + 2 * dims), *range(2, 2 + dims))
     return x.flatten(1, 1 + dims).flatten(2)
+
+
+def windows(
+    x: Tensor, kernel: Sequence[int], stride: Sequence[int], dilation: Sequence[int]
+) -> Tensor:
+    """(..., *space) as (..., *out, *kernel): all windows over the last axes, a view."""
+    first = x.ndim - len(kernel)
+    for axis, (size, step, gap) in enumerate(zip(kernel, stride, dilation, strict=True), first):
+        x = x.unfold(axis, gap * (size - 1) + 1, step)[..., ::gap]
+    return x
 
 
 def transposed_patches(
