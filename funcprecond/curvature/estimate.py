@@ -1,7 +1,7 @@
 r"""Estimates of a trace or a diagonal from products with random vectors, with standard errors.
 
 All take the number of products, so that they can be compared at equal cost; where only ``v · A v``
-is asked for, which a Gauss-Newton matrix gives for half a product, that is one of them. Hutchinson's
+is asked for, which a Gauss-Newton matrix gives for half a product, that counts as one. Hutchinson's
 variance is :math:`2 (|A|_F^2 - \sum_i a_{ii}^2)` a probe with signs; Hutch++ and XTrace first take
 out the dominant eigenspace, so that theirs falls with the square of the number of products wherever
 the eigenvalues decay. Probes are drawn from the generator before anything is multiplied; the

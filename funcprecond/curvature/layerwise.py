@@ -12,10 +12,11 @@ from funcprecond.curvature.layers import split_block
 from funcprecond.curvature.operator import Operator
 from funcprecond.precision import wide, wide_dtype
 from funcprecond.problem import Params
+from funcprecond.representation.kronecker_io import as_rows
 from funcprecond.solver.eigen import eigenbases
 from funcprecond.tree import state
 
-__all__ = ["Factors", "Layerwise", "Rotated", "as_rows"]
+__all__ = ["Factors", "Layerwise", "Rotated"]
 
 
 @state
@@ -121,11 +122,6 @@ class Rotated:
         outputs = self.values.shape[-2] if self.left is None else self.left.shape[-2]
         groups = self.right.shape[0] if self.right.ndim == 3 else 1
         return groups * outputs * self.right.shape[-2] - self.values.numel()
-
-
-def as_rows(factor: Tensor) -> bool:
-    """Whether a factor stands as fewer rows X, for ``X^T X``, than it has columns."""
-    return factor.ndim > 1 and factor.shape[-2] < factor.shape[-1]
 
 
 def _times(x: Tensor, factor: Tensor, inverse: bool, over: bool) -> Tensor:

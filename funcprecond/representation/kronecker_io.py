@@ -23,7 +23,7 @@ from funcprecond.representation.diagonal import zero_weight
 from funcprecond.representation.nearest_kronecker import nearest_kronecker
 from funcprecond.tree import state, static
 
-__all__ = ["KroneckerIO", "layer_rows"]
+__all__ = ["KroneckerIO", "as_rows", "layer_rows"]
 
 
 @state
@@ -134,11 +134,14 @@ class KroneckerIO:
         )
 
 
+def as_rows(factor: Tensor) -> bool:
+    """Whether a factor stands as fewer rows X, for ``X^T X``, than it has columns."""
+    return factor.ndim > 1 and factor.shape[-2] < factor.shape[-1]
+
+
 def product(factor: Tensor) -> Tensor:
     """A factor as a square matrix, of its rows if it is kept as them; a diagonal as it is."""
-    if factor.ndim == 1 or factor.shape[-1] == factor.shape[-2]:
-        return factor
-    return factor.mT @ factor
+    return factor.mT @ factor if as_rows(factor) else factor
 
 
 def _joined(a: Tensor, b: Tensor) -> Tensor:
@@ -147,7 +150,8 @@ def _joined(a: Tensor, b: Tensor) -> Tensor:
         return a + b
     if a.shape[-2] + b.shape[-2] < a.shape[-1]:
         return torch.cat([a, b], -2)
-    return product(a) + product(b)
+    a = product(a)
+    return torch.addmm(a, b.mT, b) if b.ndim == 2 and as_rows(b) else a + product(b)
 
 
 def layer_rows(use: LayerUse, bias: bool, sharing: Sharing) -> tuple[Tensor, Tensor]:

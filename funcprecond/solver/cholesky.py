@@ -8,7 +8,7 @@ from torch import Tensor
 
 from funcprecond.curvature.layers import Layers, LayerStatistics
 from funcprecond.problem import Params
-from funcprecond.representation.kronecker_io import KroneckerIO
+from funcprecond.representation.kronecker_io import KroneckerIO, as_rows
 from funcprecond.representation.stacks import by_shape
 from funcprecond.solver.layerwise import (
     GRADIENT_ROWS,
@@ -121,14 +121,13 @@ class Cholesky:
         if matrices.ndim == ridge.ndim + 1:
             return 1 / (matrices + ridge.unsqueeze(-1))
         rows = matrices
-        kept_as_rows = rows.shape[-2] < rows.shape[-1]
-        if kept_as_rows:
+        if as_rows(rows):
             matrices = rows @ rows.mT
         damped = matrices.diagonal(dim1=-2, dim2=-1) + ridge.unsqueeze(-1)
         lower, _ = torch.linalg.cholesky_ex(
             torch.diagonal_scatter(matrices, damped, dim1=-2, dim2=-1)
         )
-        if kept_as_rows:
+        if as_rows(rows):
             return torch.linalg.solve_triangular(lower, rows, upper=False)
         return torch.cholesky_inverse(lower) if self.invert else lower
 
@@ -136,7 +135,7 @@ class Cholesky:
         """``x (damped factor)^-1`` for rows x."""
         if factor.ndim == 1:
             return x * factor
-        if factor.shape[-2] < factor.shape[-1]:
+        if as_rows(factor):
             return (x - (x @ factor.mT) @ factor) / ridge[..., None, None]
         return x @ factor if self.invert else torch.cholesky_solve(x.mT, factor).mT
 
@@ -149,7 +148,7 @@ def pi(right: Tensor, left: Tensor) -> Tensor:
 
 
 def _mean_eigenvalue(matrix: Tensor) -> Tensor:
-    if matrix.ndim > 1 and matrix.shape[-2] < matrix.shape[-1]:
+    if as_rows(matrix):
         return matrix.square().sum((-2, -1)) / matrix.shape[-1]
     return (matrix if matrix.ndim == 1 else matrix.diagonal(dim1=-2, dim2=-1)).mean(-1)
 
