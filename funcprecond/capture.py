@@ -31,6 +31,7 @@ from torch.overrides import TorchFunctionMode
 from funcprecond import random, tree
 from funcprecond.convolution import convolve
 from funcprecond.draws import DRAWS, DROPOUTS, RECURRENT, dropout, recurrent_options
+from funcprecond.linear import linear
 from funcprecond.second_derivatives import gelu, layer_norm
 
 __all__ = ["CONVS", "TRANSPOSED_CONVS", "Call", "Capture"]
@@ -63,6 +64,7 @@ TRANSPOSED_CONVS = {F.conv_transpose1d: 1, F.conv_transpose2d: 2, F.conv_transpo
 _TWICE = {f: functools.partial(convolve, f) for f in CONVS} | {
     F.gelu: gelu,
     F.layer_norm: layer_norm,
+    F.linear: linear,
 }
 _NORMS = {F.layer_norm, F.batch_norm, F.group_norm, F.instance_norm, F.rms_norm}
 _MATMULS = {torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__}

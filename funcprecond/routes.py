@@ -53,6 +53,10 @@ class GraphRun:
         source = evaluation.params if params is None else params
         # New leaves, so that no flag and no .grad of the caller's tensors is touched.
         self.leaves = {k: p.detach().requires_grad_() for k, p in source.items()}
+        if self._twice:
+            # Of these torch tells in a backward pass whether it is to reach them.
+            with torch.enable_grad():
+                self.leaves = renamed(self.leaves)
         self.edges = []
 
         def tap(output):

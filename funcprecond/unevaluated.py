@@ -80,21 +80,16 @@ class Unevaluated(TorchDispatchMode):
         """Zeros like a tensor, or of another shape: of a plain tensor one entry in memory."""
         if type(like) is not Tensor:
             return torch.zeros_like(like)
-        return self._of_size(like, 1)[0].expand(like.shape if shape is None else shape)
-
-    def _of_size(self, like: Tensor, size: int) -> Tensor:
-        for x in self._memory:
-            if x.dtype == like.dtype and x.device == like.device and len(x) >= size:
-                return x
-        self._memory.append(torch.zeros(size, dtype=like.dtype, device=like.device))
-        return self._memory[-1]
+        shape = like.shape if shape is None else shape
+        for zero in self._memory:
+            if zero.dtype == like.dtype and zero.device == like.device:
+                return zero.expand(shape)
+        self._memory.append(torch.zeros((), dtype=like.dtype, device=like.device))
+        return self._memory[-1].expand(shape)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func in _LINEAR:
             places, shape = _LINEAR[func]
-            if func is _aten.mm.default and args[0].stride(0) == 1 and self._is_zero(args[0]):
-                # A weight's gradient, the end of this path.
-                return args[0].new_zeros(()).expand(shape(*args))
             if any(map(self._is_zero, args[:places])) and not kwargs and _keeps_dtype(*args):
                 return self.zeros(args[0], shape(*args))
         elif func in _LINEAR_MASKED and self._is_zero(args[0]):
@@ -106,20 +101,10 @@ class Unevaluated(TorchDispatchMode):
             like = args[0][0]
             axis = args[1] % (like.ndim + 1) if len(args) > 1 else 0
             return self.zeros(like, (*like.shape[:axis], len(args[0]), *like.shape[axis:]))
-        elif func is _aten.t.default and self._is_zero(args[0]):
-            return self._transposed(args[0])
         elif _writes(func) and self._is_zero(args[0]):
             # What is linear in zero is zero, whatever is written.
             return args[0]
         return func(*args, **(kwargs or {}))
-
-    def _transposed(self, g: Tensor) -> Tensor:
-        """``g^T`` with the strides of a true one.
-
-        The derivative of a matrix product is laid out like its operands, and this operand decides
-        how ``J v`` comes out of a linear layer.
-        """
-        return self._of_size(g, g.numel())[: g.numel()].view(g.shape).t()
 
     def _is_zero(self, x: Tensor) -> bool:
         if type(x) is not Tensor:
