@@ -137,33 +137,37 @@ def _call_with(params: Params, call: Call, x: Tensor) -> Tensor:
 
 
 def _examples_are_apart(evaluation: Evaluation) -> bool:
-    """Whether the first and the last example alone make the same calls and outputs as among all.
+    """Whether a few examples without the others make the same calls and outputs as among all.
 
-    Nothing else tells that a model which is a plain function does not couple its examples; the last
-    one tells of a model in which each example depends on those before it.
+    Nothing else tells that a model which is a plain function does not couple its examples. Two from
+    the middle are asked about, whose place is another among themselves: neither what comes before
+    them nor what comes after, first or last, is what it was.
     """
     count, shapes = evaluation.count, [call.shape for call in evaluation.calls]
     if evaluation.problem.couples_examples() or any(s[:1] != (count,) for s in shapes):
         return False
-    return all(_is_alone(evaluation, shapes, i) for i in {0, count - 1})
+    few = [slice(i, i + 1) for i in range(count)] if count < 4 else [slice(1, -1, count - 3)]
+    return all(_are_alike(evaluation, shapes, part) for part in few)
 
 
-def _is_alone(evaluation: Evaluation, shapes: Sequence[tuple[int, ...]], index: int) -> bool:
-    count, one = evaluation.count, slice(index, index + 1)
+def _are_alike(evaluation: Evaluation, shapes: Sequence[tuple[int, ...]], part: slice) -> bool:
+    """Whether the calls and outputs of these examples alone are those among all."""
+    count = evaluation.count
     inputs = tree.map(
-        lambda x: x[one] if isinstance(x, Tensor) and x.ndim and x.shape[0] == count else x,
+        lambda x: x[part] if isinstance(x, Tensor) and x.ndim and x.shape[0] == count else x,
         evaluation.inputs,
     )
     params = renamed(evaluation.params)
-    capture = Capture(params, lambda z: z, tuple(m[one] for m in evaluation.masks))
+    capture = Capture(params, lambda z: z, tuple(m[part] for m in evaluation.masks))
     try:
         with torch.no_grad(), capture:
             alone, _ = evaluation.problem.forward(params, evaluation._buffers, inputs)
     except Exception:
-        # A model that cannot run on one example, for whatever reason, cannot be asked.
+        # A model that cannot run on so few examples, for whatever reason, cannot be asked.
         return False
-    return [call.shape for call in capture.calls] == [(1, *s[1:]) for s in shapes] and all(
-        torch.allclose(x, y[one], rtol=0, atol=float(_rounding(y)), equal_nan=True)
+    size = len(range(count)[part])
+    return [call.shape for call in capture.calls] == [(size, *s[1:]) for s in shapes] and all(
+        torch.allclose(x, y[part], rtol=0, atol=float(_rounding(y)), equal_nan=True)
         for x, y in zip(tree.leaves(alone), tree.leaves(evaluation.outputs), strict=True)
     )
 

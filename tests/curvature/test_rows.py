@@ -98,10 +98,25 @@ def test_plain_functions(case):
     assert (by_layer(toy.problem, toy.batch) is not None) == known
 
 
-@pytest.mark.parametrize("couple", [lambda h: h.cumsum(0), lambda h: h.flip(0).cumsum(0).flip(0)])
-def test_examples_that_depend_on_earlier_or_on_later_ones_are_not_taken_apart(couple):
-    """The first example alone, or the last, has the outputs that it has among all."""
+COUPLINGS = {
+    "those before": lambda h: h.cumsum(0),
+    "those after": lambda h: h.flip(0).cumsum(0).flip(0),
+    "the first": lambda h: h - h[:1],
+    "the last": lambda h: h - h[-1:],
+    "a neighbour": lambda h: h + h.roll(1, 0),
+    "all": lambda h: h - h.mean(0),
+    "all, in the first": lambda h: torch.cat([h.sum(0, keepdim=True), h[1:]]),
+    "all, in the last": lambda h: torch.cat([h[:-1], h.sum(0, keepdim=True)]),
+}
+
+
+@pytest.mark.parametrize("count", [2, 3, 4, 5, 8])
+@pytest.mark.parametrize("couple", COUPLINGS)
+def test_examples_that_depend_on_others_are_not_taken_apart(couple, count):
     params = {"w": normal((3, 3))}
-    problem = fp.problem(lambda p, x: couple(x @ p["w"]), fp.losses.cross_entropy, params=params)
-    batch = (normal((4, 3)), torch.tensor([0, 2, 1, 1]))
+    f = COUPLINGS[couple]
+    problem = fp.problem(lambda p, x: f(x @ p["w"]), fp.losses.cross_entropy, params=params)
+    batch = (normal((count, 3)), torch.arange(count) % 3)
     assert by_layer(problem, batch) is None
+    apart = fp.problem(lambda p, x: x @ p["w"], fp.losses.cross_entropy, params=params)
+    assert by_layer(apart, batch) is not None
