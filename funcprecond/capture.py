@@ -32,9 +32,9 @@ from funcprecond import random, tree
 from funcprecond.convolution import convolve
 from funcprecond.draws import DRAWS, DROPOUTS, RECURRENT, dropout, recurrent_options
 from funcprecond.linear import linear
-from funcprecond.second_derivatives import gelu, layer_norm
+from funcprecond.second_derivatives import Spared, gelu, layer_norm, weight_norm
 
-__all__ = ["CONVS", "TRANSPOSED_CONVS", "Call", "Capture"]
+__all__ = ["CONVS", "TRANSPOSED_CONVS", "Call", "Capture", "Twice"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,11 +61,14 @@ class Call:
 CONVS = {F.conv1d: 1, F.conv2d: 2, F.conv3d: 3}
 TRANSPOSED_CONVS = {F.conv_transpose1d: 1, F.conv_transpose2d: 2, F.conv_transpose3d: 3}
 # What stands in for a function in a run that is differentiated twice.
-_TWICE = {f: functools.partial(convolve, f) for f in CONVS} | {
+_TWICE = {
+    F.linear: linear,
+    **{f: functools.partial(convolve, f) for f in CONVS},
     F.gelu: gelu,
     F.layer_norm: layer_norm,
-    F.linear: linear,
+    torch._weight_norm: weight_norm,
 }
+_AFFINE = {F.linear, *CONVS}
 _NORMS = {F.layer_norm, F.batch_norm, F.group_norm, F.instance_norm, F.rms_norm}
 _MATMULS = {torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__}
 _ADDS = {torch.add, torch.Tensor.add, torch.Tensor.__add__, torch.Tensor.__radd__}
@@ -129,6 +132,13 @@ _SPECIAL = {
 }
 
 
+class Twice(TorchFunctionMode):
+    """The mode that a function is differentiated twice under which is not a model's run."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        return _TWICE.get(func, func)(*args, **(kwargs or {}))
+
+
 class Capture(TorchFunctionMode):
     """The mode that one run of a model happens under; see the module's docstring.
 
@@ -138,6 +148,7 @@ class Capture(TorchFunctionMode):
         masks: dropout masks drawn beforehand, in the order of the model's draws.
         generator: draws the masks that are missing.
         twice: the run will be differentiated twice.
+        spared: then, the parameters whose gradients may be left without a value.
 
     Attributes:
         calls: the layers' calls, in order.
@@ -153,6 +164,7 @@ class Capture(TorchFunctionMode):
         masks: tuple[Tensor, ...] = (),
         generator: torch.Generator | None = None,
         twice: bool = False,
+        spared: Spared | None = None,
     ):
         super().__init__()
         self.tap = tap
@@ -163,6 +175,7 @@ class Capture(TorchFunctionMode):
         self.calls: list[Call] = []
         self.inputs: list[Tensor] = []
         self.unrecorded: dict[str, str] = {}
+        self.spared = spared
         self._names = {id(p): name for name, p in params.items()} if tap is not None else {}
         # Kept alive, and compared with `is`: identities of dead tensors are used again.
         self._transposed: list[tuple[Tensor, str]] = []
@@ -195,6 +208,8 @@ class Capture(TorchFunctionMode):
 
     def _call(self, func, args, kwargs):
         run = _TWICE.get(func, func) if self.twice else func
+        if self.twice and func in _AFFINE:
+            run = functools.partial(run, spared=self.spared)
         if self.tap is None:
             return run(*args, **kwargs)
         return self._layer(self.tap, func, run, args, kwargs)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from funcprecond.second_derivatives import asked
+from funcprecond.second_derivatives import Spared, asked
 from funcprecond.watched import is_watched
 
 __all__ = ["convolve"]
@@ -27,8 +27,14 @@ def convolve(
     padding: Any = 0,
     dilation: Any = 1,
     groups: int = 1,
+    *,
+    spared: Spared | None = None,
 ) -> Tensor:
     """``function``, one of ``F.conv1d``, ``conv2d`` and ``conv3d``, of the same arguments.
+
+    Args:
+        function, input, weight, bias, stride, padding, dilation, groups: torch's.
+        spared: the parameters whose gradients may have no value.
 
     Under a transform, a compiler or forward mode it is torch's own.
     """
@@ -38,24 +44,27 @@ def convolve(
     per_axis = [
         (o,) * dims if isinstance(o, int) else tuple(o) for o in (stride, padding, dilation)
     ]
-    return _Convolution.apply(input, weight, bias, (*per_axis, False, (0,) * dims, groups))
+    geometry = (*per_axis, False, (0,) * dims, groups)
+    return _Convolution.apply(input, weight, bias, geometry, spared or ())
 
 
 class _Convolution(Function):
     @staticmethod
-    def forward(ctx, x, w, b, geometry):
+    def forward(ctx, x, w, b, geometry, spared):
         ctx.save_for_backward(x, w)
-        ctx.geometry = geometry
+        ctx.geometry, ctx.spared = geometry, spared
         return torch.convolution(x, w, b, *geometry)
 
     @staticmethod
     def backward(ctx, g):
         x, w = ctx.saved_tensors
         of_x, of_w, of_b = asked(ctx, 3)
+        spared = torch.is_grad_enabled() and ctx.next_functions[1][0] in ctx.spared
         return (
             _Input.apply(g, w, x.shape, ctx.geometry) if of_x else None,
-            _Kernel.apply(g, x, w.shape, ctx.geometry) if of_w else None,
+            _Kernel.apply(g, x, w.shape, ctx.geometry, spared) if of_w else None,
             g.sum((0, *range(2, g.ndim))) if of_b else None,
+            None,
             None,
         )
 
@@ -77,8 +86,8 @@ class _Input(Function):
         g, w = ctx.saved_tensors
         of_g, of_w = asked(ctx, 2)
         return (
-            _Convolution.apply(v, w, None, ctx.geometry) if of_g else None,
-            _Kernel.apply(g, v, w.shape, ctx.geometry) if of_w else None,
+            _Convolution.apply(v, w, None, ctx.geometry, ()) if of_g else None,
+            _Kernel.apply(g, v, w.shape, ctx.geometry, False) if of_w else None,
             None,
             None,
         )
@@ -88,9 +97,11 @@ class _Kernel(Function):
     """The transpose in the kernel: output gradients and inputs to kernel gradients."""
 
     @staticmethod
-    def forward(ctx, g, x, shape, geometry):
+    def forward(ctx, g, x, shape, geometry, spared):
         ctx.save_for_backward(g, x)
         ctx.geometry = geometry
+        if spared:
+            return x.new_zeros(()).expand(shape)
         mask = [False, True, False]
         return torch.ops.aten.convolution_backward(g, x, x.new_empty(shape), None, *geometry, mask)[
             1
@@ -101,8 +112,9 @@ class _Kernel(Function):
         g, x = ctx.saved_tensors
         of_g, of_x = asked(ctx, 2)
         return (
-            _Convolution.apply(x, v, None, ctx.geometry) if of_g else None,
+            _Convolution.apply(x, v, None, ctx.geometry, ()) if of_g else None,
             _Input.apply(g, v, x.shape, ctx.geometry) if of_x else None,
+            None,
             None,
             None,
         )

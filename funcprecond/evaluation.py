@@ -31,6 +31,7 @@ from funcprecond.routes import (
     opened_once,
     renamed,
 )
+from funcprecond.second_derivatives import Spared
 from funcprecond.unsupported import explained
 from funcprecond.watched import untransformed
 
@@ -277,8 +278,10 @@ class Evaluation:
             )
             raise ValueError(msg)
 
-    def _forward(self, params: Params, tap: Callable | None) -> tuple[Any, Buffers, Capture]:
-        capture = Capture(params, tap, self.masks, self._generator, self._twice)
+    def _forward(
+        self, params: Params, tap: Callable | None, spared: Spared | None = None
+    ) -> tuple[Any, Buffers, Capture]:
+        capture = Capture(params, tap, self.masks, self._generator, self._twice, spared)
         with _no_checkpoints(), capture:
             outputs, buffers = self.problem.forward(params, self._buffers, self.inputs)
         self.masks = tuple(capture.masks)

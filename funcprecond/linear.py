@@ -10,45 +10,55 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
-from funcprecond.second_derivatives import asked
+from funcprecond.second_derivatives import Spared, asked
 from funcprecond.watched import is_watched
 
 __all__ = ["linear"]
 
 
-def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """``F.linear`` of the same arguments.
+def linear(
+    input: Tensor, weight: Tensor, bias: Tensor | None = None, *, spared: Spared | None = None
+) -> Tensor:
+    """``F.linear`` of the same arguments, with the parameters whose gradients may have no value.
 
     Under a transform, a compiler, forward mode or autocast it is torch's own.
     """
     plain = input.ndim > 1 and weight.ndim == 2 and input.dtype == weight.dtype
     if not plain or is_watched() or torch._C._is_any_autocast_enabled():
         return F.linear(input, weight, bias)
-    return _Linear.apply(input, weight, bias)  # pyright: ignore[reportReturnType]
+    return _Linear.apply(input, weight, bias, spared or ())  # pyright: ignore[reportReturnType]
 
 
 class _Linear(Function):
     @staticmethod
-    def forward(ctx, x, w, b):
+    def forward(ctx, x, w, b, spared):
         ctx.save_for_backward(x, w)
+        ctx.spared = spared
         return F.linear(x, w, b)
 
     @staticmethod
     def backward(ctx, g):
         x, w = ctx.saved_tensors
         wanted = asked(ctx, 3)
-        # Without a graph to make, a function of its own would only cost time.
-        return (_Pull.apply if torch.is_grad_enabled() else _pulled)(g, x, w, wanted)
+        if not torch.is_grad_enabled():
+            # Without a graph to make, a function of its own would only cost time.
+            return *_pulled(g, x, w, wanted), None
+        spared = ctx.next_functions[1][0] in ctx.spared
+        return *_Pull.apply(g, x, w, wanted, spared), None  # pyright: ignore
 
 
 class _Pull(Function):
     """Output gradients to those of input, weight and bias, as far as they are wanted."""
 
     @staticmethod
-    def forward(ctx, g, x, w, wanted):
+    def forward(ctx, g, x, w, wanted, spared):
         ctx.save_for_backward(g, x, w)
         ctx.set_materialize_grads(False)
-        return _pulled(g, x, w, wanted)
+        if not spared:
+            return _pulled(g, x, w, wanted)
+        of_x, of_w, of_b = wanted
+        for_x, _, for_b = _pulled(g, x, w, (of_x, False, of_b))
+        return for_x, w.new_zeros(()).expand(w.shape) if of_w else None, for_b
 
     @staticmethod
     def backward(ctx, v_x, v_w, v_b):
@@ -61,7 +71,7 @@ class _Pull(Function):
             for_x = g @ v_w
         if of_w and v_x is not None:
             for_w = g.flatten(0, -2).mT @ v_x.flatten(0, -2)
-        return for_g, for_x, for_w, None
+        return for_g, for_x, for_w, None, None
 
 
 def _pulled(g, x, w, wanted):

@@ -15,6 +15,7 @@ from torch.func import grad, vjp
 from funcprecond import tree
 from funcprecond.capture import Call
 from funcprecond.problem import Params, detach, example_count
+from funcprecond.second_derivatives import Spared
 from funcprecond.unevaluated import Unevaluated
 
 __all__ = ["ForwardRun", "FunctionRun", "GraphRun", "opened_once", "renamed"]
@@ -58,13 +59,16 @@ class GraphRun:
             with torch.enable_grad():
                 self.leaves = renamed(self.leaves)
         self.edges = []
+        self._spared, self._graph_of_grads = Spared(self.leaves.values()), None
 
         def tap(output):
             self.edges.append(get_gradient_edge(output))
             return output
 
         with torch.enable_grad():
-            self.outputs, buffers, capture = evaluation._forward(self.leaves, tap if taps else None)
+            self.outputs, buffers, capture = evaluation._forward(
+                self.leaves, tap if taps else None, self._spared
+            )
             example_count(self.outputs)
             self.loss = evaluation.problem.loss(self.outputs, evaluation.targets)
         self.buffers = {k: b.detach() for k, b in buffers.items()}
@@ -74,10 +78,11 @@ class GraphRun:
     @opened_once
     def grads(self):
         inputs = [*self.leaves.values(), *self.edges]
-        everything = self._gradient(self.loss, None, inputs, self._twice, self._keep)
+        graph = self._twice and self._graph_of_grads is None
+        everything = self._gradient(self.loss, None, inputs, graph, self._keep)
         n = len(self.leaves)
         grads = dict(zip(self.leaves, everything[:n], strict=True))
-        if not self._twice:
+        if not graph:
             return grads, everything[n:]
         self._graph_of_grads = grads
         return detach(grads), [g.detach() for g in everything[n:]]
@@ -93,7 +98,11 @@ class GraphRun:
         if not self._twice:
             msg = "products with the Hessian need twice=True, in the Evaluation or in the Need"
             raise RuntimeError(msg)
-        self.grads  # noqa: B018 - opens the graph of the gradient
+        if self._graph_of_grads is None:
+            # Its value is of no use here, if nobody has asked for it.
+            with self._spared.switched_on():
+                grads = self._gradient(self.loss, None, [*self.leaves.values()], create_graph=True)
+            self._graph_of_grads = dict(zip(self.leaves, grads, strict=True))
         return self._through(self._graph_of_grads, vector, self.leaves, keep)
 
     def jvp(self, evaluation, vector, keep):

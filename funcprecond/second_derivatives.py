@@ -1,11 +1,13 @@
 """GELU and layer norm whose second derivatives are computed once, where they are asked for.
 
 torch's own rules (2.13) write them out in some twenty element-wise operations, all of them at each
-product; a kept product would spend more time there than in a small model's matrix products.
+product; a kept product would spend more time there than in a small model's matrix products. That of
+weight norm is wrong on a CPU, so that here it is what it is short for.
 """
 
+import contextlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +16,7 @@ from torch.autograd import Function
 
 from funcprecond.watched import is_watched
 
-__all__ = ["asked", "gelu", "layer_norm"]
+__all__ = ["Spared", "asked", "gelu", "layer_norm", "weight_norm"]
 
 
 def gelu(input: Tensor, approximate: str = "none") -> Tensor:
@@ -39,6 +41,14 @@ def layer_norm(
     return out if bias is None else out + bias
 
 
+def weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
+    """``torch._weight_norm``: g times v over its norm, for each index of ``dim`` or over all."""
+    if dim == -1:
+        return v * (g / v.norm())
+    rows = v.movedim(dim, 0)
+    return v * (g / rows.reshape(len(rows), -1).norm(dim=1).reshape(g.shape))
+
+
 def asked(ctx, count: int) -> list[bool]:
     """For each of the first arguments, whether this very backward pass needs its gradient."""
     nodes = [node for node, _ in ctx.next_functions[:count]]
@@ -54,6 +64,30 @@ def _is_executed(node) -> bool:
     except RuntimeError:
         # torch does not answer for a leaf, and is only asked to where the leaf is wanted.
         return True
+
+
+class Spared:
+    """Parameters of whose gradients a graph is made and, while it is switched on, no value.
+
+    A product with the Hessian takes the gradient's graph alone; the value is one of the nine matrix
+    products that an affine layer has in it.
+    """
+
+    def __init__(self, params: Iterable[Tensor]):
+        self._nodes = {p.grad_fn for p in params} - {None}
+        self._on = False
+
+    def __contains__(self, node) -> bool:
+        """Whether the value of what arrives at this node of the graph is of no use."""
+        return self._on and node in self._nodes
+
+    @contextlib.contextmanager
+    def switched_on(self) -> Iterator[None]:
+        self._on = True
+        try:
+            yield
+        finally:
+            self._on = False
 
 
 class _Gelu(Function):

@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 import funcprecond as fp
 from funcprecond import evaluation as module_under_test
@@ -309,3 +310,57 @@ def test_half_precision_parameters_have_half_precision_products(route):
     e = Evaluation(toy.problem, toy.params, toy.batch, twice=True)
     for result in (e.grads, e.hvp(v), e.ggn_mv(v)):
         assert {g.dtype for g in result.values()} == {torch.bfloat16}
+
+
+def parametrised():
+    model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))
+    nn.utils.parametrizations.weight_norm(model[0])
+    return model
+
+
+class Twice(nn.Module):
+    """A weight used twice, and its transpose once more."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner, self.outer = nn.Linear(4, 4), nn.Linear(4, 3)
+
+    def forward(self, x):
+        x = self.inner(torch.tanh(self.inner(x)))
+        return self.outer(nn.functional.linear(x, self.inner.weight.T))
+
+
+def convolutional():
+    return nn.Sequential(nn.Unflatten(1, (1, 2, 2)), nn.Conv2d(1, 3, 2), nn.Tanh(), nn.Flatten())
+
+
+@pytest.mark.parametrize("make", [parametrised, Twice, convolutional])
+def test_a_hessian_product_needs_no_gradient_and_can_do_with_one(make):
+    problem = fp.problem(initialised(make()), fp.losses.cross_entropy)
+    batch = (normal((6, 4), 1), torch.tensor([0, 2, 1, 1, 0, 2]))
+    v = {k: normal(p.shape, i) for i, (k, p) in enumerate(problem.params.items())}
+    gradient = torch.func.grad(lambda p: problem.loss(problem(p, batch[0]), batch[1]))
+    expected = reference.difference(gradient, problem.params, v)
+    alone = fp.linearise(problem, problem.params, batch)
+    assert_close(alone.hvp(v), expected, rtol=1e-6, atol=1e-8)
+    assert_close(alone.grads, gradient(problem.params), rtol=1e-10, atol=1e-12)
+    after = fp.linearise(problem, problem.params, batch)
+    assert_close(after.grads, gradient(problem.params), rtol=1e-10, atol=1e-12)
+    assert_close(after.hvp(v), expected, rtol=1e-6, atol=1e-8)
+    assert_close(alone.hvp(v), expected, rtol=1e-6, atol=1e-8)
+
+
+def test_the_value_of_a_gradient_that_nobody_asked_for_is_not_computed():
+    module = initialised(nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8)))
+    problem = fp.problem(module, fp.losses.cross_entropy)
+    batch = (normal((4, 8), 1), torch.tensor([0, 2, 1, 7]))
+    v = {k: normal(p.shape, i) for i, (k, p) in enumerate(problem.params.items())}
+    products = []
+    for asked in (False, True):
+        evaluation = fp.linearise(problem, problem.params, batch)
+        with FlopCounterMode(display=False) as counter:
+            if asked:
+                evaluation.grads  # noqa: B018
+            evaluation.hvp(v, keep=False)
+        products.append(counter.get_total_flops() / (2 * 4 * 8 * 8))
+    assert products[1] - products[0] == 2  # one of each layer's

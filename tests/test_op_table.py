@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.utils.parametrizations import weight_norm
 
 import funcprecond as fp
 from funcprecond import evaluation as module_under_test
@@ -114,6 +115,9 @@ MODELS = {
     "layer norm": (lambda: flat(nn.LayerNorm(6)), FLAT),
     "layer norm without bias": (lambda: flat(nn.LayerNorm(6, bias=False)), FLAT),
     "rms norm": (lambda: flat(nn.RMSNorm(6)), FLAT),
+    "weight norm": (lambda: flat(weight_norm(nn.Linear(6, 6))), FLAT),
+    "weight norm of the whole": (lambda: flat(weight_norm(nn.Linear(6, 6), dim=None)), FLAT),
+    "weight norm of inputs": (lambda: image(weight_norm(nn.Conv2d(4, 3, 3), dim=1), 12), IMAGE),
     "group norm": (lambda: image(nn.GroupNorm(2, 4), 64), IMAGE),
     "instance norm": (lambda: image(nn.InstanceNorm2d(4, affine=True), 64), IMAGE),
     "instance norm, tracking": (

@@ -1,11 +1,11 @@
-"""GELU and layer norm of our own differentiation against torch's values and finite differences."""
+"""Functions of our own differentiation against torch's values and finite differences."""
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch.autograd import gradcheck, gradgradcheck
 
-from funcprecond.second_derivatives import gelu, layer_norm
+from funcprecond.second_derivatives import gelu, layer_norm, weight_norm
 from tests.equality import assert_close
 from tests.problems import normal
 
@@ -38,6 +38,18 @@ def test_a_third_derivative_of_layer_norm_is_refused():
     first = torch.autograd.grad(layer_norm(x, (4,)).pow(3).sum(), x, create_graph=True)[0]
     with pytest.raises(NotImplementedError, match="third"):
         torch.autograd.grad(first.square().sum(), x, create_graph=True)
+
+
+@pytest.mark.parametrize(
+    ("shape", "dim"), [((3, 4), 0), ((3, 4), 1), ((3, 4), -1), ((3,), 0), ((2, 3, 2), 1)]
+)
+def test_weight_norm(shape, dim):
+    v = normal(shape, 1).requires_grad_()
+    g = torch.norm_except_dim(normal(shape, 2), 2, dim).requires_grad_()
+    f = lambda v, g: weight_norm(v, g, dim)  # noqa: E731
+    assert_close(f(v, g), torch._weight_norm(v, g, dim), rtol=1e-13)
+    assert gradcheck(f, (v, g))
+    assert gradgradcheck(f, (v, g))
 
 
 def test_a_kept_graph_gives_the_same_product_again():
