@@ -168,7 +168,7 @@ class Operator(abc.ABC):
 
     def to_dense(self) -> Tensor:
         """(P, P), all parameters in order; P products unless C knows better."""
-        return torch.cat([c for c in self._columns()]).mT
+        return torch.cat(list(self._columns())).mT
 
     def to_scipy(self) -> Any:
         """A ``scipy.sparse.linalg.LinearOperator`` on flat NumPy vectors, on the CPU."""
