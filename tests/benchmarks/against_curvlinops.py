@@ -520,6 +520,8 @@ class Arithmetic(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out, operation = func(*args, **(kwargs or {})), func.overloadpacket
+        if operation is torch.ops.aten.addmm_:
+            operation = torch.ops.aten.addmm
         if operation in flop_registry:
             self.count += flop_registry[operation](*args, **(kwargs or {}), out_val=out)
         return out
