@@ -34,7 +34,7 @@ from funcprecond.draws import DRAWS, DROPOUTS, RECURRENT, dropout, recurrent_opt
 from funcprecond.linear import linear
 from funcprecond.second_derivatives import Spared, gelu, layer_norm, weight_norm
 
-__all__ = ["CONVS", "TRANSPOSED_CONVS", "Call", "Capture", "Twice"]
+__all__ = ["CONVS", "TRANSPOSED_CONVS", "Call", "Capture"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,13 +130,6 @@ _SPECIAL = {
     *_EMBEDDINGS,
     F.scaled_dot_product_attention,
 }
-
-
-class Twice(TorchFunctionMode):
-    """The mode that a function is differentiated twice under which is not a model's run."""
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        return _TWICE.get(func, func)(*args, **(kwargs or {}))
 
 
 class Capture(TorchFunctionMode):

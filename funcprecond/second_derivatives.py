@@ -13,10 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
+from torch.overrides import TorchFunctionMode
 
 from funcprecond.watched import is_watched
 
-__all__ = ["Spared", "asked", "gelu", "layer_norm", "weight_norm"]
+__all__ = ["Corrected", "Spared", "asked", "gelu", "layer_norm", "weight_norm"]
 
 
 def gelu(input: Tensor, approximate: str = "none") -> Tensor:
@@ -47,6 +48,14 @@ def weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
         return v * (g / v.norm())
     rows = v.movedim(dim, 0)
     return v * (g / rows.reshape(len(rows), -1).norm(dim=1).reshape(g.shape))
+
+
+class Corrected(TorchFunctionMode):
+    """The mode without torch's wrong rules: weight norm's second, layer norm's third derivative."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        run = {torch._weight_norm: weight_norm, F.layer_norm: layer_norm}.get(func, func)
+        return run(*args, **(kwargs or {}))
 
 
 def asked(ctx, count: int) -> list[bool]:

@@ -12,10 +12,10 @@ from torch import Tensor
 from torch.func import grad, vjp
 
 from funcprecond import random, tree
-from funcprecond.capture import Twice
 from funcprecond.evaluation import Evaluation
 from funcprecond.observe import Need
 from funcprecond.problem import Params, Problem
+from funcprecond.second_derivatives import Corrected
 from funcprecond.tree import state
 from funcprecond.unsupported import explained
 from funcprecond.watched import untransformed
@@ -38,17 +38,17 @@ def hvp(f: Callable[[Params], Tensor], params: Params, vector: Params) -> Params
     :func:`funcprecond.linearise`, or make a :class:`funcprecond.Hessian`.
     """
 
-    def twice(x: Params) -> Tensor:
-        with Twice():
+    def corrected(x: Params) -> Tensor:
+        with Corrected():
             return f(x)
 
     if not untransformed((params, vector)):
-        return vjp(grad(twice), params)[1](vector)[0]
+        return vjp(grad(corrected), params)[1](vector)[0]
     # Outside of transforms an ordinary graph does the same for a tenth less.
     flat, structure = tree.flatten(params)
     flat = [p.detach().requires_grad_() for p in flat]
     with torch.enable_grad():
-        value = twice(tree.unflatten(flat, structure))
+        value = corrected(tree.unflatten(flat, structure))
         if not value.requires_grad:
             return tree.map(torch.zeros_like, params)
         first = torch.autograd.grad(value, flat, create_graph=True, allow_unused=True)

@@ -99,3 +99,31 @@ def test_a_second_probe_does_not_change_the_first():
         for n in (1, 1)
     ]
     assert_same(vectors[0], vectors[1])
+
+
+def penalised(layer):
+    """A penalty on the gradient in the inputs, whose Hessian takes a layer's third derivative."""
+    x = normal((3, 4), 1).requires_grad_()
+
+    def penalty(p):
+        h = layer(torch.nn.functional.linear(x, p["w"]))
+        return torch.autograd.grad(h.pow(3).sum(), x, create_graph=True)[0].square().sum()
+
+    return penalty
+
+
+def test_a_function_may_take_derivatives_of_its_own():
+    penalty = penalised(torch.nn.functional.gelu)
+
+    def gradient(p):
+        w = p["w"].detach().requires_grad_()
+        return {"w": torch.autograd.grad(penalty({"w": w}), w)[0]}
+
+    w, v = {"w": normal((4, 4), 2)}, {"w": normal((4, 4), 3)}
+    assert_close(fp.hvp(penalty, w, v), reference.difference(gradient, w, v), rtol=1e-6)
+
+
+def test_a_third_derivative_that_torch_gets_wrong_is_refused():
+    penalty = penalised(lambda h: torch.nn.functional.layer_norm(h, (4,)))
+    with pytest.raises(NotImplementedError, match="layer norm .* a third time"):
+        fp.hvp(penalty, {"w": normal((4, 4), 2)}, {"w": normal((4, 4), 3)})
