@@ -241,7 +241,7 @@ def _forms(operator: Operator, rows: Tensor, chunk_size: int | None) -> Tensor:
 def _multiply(operator: Operator, rows: Tensor, chunk_size: int | None) -> Tensor:
     """(n, P) rows times A, :func:`wide`."""
     product = operator.matmat(_columns(operator, rows), chunk_size)
-    return wide(torch.cat([product[k].flatten(1) for k in operator.like], 1))
+    return wide(torch.cat([product[k].reshape(len(rows), -1) for k in operator.like], 1))
 
 
 def _columns(operator: Operator, rows: Tensor) -> Params:

@@ -69,7 +69,7 @@ def per_sample_norms(
     """
     gram, constant = _rows(problem, params, batch, generator)
     squares = [_squared_norms(pairs) for pairs in gram.pairs]
-    squares += [x.flatten(1).square().sum(1) for x in gram.explicit.values()]
+    squares += [x.reshape(len(x), -1).square().sum(1) for x in gram.explicit.values()]
     return (torch.stack(squares).sum(0) * gram.scale / constant).clamp_min(0).sqrt()
 
 
@@ -154,7 +154,7 @@ def gradient_noise_scale(
         gram = Gram.from_layers(found[ROWS], params)
         # Rows are 1/n of an example's gradient under a mean loss, and sum to the batch's.
         norms = [_squared_norms(p) for p in gram.pairs]
-        norms += [x.flatten(1).square().sum(1) for x in gram.explicit.values()]
+        norms += [x.reshape(len(x), -1).square().sum(1) for x in gram.explicit.values()]
         here = n**2 * torch.stack(norms).sum()
         squares = here if squares is None else squares + here
         grads = tree.mul(found.grads, float(n))
@@ -242,5 +242,6 @@ def _inner(a: Gram, b: Gram) -> Tensor:
         | {k: x for p in gram.pairs if p.weight not in shared for k, x in p.rows().items()}
         for gram in (a, b)
     ]
-    terms += [x.flatten(1) @ rows[1][k].flatten(1).mT for k, x in rows[0].items()]
+    ours, theirs = ({k: x.reshape(len(x), -1) for k, x in each.items()} for each in rows)
+    terms += [x @ theirs[k].mT for k, x in ours.items()]
     return torch.stack(terms).sum(0)

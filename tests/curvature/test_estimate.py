@@ -39,6 +39,14 @@ def test_over_all_signs_hutchinson_is_exact_and_its_variance_is_the_formulas():
     assert_close(trace.standard_error**2 * 63, variance, rtol=1e-11)
 
 
+def test_a_parameter_may_be_a_number():
+    m = decaying(8)
+    a = Matrix(m, {"a": m.new_zeros(()), "b": m.new_zeros(7)})
+    found = fp.xtrace(a, 8, generator=seeded(0))
+    assert abs(found.estimate - m.trace()) < 5 * found.standard_error
+    assert fp.xdiag(a, 8, generator=seeded(0)).estimate["a"].shape == ()
+
+
 def test_one_sign_probe_is_exact_on_a_diagonal_matrix_and_gaussians_are_not():
     m = torch.diag(normal((8,), 1))
     one = fp.hutchinson_trace(operator(m), 1, generator=seeded(0))
