@@ -259,9 +259,9 @@ class Evaluation:
         return self.pull(self.output_hessian_mv(self.jvp(vector, keep)), keep)
 
     @explained
-    def ggn_form(self, vector: Params, keep: bool = True) -> Tensor:
+    def ggn_form(self, vector: Params) -> Tensor:
         """``vector · G vector``, a 0-d tensor, summed :func:`wide`: no pull-back is needed."""
-        pushed = self.jvp(vector, keep)
+        pushed = self.jvp(vector)
         pairs = zip(tree.leaves(pushed), tree.leaves(self.output_hessian_mv(pushed)), strict=True)
         return torch.stack([(u * c).sum(dtype=wide_dtype(u)) for u, c in pairs]).sum()
 

@@ -21,10 +21,10 @@ def linear(
 ) -> Tensor:
     """``F.linear`` of the same arguments, with the parameters whose gradients may have no value.
 
-    Under a transform, a compiler, forward mode or autocast it is torch's own.
+    Under a transform, a compiler, forward mode or autocast, and of complex numbers, it is torch's own.
     """
     plain = input.ndim > 1 and weight.ndim == 2 and input.dtype == weight.dtype
-    if not plain or is_watched() or torch._C._is_any_autocast_enabled():
+    if not plain or input.is_complex() or is_watched() or torch._C._is_any_autocast_enabled():
         return F.linear(input, weight, bias)
     return _Linear.apply(input, weight, bias, spared or ())  # pyright: ignore[reportReturnType]
 

@@ -73,6 +73,11 @@ def test_what_is_not_wanted_is_not_computed():
     assert sum(e.count for e in profile.key_averages() if e.key in names) == 2
 
 
+def test_complex_numbers_are_torchs_own():
+    x, w = (torch.complex(normal(s, 1), normal(s, 2)).requires_grad_() for s in ((3, 4), (5, 4)))
+    assert gradcheck(linear, (x, w))
+
+
 def test_transforms_vectors_and_autocast_are_torchs_own():
     x, w, b = normal((6, 3, 4), 1), normal((5, 4), 2), normal((5,), 3)
     expected = torch.stack([F.linear(y, w, b) for y in x])

@@ -82,7 +82,8 @@ def lanczos(
         w = tree.ravel(operator.matvec(vector)).to(v.dtype)
         alpha = wide(w.dot(v))
         # What is joined to one vector is new, and written over while nothing watches.
-        out = w if plain else None
+        own = plain and not w.requires_grad
+        out = w if own else None
         w = torch.addcmul(w, v, -alpha.to(w.dtype), out=out)
         if i:
             w = torch.addcmul(w, previous, -betas[-1].to(w.dtype), out=out)
@@ -99,7 +100,7 @@ def lanczos(
         # What is left beside T's own size is rounding: the space is invariant.
         alive = beta > 10 * torch.finfo(v.dtype).eps * math.sqrt(v.numel()) * size
         inverse = torch.where(alive, 1 / torch.where(alive, beta, 1.0), 0.0)
-        previous, v = v, torch.mul(w, inverse, out=w if plain else None)
+        previous, v = v, torch.mul(w, inverse, out=w if own else None)
         del w  # while the next product is taken
         alphas.append(alpha)
         betas.append(wide(torch.where(alive, beta, 0.0)))

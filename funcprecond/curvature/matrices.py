@@ -168,7 +168,7 @@ class _OnData(Operator):
 class Hessian(_OnData):
     """The loss's Hessian; see :class:`_OnData` for the arguments.
 
-    1.4 to 2.1 gradients a product on a kept batch, 2.5 to 3.3 on a streamed one.
+    1.4 to 2.2 gradients a product on a kept batch, 2.2 to 3.3 on a streamed one.
     """
 
     def _product(self, evaluation: Evaluation, vector: Params, noise: Any) -> Params:

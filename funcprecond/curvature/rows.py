@@ -10,7 +10,7 @@ and ``J^T u`` through the model take up to four, and nothing is differentiated t
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -47,11 +47,17 @@ class Rows:
     def product(self, vector: Params) -> Params:
         """The matrix times a vector: 0.5 to 0.9 gradients for each cotangent."""
         leaves = {k: v.detach().requires_grad_() for k, v in vector.items()}
-        # Only the place of each step in the graph is kept: its value goes into inner products.
         edges = []
-        with torch.enable_grad():
-            inner = self._inner_products(leaves, lambda z: edges.append(get_gradient_edge(z)))
-        inner = [self.scale * s for s in inner]
+
+        def steps() -> Iterator[Tensor]:
+            # Only the place of each in the graph is kept: its value goes into inner products.
+            for call, x in zip(self.calls, self.inputs, strict=True):
+                with torch.enable_grad():
+                    step = _call_with(leaves, call, x)
+                edges.append(get_gradient_edge(step))
+                yield step.detach()
+
+        inner = [self.scale * s for s in self._inner_products(steps())]
         found: Params = {}
         for i, (call, edge) in enumerate(zip(self.calls, edges, strict=True)):
             pulled = [
@@ -67,16 +73,14 @@ class Rows:
 
     def form(self, vector: Params) -> Tensor:
         """``v · F v``, a 0-d tensor, :func:`wide`: half a product."""
-        inner = self._inner_products(vector, lambda z: None)
+        pairs = zip(self.calls, self.inputs, strict=True)
+        inner = self._inner_products(_call_with(vector, call, x) for call, x in pairs)
         return self.scale * sum(wide(s).square().sum() for s in inner)
 
-    def _inner_products(self, vector: Params, seen: Callable[[Tensor], Any]) -> Sequence[Tensor]:
-        """(N,) inner products of each cotangent's rows with a vector; the calls' steps are seen."""
+    def _inner_products(self, steps: Iterable[Tensor]) -> Sequence[Tensor]:
+        """(N,) inner products of each cotangent's rows with a vector, of what its calls add."""
         inner = [self.scale.new_zeros(())] * len(self.grads)
-        for i, (call, x) in enumerate(zip(self.calls, self.inputs, strict=True)):
-            step = _call_with(vector, call, x)
-            seen(step)
-            step = step.detach()
+        for i, step in enumerate(steps):
             inner = [
                 s + (step * g[i]).flatten(1).sum(1) for s, g in zip(inner, self.grads, strict=True)
             ]

@@ -520,6 +520,7 @@ class Arithmetic(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out, operation = func(*args, **(kwargs or {})), func.overloadpacket
+        # torch has no formula for what is written in place.
         if operation is torch.ops.aten.addmm_:
             operation = torch.ops.aten.addmm
         if operation in flop_registry:

@@ -3,7 +3,7 @@ import torch
 
 import funcprecond as fp
 from funcprecond.curvature.lanczos import lanczos
-from funcprecond.curvature.operator import Matrix
+from funcprecond.curvature.operator import Function, Matrix
 from tests import reference, strategies
 from tests.equality import assert_close
 from tests.problems import normal, seeded
@@ -122,3 +122,15 @@ def test_a_krylov_space_can_be_differentiated():
         return v @ torch.linalg.matrix_power(x + x.T, 4) @ v
 
     assert_close(torch.func.grad(moment)(m), torch.func.grad(exact)(m), rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("reorthogonalise", [True, False])
+def test_a_function_may_hold_what_requires_a_gradient(reorthogonalise):
+    m = strategies.with_spectrum(torch.linspace(1, 2, 8, dtype=torch.float64), 0).requires_grad_()
+    like = {"a": torch.zeros(8, dtype=torch.float64)}
+    operator = Function(lambda v: {"a": m @ v["a"]}, like)
+    start = normal((8,), 1)
+    options = {"reorthogonalise": reorthogonalise}
+    found = lanczos(operator, start, 3, **options).tridiagonal()
+    with torch.no_grad():
+        assert_close(found, lanczos(operator, start, 3, **options).tridiagonal(), rtol=1e-10)
