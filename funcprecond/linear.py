@@ -21,7 +21,8 @@ def linear(
 ) -> Tensor:
     """``F.linear`` of the same arguments, with the parameters whose gradients may have no value.
 
-    Under a transform, a compiler, forward mode or autocast, and of complex numbers, it is torch's own.
+    Under a transform, a compiler, forward mode or autocast, and of complex numbers, it is torch's
+    own.
     """
     plain = input.ndim > 1 and weight.ndim == 2 and input.dtype == weight.dtype
     if not plain or input.is_complex() or is_watched() or torch._C._is_any_autocast_enabled():
