@@ -100,21 +100,22 @@ def hutchinson_diagonal(
     """The diagonal as the mean of ``v * A v`` (Bekas et al. 2007); see :func:`hutchinson_trace`."""
     columns = _columns(operator, _probes(operator, products, generator, distribution, probes))
     pairs = zip(unstack(columns), operator.products(columns, chunk_size), strict=True)
-    samples = ({k: x[k] * y[k] for k in x} for x, y in pairs)
     # Sums of what is beyond the first sample, so that no more than one further is in memory.
-    first = next(samples)
+    v, product = next(pairs)
+    first = {k: v[k] * product[k] for k in v}
     beyond = {k: torch.zeros_like(x) for k, x in first.items()}
-    squares = dict(beyond)
-    for sample in samples:
+    squares = {k: torch.zeros_like(x) for k, x in first.items()}
+    for v, product in pairs:
         for k, x in first.items():
-            more = sample[k] - x
-            beyond[k] = beyond[k] + more
-            squares[k] = torch.addcmul(squares[k], more, more)
-    mean = {k: x + beyond[k] / products for k, x in first.items()}
+            more = (v[k] * product[k]).sub_(x)
+            beyond[k].add_(more)
+            squares[k].addcmul_(more, more)
+    mean = {k: x.add_(beyond[k], alpha=1 / products) for k, x in first.items()}
     if products == 1:
         return Estimate(mean, {k: torch.full_like(x, torch.nan) for k, x in mean.items()})
-    spread = {k: (q - beyond[k].square() / products).clamp_min(0) for k, q in squares.items()}
-    return Estimate(mean, {k: (s / (products * (products - 1))).sqrt() for k, s in spread.items()})
+    spread = {k: q.addcmul_(beyond[k], beyond[k], value=-1 / products) for k, q in squares.items()}
+    pairs_of = products * (products - 1)
+    return Estimate(mean, {k: s.clamp_min_(0).div_(pairs_of).sqrt_() for k, s in spread.items()})
 
 
 def hutchpp(

@@ -77,15 +77,16 @@ def patch_gram(
         patches = unfold(x, kernel, stride, padding, dilation)
         rows = rearrange(patches, "n (j c) t -> j (n t) c", j=groups)
         return gram(rows), rows.sum(-2)
-    # Patches along the other axes; this one leads, so that shifted rows are a view.
-    x = F.pad(x, pads(kernel, padding, dilation)).movedim(2, 0)
-    height, count, channels = x.shape[:3]
+    # Patches along the other axes; this one leads, so that shifted rows are a view. The channels are
+    # brought together in memory first, so that what is copied for each patch is in one piece.
+    x = F.pad(x, pads(kernel, padding, dilation))
+    x = rearrange(x, "n (j c) h ... -> j h n ... c", j=groups).contiguous().movedim(-1, 3)
+    height, count, of_channel = x.shape[1:4]
     rest = len(kernel) - 1
-    flat = windows(x, kernel[1:], stride[1:], dilation[1:]).unflatten(2, (groups, -1))
-    # (h, n, j, c, *out, *kernel) -> (j, h, (n *out), (c *kernel))
-    after = (*range(4, 4 + rest), 3, *range(4 + rest, 4 + 2 * rest))
-    lines = flat.permute(2, 0, 1, *after).contiguous()
-    lines = lines.reshape(groups, height, count * math.prod(lines.shape[3 : 3 + rest]), -1)
+    flat = windows(x, kernel[1:], stride[1:], dilation[1:])
+    # (j, h, n, c, *out, *kernel) -> (j, h, (n *out), (*kernel c))
+    size = count * math.prod(flat.shape[4 : 4 + rest])
+    lines = flat.movedim(3, -1).reshape(groups, height, size, -1)
     out = height - d * (k - 1)
 
     def part(start: int, stop: int, shift: int) -> Tensor:
@@ -109,9 +110,8 @@ def patch_gram(
     whole = torch.stack([torch.stack([blocks[i, j] for j in range(k)], 1) for i in range(k)], 1)
     per_line = lines.sum(2)
     sums = torch.stack([per_line[:, i * d : i * d + out].sum(1) for i in range(k)], 1)
-    of_channel = channels // groups
-    whole = rearrange(whole, "j k l (c r) (e s) -> j (c k r) (e l s)", c=of_channel, e=of_channel)
-    return whole, rearrange(sums, "j k (c r) -> j (c k r)", c=of_channel)
+    whole = rearrange(whole, "j k l (r c) (s e) -> j (c k r) (e l s)", c=of_channel, e=of_channel)
+    return whole, rearrange(sums, "j k (r c) -> j (c k r)", c=of_channel)
 
 
 def input_factor(
