@@ -32,6 +32,7 @@ from funcprecond import random, tree
 from funcprecond.convolution import convolve
 from funcprecond.draws import DRAWS, DROPOUTS, RECURRENT, dropout, recurrent_options
 from funcprecond.linear import linear
+from funcprecond.piecewise_linear import max_pool2d, relu
 from funcprecond.second_derivatives import Spared, gelu, layer_norm, weight_norm
 
 __all__ = ["CONVS", "TRANSPOSED_CONVS", "Call", "Capture"]
@@ -65,6 +66,8 @@ _TWICE = {
     F.linear: linear,
     **{f: functools.partial(convolve, f) for f in CONVS},
     F.gelu: gelu,
+    F.relu: relu,
+    torch.max_pool2d: max_pool2d,
     F.layer_norm: layer_norm,
     torch._weight_norm: weight_norm,
 }
