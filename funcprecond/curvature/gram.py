@@ -20,8 +20,10 @@ from funcprecond.curvature.patches import pads, unfold, windows
 
 __all__ = ["bordered", "gram", "input_factor", "patch_gram"]
 
-# Blocks along each axis of a Gram matrix, and the fewest columns for which they pay.
-BLOCKS, WIDE = 4, 160
+# Blocks along each axis of a Gram matrix, and the fewest columns and products for which they pay.
+BLOCKS, WIDE, MANY = 4, 64, 2**25
+# Patches of fewer entries are multiplied example by example.
+NARROW = 32
 
 
 def gram(rows: Tensor, count: int | None = None) -> Tensor:
@@ -30,7 +32,7 @@ def gram(rows: Tensor, count: int | None = None) -> Tensor:
     With ``count``, the number of rows, that of the rows with a 1 appended: see :func:`bordered`.
     """
     n, sums = rows.shape[-1], None if count is None else rows.sum(-2)
-    if n < WIDE:
+    if n < WIDE or rows.shape[-2] * n * n < MANY:
         moment = rows.mT @ rows
         return moment if count is None or sums is None else bordered(moment, sums, count)
     size = -(-n // BLOCKS)
@@ -73,6 +75,10 @@ def patch_gram(
             kernel in the order of the flattened weight.
     """
     k, d = kernel[0], dilation[0]
+    if x.shape[1] // groups * math.prod(kernel) < NARROW:
+        patches = unfold(x, kernel, stride, padding, dilation)
+        patches = rearrange(patches, "n (j c) t -> j n c t", j=groups)
+        return (patches @ patches.mT).sum(1), patches.sum((1, 3))
     if k == 1 or stride[0] != 1:
         patches = unfold(x, kernel, stride, padding, dilation)
         rows = rearrange(patches, "n (j c) t -> j (n t) c", j=groups)

@@ -198,7 +198,7 @@ class LayerStatistics(Need):
         return self._layers(evaluation, cotangents, grads, scale)
 
     def each(self, evaluation: Evaluation, noise: Any) -> Iterator[Layers]:
-        """The same measurement in parts of one cotangent, of which one is in memory at a time.
+        """The same measurement in parts of few cotangents, of which one is in memory at a time.
 
         The evaluation's graph is gone after the last one, so that no gradient comes of it besides.
         """
@@ -206,10 +206,18 @@ class LayerStatistics(Need):
         if cotangents is None:
             loss, scale = evaluation.problem.loss, evaluation.constant
             cotangents = [loss.empirical(evaluation.outputs, evaluation.targets)]
-        for u in cotangents:
-            pulled = evaluation.pull_layers(u, keep=u is not cotangents[-1])
-            yield self._layers(evaluation, [u], [g.unsqueeze(0) for g in pulled], scale)
-            del pulled  # so that it is gone while the next is made
+        # So many that their gradients take no more memory than the parameters: second moments of
+        # many rows at once are cheaper than their sum in parts.
+        size = sum(math.prod(call.shape) for call in evaluation.calls)
+        room = sum(p.numel() for p in evaluation.params.values())
+        last, together = len(cotangents) - 1, max(1, room // max(1, size))
+        for start in range(0, len(cotangents), together):
+            some = cotangents[start : start + together]
+            pulled = [evaluation.pull_layers(u, keep=i < last) for i, u in enumerate(some, start)]
+            grads = [_stack(g) for g in zip(*pulled, strict=True)]
+            del pulled
+            yield self._layers(evaluation, some, grads, scale)
+            del grads  # so that they are gone while the next ones are made
 
     def _layers(
         self,

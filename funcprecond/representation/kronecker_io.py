@@ -141,7 +141,7 @@ def as_rows(factor: Tensor) -> bool:
 
 def product(factor: Tensor) -> Tensor:
     """A factor as a square matrix, of its rows if it is kept as them; a diagonal as it is."""
-    return factor.mT @ factor if as_rows(factor) else factor
+    return gram(factor) if as_rows(factor) else factor
 
 
 def _joined(a: Tensor, b: Tensor) -> Tensor:

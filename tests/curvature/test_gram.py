@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from funcprecond.curvature.gram import bordered, gram, patch_gram
+from funcprecond.curvature.gram import MANY, NARROW, WIDE, bordered, gram, patch_gram
 from tests.equality import assert_close
 from tests.problems import normal
 
@@ -32,10 +32,21 @@ def patches(x, kernel, stride, padding, dilation, groups):
     return flat.permute(1, 0, 3, 2).flatten(1, 2)
 
 
-@pytest.mark.parametrize("shape", [(7, 3), (40, 161), (5, 200), (2, 11, 162)])
-def test_a_gram_matrix_is_the_product_of_its_rows(shape):
-    rows = normal(shape, 1)
-    assert_close(gram(rows), torch.einsum("...mi,...mj->...ij", rows, rows), rtol=1e-12)
+@pytest.fixture(params=[0, NARROW], ids=["row by row", "example by example"])
+def narrow(request, monkeypatch):
+    """Both ways to the moments of patches, whatever their size."""
+    monkeypatch.setattr("funcprecond.curvature.gram.NARROW", request.param)
+
+
+@pytest.mark.parametrize("shape", [(7, 3), (8200, 65), (1300, 162), (2, 860, 199)])
+@pytest.mark.parametrize("with_ones", [False, True])
+def test_a_gram_matrix_is_the_product_of_its_rows(shape, with_ones):
+    rows, (count, n) = normal(shape, 1), shape[-2:]
+    assert n < WIDE or count * n * n > MANY, "the blocks are what is tested"
+    found = gram(rows, count if with_ones else None)
+    if with_ones:
+        rows = torch.cat([rows, torch.ones(*shape[:-1], 1, dtype=rows.dtype)], -1)
+    assert_close(found, torch.einsum("...mi,...mj->...ij", rows, rows), rtol=1e-12)
 
 
 def test_a_border_stands_for_rows_with_a_one():
@@ -45,6 +56,7 @@ def test_a_border_stands_for_rows_with_a_one():
     assert_close(found, with_ones.mT @ with_ones, rtol=1e-12)
 
 
+@pytest.mark.usefixtures("narrow")
 @pytest.mark.parametrize("case", CONVOLUTIONS)
 def test_the_patches_of_a_convolution_have_the_moments_of_their_rows(case):
     *geometry, space = CONVOLUTIONS[case]
@@ -55,6 +67,7 @@ def test_the_patches_of_a_convolution_have_the_moments_of_their_rows(case):
     assert_close(sums, rows.sum(1), rtol=1e-12)
 
 
+@pytest.mark.usefixtures("narrow")
 @pytest.mark.parametrize("dims", [1, 3])
 def test_any_number_of_axes(dims):
     kernel, space = (3, 2, 2)[:dims], (6, 4, 3)[:dims]
@@ -70,6 +83,7 @@ def test_any_number_of_axes(dims):
     assert_close(sums[0], rows.sum(0), rtol=1e-12)
 
 
+@pytest.mark.usefixtures("narrow")
 def test_same_padding():
     x = normal((2, 3, 6, 5), 4)
     left = patch_gram(x, (3, 3), (1, 1), "same", (1, 1), 1)

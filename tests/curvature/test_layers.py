@@ -141,7 +141,7 @@ def test_empirical_labels_give_the_empirical_fisher_blocks(make):
 
 @every_toy
 @pytest.mark.parametrize("labels", ["empirical", "exact"])
-def test_in_parts_of_one_cotangent_the_sum_of_the_squares_is_the_same(make, labels):
+def test_in_parts_of_few_cotangents_the_sum_of_the_squares_is_the_same(make, labels):
     toy, need = make(), LayerStatistics(labels, by_example=True)
 
     def opened():
