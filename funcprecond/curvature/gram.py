@@ -83,8 +83,8 @@ def patch_gram(
         patches = unfold(x, kernel, stride, padding, dilation)
         rows = rearrange(patches, "n (j c) t -> j (n t) c", j=groups)
         return gram(rows), rows.sum(-2)
-    # Patches along the other axes; this one leads, so that shifted rows are a view. The channels are
-    # brought together in memory first, so that what is copied for each patch is in one piece.
+    # Patches along the other axes; this one leads, so that shifted rows are a view. The channels
+    # are brought together first, so that what is copied for each patch is in one piece.
     x = F.pad(x, pads(kernel, padding, dilation))
     x = rearrange(x, "n (j c) h ... -> j h n ... c", j=groups).contiguous().movedim(-1, 3)
     height, count, of_channel = x.shape[1:4]
