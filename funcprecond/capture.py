@@ -67,6 +67,7 @@ _TWICE = {
     **{f: functools.partial(convolve, f) for f in CONVS},
     F.gelu: gelu,
     F.relu: relu,
+    F.max_pool2d: max_pool2d,
     torch.max_pool2d: max_pool2d,
     F.layer_norm: layer_norm,
     torch._weight_norm: weight_norm,

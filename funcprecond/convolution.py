@@ -1,8 +1,9 @@
-"""A convolution whose second derivatives are computed where they are asked for, and only there.
+"""A convolution whose second derivatives are computed where they are asked for, and in one piece.
 
 A convolution and its two transposes, in its input and in its kernel, are bilinear, and each is a
-derivative of the others. torch's own rule (2.13) takes all of a second derivative's terms together,
-so that a product with the Jacobian, which is one of three, costs twice what it needs.
+derivative of the others. So the pull-back's own pull-back, which is what a product with the
+Jacobian is made of, is ``v_x * w + x * v_w + v_b``: two convolutions added up in one place. torch's
+own rule (2.13) takes all of a second derivative's terms together, twice what such a product needs.
 """
 
 from collections.abc import Callable
@@ -58,63 +59,58 @@ class _Convolution(Function):
     @staticmethod
     def backward(ctx, g):
         x, w = ctx.saved_tensors
-        of_x, of_w, of_b = asked(ctx, 3)
-        spared = torch.is_grad_enabled() and ctx.next_functions[1][0] in ctx.spared
-        return (
-            _Input.apply(g, w, x.shape, ctx.geometry) if of_x else None,
-            _Kernel.apply(g, x, w.shape, ctx.geometry, spared) if of_w else None,
-            g.sum((0, *range(2, g.ndim))) if of_b else None,
-            None,
-            None,
-        )
+        wanted = asked(ctx, 3)
+        if not torch.is_grad_enabled():
+            # Without a graph to make, a function of its own would only cost time.
+            return *_pulled(g, x, w, ctx.geometry, wanted), None, None
+        spared = ctx.next_functions[1][0] in ctx.spared
+        return *_Pull.apply(g, x, w, ctx.geometry, wanted, spared), None, None  # pyright: ignore
 
 
-class _Input(Function):
-    """The transpose in the input: output gradients and kernel to input gradients."""
+class _Pull(Function):
+    """Output gradients to those of input, kernel and bias, as far as they are wanted."""
 
     @staticmethod
-    def forward(ctx, g, w, shape, geometry):
-        ctx.save_for_backward(g, w)
+    def forward(ctx, g, x, w, geometry, wanted, spared):
+        ctx.save_for_backward(g, x, w)
+        ctx.set_materialize_grads(False)
         ctx.geometry = geometry
-        mask = [True, False, False]
-        return torch.ops.aten.convolution_backward(g, g.new_empty(shape), w, None, *geometry, mask)[
-            0
-        ]
+        if not spared:
+            return _pulled(g, x, w, geometry, wanted)
+        of_x, of_w, of_b = wanted
+        for_x, _, for_b = _pulled(g, x, w, geometry, (of_x, False, of_b))
+        return for_x, w.new_zeros(()).expand(w.shape) if of_w else None, for_b
 
     @staticmethod
-    def backward(ctx, v):
-        g, w = ctx.saved_tensors
-        of_g, of_w = asked(ctx, 2)
-        return (
-            _Convolution.apply(v, w, None, ctx.geometry, ()) if of_g else None,
-            _Kernel.apply(g, v, w.shape, ctx.geometry, False) if of_w else None,
-            None,
-            None,
-        )
+    def backward(ctx, v_x, v_w, v_b):
+        g, x, w = ctx.saved_tensors
+        of_g, of_x, of_w = asked(ctx, 3)
+        for_g = for_x = for_w = None
+        if of_g:
+            for_g = _pushed(g, x, w, v_x, v_w, v_b, ctx.geometry)
+        if of_x and v_w is not None:
+            for_x = _pulled(g, x, v_w, ctx.geometry, (True, False, False))[0]
+        if of_w and v_x is not None:
+            for_w = _pulled(g, v_x, w, ctx.geometry, (False, True, False))[1]
+        return for_g, for_x, for_w, None, None, None
 
 
-class _Kernel(Function):
-    """The transpose in the kernel: output gradients and inputs to kernel gradients."""
+def _pulled(g, x, w, geometry, wanted):
+    of_x, of_w, of_b = wanted
+    for_x, for_w, _ = torch.ops.aten.convolution_backward(
+        g, x, w, None, *geometry, [of_x, of_w, False]
+    )
+    return for_x, for_w, g.sum((0, *range(2, g.ndim))) if of_b else None
 
-    @staticmethod
-    def forward(ctx, g, x, shape, geometry, spared):
-        ctx.save_for_backward(g, x)
-        ctx.geometry = geometry
-        if spared:
-            return x.new_zeros(()).expand(shape)
-        mask = [False, True, False]
-        return torch.ops.aten.convolution_backward(g, x, x.new_empty(shape), None, *geometry, mask)[
-            1
-        ]
 
-    @staticmethod
-    def backward(ctx, v):
-        g, x = ctx.saved_tensors
-        of_g, of_x = asked(ctx, 2)
-        return (
-            _Convolution.apply(x, v, None, ctx.geometry, ()) if of_g else None,
-            _Input.apply(g, v, x.shape, ctx.geometry) if of_x else None,
-            None,
-            None,
-            None,
-        )
+def _pushed(g, x, w, v_x, v_w, v_b, geometry):
+    """``v_x * w + x * v_w + v_b``."""
+    if v_x is None and v_w is None:
+        return None if v_b is None else v_b.reshape(-1, *[1] * (g.ndim - 2)).expand(g.shape)
+    if v_w is None:
+        return torch.convolution(v_x, w, v_b, *geometry)
+    first = torch.convolution(x, v_w, v_b, *geometry)
+    if v_x is None:
+        return first
+    second = torch.convolution(v_x, w, None, *geometry)
+    return first + second if torch.is_grad_enabled() else first.add_(second)

@@ -26,17 +26,19 @@ def relu(input: Tensor, inplace: bool = False) -> Tensor:
 def max_pool2d(
     input: Tensor,
     kernel_size: Any,
-    stride: Any = (),
+    stride: Any = None,
     padding: Any = 0,
     dilation: Any = 1,
     ceil_mode: bool = False,
-) -> Tensor:
-    """``torch.max_pool2d``; torch's own where :func:`is_watched`."""
-    if is_watched():
-        return torch.max_pool2d(input, kernel_size, stride, padding, dilation, ceil_mode)
-    per_axis = [[o] if isinstance(o, int) else list(o) for o in (kernel_size, stride, padding)]
-    dilation = [dilation] if isinstance(dilation, int) else list(dilation)
-    return _MaxPool.apply(input, (*per_axis, dilation, ceil_mode))  # pyright: ignore
+    return_indices: bool = False,
+) -> Any:
+    """``F.max_pool2d``; torch's own with indices, and where :func:`is_watched`."""
+    if return_indices or is_watched():
+        options = (kernel_size, stride, padding, dilation, ceil_mode, return_indices)
+        return F.max_pool2d(input, *options)
+    axes = (kernel_size, stride or (), padding, dilation)
+    per_axis = [[o] if isinstance(o, int) else list(o) for o in axes]
+    return _MaxPool.apply(input, (*per_axis, ceil_mode))
 
 
 class _Relu(Function):

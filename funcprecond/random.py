@@ -39,8 +39,8 @@ def rademacher(
     count = math.prod(shape)
     words = torch.empty(-(-count // 8), dtype=torch.int64, device=g.device)
     words.random_(-(2**63), None, generator=g)
-    bits = words.view(torch.int8)[:count].reshape(tuple(shape)) & 1
-    return (2 * bits - 1).to(device=device, dtype=dtype)
+    bits = words.view(torch.int8)[:count].reshape(tuple(shape)).bitwise_and_(1)
+    return bits.mul_(2).sub_(1).to(device=device, dtype=dtype)
 
 
 def _require(generator: torch.Generator | None) -> torch.Generator:

@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch.autograd import gradcheck, gradgradcheck
 
+import funcprecond as fp
 from funcprecond.piecewise_linear import max_pool2d, relu
 from tests.equality import assert_close
 from tests.problems import normal
@@ -63,6 +64,17 @@ def test_nothing_is_computed_of_a_second_derivative():
         torch.autograd.grad(first, x, torch.ones_like(x))
     zeros = {"aten::zeros", "aten::zeros_like", "aten::add", "aten::add_"}
     assert not zeros & {e.key for e in profile.key_averages()}
+
+
+def test_a_models_own_layers_are_these():
+    layers = (torch.nn.Conv2d(1, 2, 3), torch.nn.ReLU(), torch.nn.MaxPool2d(2), torch.nn.Flatten())
+    problem = fp.problem(torch.nn.Sequential(*layers).double(), fp.losses.mse)
+    batch = normal((2, 1, 6, 6), 1), normal((2, 8), 2)
+    run = fp.linearise(problem, problem.params, batch)
+    run.hvp(problem.params)
+    with torch.profiler.profile() as profile:
+        run.hvp(problem.params)
+    assert not {"aten::zeros", "aten::zeros_like"} & {e.key for e in profile.key_averages()}
 
 
 def test_transforms_and_writing_in_place_are_torchs_own():

@@ -102,15 +102,15 @@ def hutchinson_diagonal(
     pairs = zip(unstack(columns), operator.products(columns, chunk_size), strict=True)
     # Sums of what is beyond the first sample, so that no more than one further is in memory.
     v, product = next(pairs)
-    first = {k: v[k] * product[k] for k in v}
-    beyond = {k: torch.zeros_like(x) for k, x in first.items()}
-    squares = {k: torch.zeros_like(x) for k, x in first.items()}
+    minus = {k: -(v[k] * product[k]) for k in v}
+    beyond = {k: torch.zeros_like(x) for k, x in minus.items()}
+    squares = {k: torch.zeros_like(x) for k, x in minus.items()}
     for v, product in pairs:
-        for k, x in first.items():
-            more = (v[k] * product[k]).sub_(x)
+        for k, x in minus.items():
+            more = torch.addcmul(x, v[k], product[k])
             beyond[k].add_(more)
             squares[k].addcmul_(more, more)
-    mean = {k: x.add_(beyond[k], alpha=1 / products) for k, x in first.items()}
+    mean = {k: b / products - minus[k] for k, b in beyond.items()}
     if products == 1:
         return Estimate(mean, {k: torch.full_like(x, torch.nan) for k, x in mean.items()})
     spread = {k: q.addcmul_(beyond[k], beyond[k], value=-1 / products) for k, q in squares.items()}

@@ -75,13 +75,13 @@ def patch_gram(
             kernel in the order of the flattened weight.
     """
     k, d = kernel[0], dilation[0]
-    if x.shape[1] // groups * math.prod(kernel) < NARROW:
+    size = x.shape[1] // groups * math.prod(kernel)
+    if size < NARROW or k == 1 or stride[0] != 1:
         patches = unfold(x, kernel, stride, padding, dilation)
         patches = rearrange(patches, "n (j c) t -> j n c t", j=groups)
-        return (patches @ patches.mT).sum(1), patches.sum((1, 3))
-    if k == 1 or stride[0] != 1:
-        patches = unfold(x, kernel, stride, padding, dilation)
-        rows = rearrange(patches, "n (j c) t -> j (n t) c", j=groups)
+        if size < NARROW:
+            return (patches @ patches.mT).sum(1), patches.sum((1, 3))
+        rows = rearrange(patches, "j n c t -> j (n t) c")
         return gram(rows), rows.sum(-2)
     # Patches along the other axes; this one leads, so that shifted rows are a view. The channels
     # are brought together first, so that what is copied for each patch is in one piece.
@@ -91,8 +91,8 @@ def patch_gram(
     rest = len(kernel) - 1
     flat = windows(x, kernel[1:], stride[1:], dilation[1:])
     # (j, h, n, c, *out, *kernel) -> (j, h, (n *out), (*kernel c))
-    size = count * math.prod(flat.shape[4 : 4 + rest])
-    lines = flat.movedim(3, -1).reshape(groups, height, size, -1)
+    positions = count * math.prod(flat.shape[4 : 4 + rest])
+    lines = flat.movedim(3, -1).reshape(groups, height, positions, -1)
     out = height - d * (k - 1)
 
     def part(start: int, stop: int, shift: int) -> Tensor:
