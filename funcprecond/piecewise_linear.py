@@ -35,7 +35,7 @@ def max_pool2d(
     """``F.max_pool2d``; torch's own with indices, and where :func:`is_watched`."""
     if return_indices or is_watched():
         options = (kernel_size, stride, padding, dilation, ceil_mode, return_indices)
-        return F.max_pool2d(input, *options)
+        return F.max_pool2d(input, *options)  # pyright: ignore
     axes = (kernel_size, stride or (), padding, dilation)
     per_axis = [[o] if isinstance(o, int) else list(o) for o in axes]
     return _MaxPool.apply(input, (*per_axis, ceil_mode))
