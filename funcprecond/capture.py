@@ -66,9 +66,8 @@ _TWICE = {
     F.linear: linear,
     **{f: functools.partial(convolve, f) for f in CONVS},
     F.gelu: gelu,
-    F.relu: relu,
-    F.max_pool2d: max_pool2d,
-    torch.max_pool2d: max_pool2d,
+    **dict.fromkeys((F.relu, torch.relu, torch.Tensor.relu), relu),
+    **dict.fromkeys((F.max_pool2d, torch.max_pool2d), max_pool2d),
     F.layer_norm: layer_norm,
     torch._weight_norm: weight_norm,
 }

@@ -105,12 +105,12 @@ def _pulled(g, x, w, geometry, wanted):
 
 def _pushed(g, x, w, v_x, v_w, v_b, geometry):
     """``v_x * w + x * v_w + v_b``."""
-    if v_x is None and v_w is None:
-        return None if v_b is None else v_b.reshape(-1, *[1] * (g.ndim - 2)).expand(g.shape)
-    if v_w is None:
+    if v_x is not None and v_w is not None:
+        first = torch.convolution(x, v_w, v_b, *geometry)
+        second = torch.convolution(v_x, w, None, *geometry)
+        return first + second if torch.is_grad_enabled() else first.add_(second)
+    if v_x is not None:
         return torch.convolution(v_x, w, v_b, *geometry)
-    first = torch.convolution(x, v_w, v_b, *geometry)
-    if v_x is None:
-        return first
-    second = torch.convolution(v_x, w, None, *geometry)
-    return first + second if torch.is_grad_enabled() else first.add_(second)
+    if v_w is not None:
+        return torch.convolution(x, v_w, v_b, *geometry)
+    return None if v_b is None else v_b.reshape(-1, *[1] * (g.ndim - 2)).expand(g.shape)

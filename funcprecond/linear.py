@@ -87,13 +87,13 @@ def _pulled(g, x, w, wanted):
 
 def _pushed(x, w, v_x, v_w, v_b):
     """``v_x W^T + x v_W^T + v_b``."""
-    if v_x is None:
-        if v_w is not None:
-            return F.linear(x, v_w, v_b)
-        return None if v_b is None else v_b.expand(*x.shape[:-1], -1)
-    if v_w is None:
+    if v_x is not None and v_w is not None:
+        if torch.is_grad_enabled():
+            return F.linear(v_x, w, v_b) + F.linear(x, v_w)
+        rows = F.linear(v_x.flatten(0, -2), w, v_b).addmm_(x.flatten(0, -2), v_w.mT)
+        return rows.unflatten(0, x.shape[:-1])
+    if v_x is not None:
         return F.linear(v_x, w, v_b)
-    if torch.is_grad_enabled():
-        return F.linear(v_x, w, v_b) + F.linear(x, v_w)
-    rows = F.linear(v_x.flatten(0, -2), w, v_b).addmm_(x.flatten(0, -2), v_w.mT)
-    return rows.unflatten(0, x.shape[:-1])
+    if v_w is not None:
+        return F.linear(x, v_w, v_b)
+    return None if v_b is None else v_b.expand(*x.shape[:-1], -1)
