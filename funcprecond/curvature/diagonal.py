@@ -38,7 +38,7 @@ class DiagonalMatrix(Operator):
     def matmat(self, vectors: Params, chunk_size: int | None = None) -> Params:
         return self.matvec(vectors)
 
-    def block(self, names) -> Operator:
+    def _block(self, names) -> Operator:
         return DiagonalMatrix({k: self.values[k] for k in names}, {k: self.like[k] for k in names})
 
     def diagonal(self) -> Params:

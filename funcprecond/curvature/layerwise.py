@@ -233,7 +233,7 @@ class Layerwise(Operator):
         # Every product takes leading axes: all columns are one matrix product.
         return self.matvec(vectors)
 
-    def block(self, names: Sequence[str]) -> Operator:
+    def _block(self, names: Sequence[str]) -> Operator:
         chosen, like = set(names), {k: self.like[k] for k in names}
 
         def within(blocks):
@@ -249,7 +249,7 @@ class Layerwise(Operator):
         blocks, units = within(self.layers), within(self.units)
         if blocks is None or units is None:
             # Part of a layer only.
-            return super().block(names)
+            return super()._block(names)
         others = {k: d for k, d in self.others.items() if k in chosen}
         return Layerwise(like, blocks, units, others)
 

@@ -130,8 +130,16 @@ class Operator(abc.ABC):
 
     # -------------------------------------------------------------------------------------- blocks
     def block(self, names: Sequence[str]) -> "Operator":
-        """The diagonal block of some parameters: an operator on vectors of these alone."""
-        return Block(self, names)
+        """The diagonal block of some parameters: an operator on vectors of these alone.
+
+        Raises:
+            ValueError: no names, or unknown ones.
+        """
+        unknown = [k for k in names if k not in self.like]
+        if unknown or not names:
+            msg = f"a block needs names of parameters: unknown {unknown or 'none'}"
+            raise ValueError(msg)
+        return self._block(names)
 
     def blocks(self, by: Partition = "layer") -> "BlockDiagonal":
         """The block-diagonal part.
@@ -250,6 +258,10 @@ class Operator(abc.ABC):
         return solution
 
     # ----------------------------------------------------------------------------------- internals
+    def _block(self, names: Sequence[str]) -> "Operator":
+        """A block, of names that are known."""
+        return Block(self, names)
+
     def _direct(self, damped: "Operator", b: Params, damping: float | Tensor) -> Solution:
         if not hasattr(self, "inverse"):
             msg = f"{type(self).__name__} has no inverse: use method='cg' or 'minres'"
@@ -292,7 +304,7 @@ class Identity(Operator):
     def matvec(self, vector: Params) -> Params:
         return tree.mul(vector, self.factor)
 
-    def block(self, names: Sequence[str]) -> Operator:
+    def _block(self, names: Sequence[str]) -> Operator:
         return Identity({k: self.like[k] for k in names}, self.factor)
 
     def diagonal(self) -> Params:
@@ -327,7 +339,7 @@ class Sum(Operator):
     def transposed(self) -> Operator:
         return Sum(*(t.transposed for t in self.terms))
 
-    def block(self, names: Sequence[str]) -> Operator:
+    def _block(self, names: Sequence[str]) -> Operator:
         return Sum(*(t.block(names) for t in self.terms))
 
     def diagonal(self) -> Params:
@@ -359,7 +371,7 @@ class Multiple(Operator):
     def transposed(self) -> Operator:
         return Multiple(self.a.transposed, self.factor)
 
-    def block(self, names: Sequence[str]) -> Operator:
+    def _block(self, names: Sequence[str]) -> Operator:
         return Multiple(self.a.block(names), self.factor)
 
     def diagonal(self) -> Params:
@@ -396,10 +408,6 @@ class Block(Operator):
     """The diagonal block of some parameters; a product costs one of the whole."""
 
     def __init__(self, whole: Operator, names: Sequence[str]):
-        unknown = [k for k in names if k not in whole.like]
-        if unknown or not names:
-            msg = f"a block needs names of parameters: unknown {unknown or 'none'}"
-            raise ValueError(msg)
         self.whole, self.symmetric = whole, whole.symmetric
         self.like = {k: whole.like[k] for k in names}
 
@@ -419,7 +427,7 @@ class Block(Operator):
     def transposed(self) -> Operator:
         return Block(self.whole.transposed, tuple(self.like))
 
-    def block(self, names: Sequence[str]) -> Operator:
+    def _block(self, names: Sequence[str]) -> Operator:
         return self.whole.block(names)
 
     def _within(self, vectors: Params) -> Params:

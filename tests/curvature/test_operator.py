@@ -121,8 +121,17 @@ def test_vectors_of_other_shapes_or_names_are_refused():
         operator @ (LIKE | {"a.bias": torch.zeros(3)})
     with pytest.raises(ValueError, match="different vectors"):
         operator + Identity({"b": LIKE["b"]})
-    with pytest.raises(ValueError, match="unknown"):
-        operator.block(["nothing"])
+
+
+@pytest.mark.parametrize("names", [[], ["nothing"], ["a.weight"]])
+def test_a_block_of_unknown_parameters_is_refused(names):
+    matrix = Matrix(symmetric(), LIKE)
+    identity = Identity(LIKE)
+    for whole in (matrix, identity, matrix + 1.0, 2.0 * matrix, matrix.blocks()):
+        # Of a block, what is outside of it is unknown too.
+        for operator in (whole.block(["b", "a.bias"]), *[whole] * (names != ["a.weight"])):
+            with pytest.raises(ValueError, match="unknown"):
+                operator.block(names)
 
 
 def test_vectors_keep_their_dtype():
