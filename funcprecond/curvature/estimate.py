@@ -109,11 +109,11 @@ def hutchinson_diagonal(
         for k, x in minus.items():
             more = torch.addcmul(x, v[k], product[k])
             beyond[k].add_(more)
-            squares[k].addcmul_(more, more)
+            squares[k].add_(more.square_())
     mean = {k: b / products - minus[k] for k, b in beyond.items()}
     if products == 1:
         return Estimate(mean, {k: torch.full_like(x, torch.nan) for k, x in mean.items()})
-    spread = {k: q.addcmul_(beyond[k], beyond[k], value=-1 / products) for k, q in squares.items()}
+    spread = {k: q - beyond[k].square_() / products for k, q in squares.items()}
     pairs_of = products * (products - 1)
     return Estimate(mean, {k: s.clamp_min_(0).div_(pairs_of).sqrt_() for k, s in spread.items()})
 

@@ -1,6 +1,6 @@
 """The Hessian of the loss: products, probes, and an operator for one step.
 
-Products are a kept pull-back of the gradient (``vjp`` of ``grad``): 1.4 to 2.1 gradients a vector.
+Products are a kept pull-back of the gradient (``vjp`` of ``grad``): 1.3 to 2.2 gradients a vector.
 """
 
 import dataclasses

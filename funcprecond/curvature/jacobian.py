@@ -22,7 +22,7 @@ def linearise(
 
     ``hvp``, ``ggn_mv``, ``jvp`` and ``pull`` (``J^T u``) of the result share one forward run, one
     set of dropout masks, and graphs that are kept until the result is let go: a Hessian product
-    then costs 1.4 to 2.1 gradients and a Gauss-Newton product 1.0 to 1.4.
+    then costs 1.3 to 2.2 gradients and a Gauss-Newton product 0.9 to 1.4.
 
     Args:
         problem, params, batch: what is linearised, and where.

@@ -1,7 +1,7 @@
 r"""The Hessian, Gauss-Newton and Fisher matrix of a loss on data, as operators.
 
 On one batch its linearisation is opened at the first product and kept, so that each further one
-costs 1.0 to 2.1 gradients. On many batches every product is one pass over them, each batch opened
+costs 0.9 to 2.2 gradients. On many batches every product is one pass over them, each batch opened
 anew; the matrix is that of the loss over all of the data, however it is split. With a mean loss,
 :math:`L = c \sum_n \ell_n`, the batches' matrices are averaged with weights :math:`1 / c_b`.
 """
@@ -168,7 +168,7 @@ class _OnData(Operator):
 class Hessian(_OnData):
     """The loss's Hessian; see :class:`_OnData` for the arguments.
 
-    1.4 to 2.2 gradients a product on a kept batch, 2.2 to 3.3 on a streamed one.
+    1.3 to 2.2 gradients a product on a kept batch, 2.1 to 3.3 on a streamed one.
     """
 
     def _product(self, evaluation: Evaluation, vector: Params, noise: Any) -> Params:
@@ -178,7 +178,7 @@ class Hessian(_OnData):
 class GGN(_OnData):
     """The loss's Gauss-Newton matrix ``J^T H_L J``; see :class:`_OnData` for the arguments.
 
-    1.0 to 1.4 gradients a product on a kept batch, 1.7 on a streamed one; a quadratic form, which
+    0.9 to 1.4 gradients a product on a kept batch, 1.6 to 2 on a streamed one; a quadratic form, which
     is ``J v`` and no more, about half.
     """
 

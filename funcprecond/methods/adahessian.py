@@ -7,7 +7,7 @@ z of random signs, t counted from 1 and s the number of measurements so far::
     m <- b1 m + (1 - b1) g        v <- b2 v + (1 - b2) D²
     d  = (m / (1 - b1^t)) / ((v / (1 - b2^s))^(power/2) + damping)
 
-Needs Hessian probes: one product, 1.4 to 2.6 gradients, each ``every`` steps. Two copies of the
+Needs Hessian probes: one product, 1.3 to 2.6 gradients, each ``every`` steps. Two copies of the
 parameters. ``E |z ⊙ H z|`` exceeds ``|diag H|`` wherever H is not diagonal.
 """
 

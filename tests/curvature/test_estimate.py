@@ -158,6 +158,30 @@ def test_estimates_are_those_of_the_seed_whatever_the_chunk():
 
 
 @pytest.mark.parametrize(
+    "estimator",
+    [fp.hutchinson_trace, fp.hutchinson_diagonal, fp.hutchpp, fp.xtrace, fp.xdiag],
+)
+def test_estimates_of_several_models_at_once_and_their_derivatives(estimator):
+    toy = problems.mlp()
+    products, drawn = 6, {fp.hutchinson_trace: 6, fp.hutchinson_diagonal: 6, fp.hutchpp: 4}
+    ggn = fp.GGN(toy.problem, toy.params, toy.batch)
+    probes = draw_probes(ggn, drawn.get(estimator, 3), seeded(0))
+
+    def total(params):
+        found = estimator(fp.GGN(toy.problem, params, toy.batch), products, probes=probes)
+        return sum(x.sum() for x in fp.tree.leaves(found))
+
+    other = {k: 0.9 * p for k, p in toy.params.items()}
+    both = {k: torch.stack([p, other[k]]) for k, p in toy.params.items()}
+    assert_close(torch.vmap(total)(both), torch.stack([total(toy.params), total(other)]), rtol=1e-9)
+    slope = torch.func.grad(total)(toy.params)
+    vector = {k: normal(p.shape, 5) for k, p in toy.params.items()}
+    ahead, behind = ({k: p + s * vector[k] for k, p in toy.params.items()} for s in (1e-5, -1e-5))
+    expected = (total(ahead) - total(behind)) / 2e-5
+    assert_close(sum((slope[k] * v).sum() for k, v in vector.items()), expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
     ("call", "message"),
     [
         (lambda c: fp.hutchpp(c, 10, generator=seeded(0)), "multiple of three"),
