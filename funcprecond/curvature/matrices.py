@@ -178,8 +178,8 @@ class Hessian(_OnData):
 class GGN(_OnData):
     """The loss's Gauss-Newton matrix ``J^T H_L J``; see :class:`_OnData` for the arguments.
 
-    0.9 to 1.4 gradients a product on a kept batch, 1.6 to 2 on a streamed one; a quadratic form, which
-    is ``J v`` and no more, about half.
+    0.9 to 1.4 gradients a product on a kept batch, 1.6 to 2 on a streamed one; a quadratic form,
+    which is ``J v`` and no more, about half.
     """
 
     def _product(self, evaluation: Evaluation, vector: Params, noise: Any) -> Params:
