@@ -85,7 +85,8 @@ def patch_gram(
         return gram(rows), rows.sum(-2)
     # Patches along the other axes; this one leads, so that shifted rows are a view. The channels
     # are brought together first, so that what is copied for each patch is in one piece.
-    x = F.pad(x, pads(kernel, padding, dilation))
+    added = pads(kernel, padding, dilation)
+    x = F.pad(x, added)
     x = rearrange(x, "n (j c) h ... -> j h n ... c", j=groups).contiguous().movedim(-1, 3)
     height, count, of_channel = x.shape[1:4]
     rest = len(kernel) - 1
@@ -96,6 +97,10 @@ def patch_gram(
     out = height - d * (k - 1)
 
     def part(start: int, stop: int, shift: int) -> Tensor:
+        # Rows of padding, the leading axis's last in torch's order, add nothing.
+        start, stop = max(start, added[-2]), min(stop, height - added[-1] - shift)
+        if stop <= start:
+            return lines.new_zeros(groups, lines.shape[-1], lines.shape[-1])
         left = lines[:, start:stop].flatten(1, 2)
         if shift == 0:
             return gram(left)
