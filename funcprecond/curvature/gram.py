@@ -74,15 +74,20 @@ def patch_gram(
         kernel, stride, padding, dilation, groups: the convolution's; J groups, and F = C / J *
             kernel in the order of the flattened weight.
     """
+    narrow = x.shape[1] // groups * math.prod(kernel) < NARROW
+    if not narrow and kernel[0] > 1 and stride[0] == 1:
+        return _patch_gram_by_lines(x, kernel, stride, padding, dilation, groups)
+    patches = unfold(x, kernel, stride, padding, dilation)
+    patches = rearrange(patches, "n (j c) t -> j n c t", j=groups)
+    if narrow:
+        return (patches @ patches.mT).sum(1), patches.sum((1, 3))
+    rows = rearrange(patches, "j n c t -> j (n t) c")
+    return gram(rows), rows.sum(-2)
+
+
+def _patch_gram_by_lines(x, kernel, stride, padding, dilation, groups) -> tuple[Tensor, Tensor]:
+    """The same by the products of the kernel's rows, of which k of k² are different."""
     k, d = kernel[0], dilation[0]
-    size = x.shape[1] // groups * math.prod(kernel)
-    if size < NARROW or k == 1 or stride[0] != 1:
-        patches = unfold(x, kernel, stride, padding, dilation)
-        patches = rearrange(patches, "n (j c) t -> j n c t", j=groups)
-        if size < NARROW:
-            return (patches @ patches.mT).sum(1), patches.sum((1, 3))
-        rows = rearrange(patches, "j n c t -> j (n t) c")
-        return gram(rows), rows.sum(-2)
     # Patches along the other axes; this one leads, so that shifted rows are a view. The channels
     # are brought together first, so that what is copied for each patch is in one piece.
     added = pads(kernel, padding, dilation)
