@@ -69,10 +69,8 @@ def eigsh(
     if max_basis is not None and max_basis < min(k + 2, operator.size):
         msg = f"max_basis must be at least k + 2 = {k + 2}, not {max_basis}"
         raise ValueError(msg)
-    flat = tree.ravel(operator.like)
     if start is None:
-        dtype = torch.promote_types(flat.dtype, torch.float32)
-        start = random.normal(flat.shape, generator, dtype=dtype, device=flat.device)
+        start = random.normal((operator.size,), generator, **operator.flat_options)
     limit = 10 * k + 50 if max_steps is None else max_steps
     if not untransformed((start, operator.like)):
         space = lanczos(operator, start, min(limit, operator.size))

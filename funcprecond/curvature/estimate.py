@@ -56,10 +56,8 @@ def draw_probes(
     if distribution not in ("rademacher", "normal") or n < 1:
         msg = f"distribution must be 'rademacher' or 'normal' and n positive: {distribution!r}, {n}"
         raise ValueError(msg)
-    flat = tree.ravel(operator.like)
-    dtype = torch.promote_types(flat.dtype, torch.float32)
     sample = random.rademacher if distribution == "rademacher" else random.normal
-    return sample((n, flat.numel()), generator, dtype=dtype, device=flat.device)
+    return sample((n, operator.size), generator, **operator.flat_options)
 
 
 def hutchinson_trace(

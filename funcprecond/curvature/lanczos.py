@@ -63,6 +63,7 @@ def lanczos(
     """
     plain = untransformed((start, operator.like))
     v = start / start.norm()
+    del start  # it is not kept, where the caller does not
     previous = v
     alphas, betas = [], []
     buffer = v.new_empty(steps if reorthogonalise else 0, v.numel())
@@ -179,18 +180,19 @@ def spectral_density(
 
     Moments up to ``2 steps - 1`` of each probe's spectral measure are exact.
     """
-    flat = tree.ravel(operator.like)
+    dtype = operator.flat_options["dtype"] if vectors is None else vectors.dtype
     if vectors is None:
-        dtype = torch.promote_types(flat.dtype, torch.float32)
-        shape = (probes, flat.numel())
-        vectors = random.rademacher(shape, generator, dtype=dtype, device=flat.device)
-    steps = min(steps, flat.numel())
+        signs = {**operator.flat_options, "dtype": torch.int8}
+        vectors = random.rademacher((probes, operator.size), generator, **signs)
+    steps = min(steps, operator.size)
     nodes, weights = [], []
     for v in vectors:
-        values, columns, _ = lanczos(operator, v, steps, reorthogonalise=reorthogonalise).ritz()
+        space = lanczos(operator, v.to(dtype), steps, reorthogonalise=reorthogonalise)
+        values, columns, _ = space.ritz()
+        del space
         # A space that ended early is filled up with nodes that have no weight.
         missing = steps - len(values)
         nodes.append(torch.cat([values, values[-1:].expand(missing)]))
         weights.append(torch.cat([columns[0] ** 2, values.new_zeros(missing)]))
-    size = torch.full_like(nodes[0][0], flat.numel())
+    size = torch.full_like(nodes[0][0], operator.size)
     return SpectralDensity(torch.stack(nodes), torch.stack(weights), size)

@@ -8,6 +8,7 @@ Nothing here is computed before it is asked for, and no operator changes once it
 """
 
 import abc
+import functools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal
@@ -160,6 +161,16 @@ class Operator(abc.ABC):
         """P, the number of rows."""
         return sum(p.numel() for p in self.like.values())
 
+    @property
+    def flat_options(self) -> dict[str, Any]:
+        """``dtype``, float32 or wider, and ``device`` of vectors with all parameters in a row."""
+        device = next(iter(self.like.values())).device
+        dtypes = (p.dtype for p in self.like.values())
+        return {
+            "dtype": functools.reduce(torch.promote_types, dtypes, torch.float32),
+            "device": device,
+        }
+
     def diagonal(self) -> Params:
         """The diagonal, shaped like the parameters; exact, by P forms unless C knows better."""
         parts = [self.quadratic_forms(basis) for basis in self._basis()]
@@ -182,12 +193,11 @@ class Operator(abc.ABC):
         """A ``scipy.sparse.linalg.LinearOperator`` on flat NumPy vectors, on the CPU."""
         from scipy.sparse.linalg import LinearOperator
 
-        flat = tree.ravel(self.like)
-        wide = torch.promote_types(flat.dtype, torch.float32)
+        wide, device = self.flat_options["dtype"], self.flat_options["device"]
 
         def through(operator: Operator) -> Callable:
             def apply(x):
-                rows = torch.as_tensor(x.T.copy()).to(flat.device, wide)
+                rows = torch.as_tensor(x.T.copy()).to(device, wide)
                 if rows.ndim == 1 or len(rows) == 1:
                     product = operator @ tree.unravel(rows.reshape(-1), self.like)
                     return tree.ravel(product).to("cpu", wide).numpy().reshape(x.shape)
@@ -282,10 +292,10 @@ class Operator(abc.ABC):
 
     def _basis(self) -> Iterator[Params]:
         """The unit vectors in order, in stacks of a few."""
-        flat, size = tree.ravel(self.like), self.size
+        size = self.size
         for start in range(0, size, COLUMNS):
             count = min(COLUMNS, size - start)
-            rows = flat.new_zeros(count, size)
+            rows = torch.zeros(count, size, **self.flat_options)
             rows.diagonal(start).fill_(1)
             parts = rows.split([p.numel() for p in self.like.values()], 1)
             yield {

@@ -41,19 +41,18 @@ def nystrom(
     Returns:
         A :class:`LowRank` with r values, not negative.
     """
-    flat = tree.ravel(operator.like)
-    if not 1 <= rank <= flat.numel():
-        msg = f"rank must be between 1 and the {flat.numel()} parameters, not {rank}"
+    if not 1 <= rank <= operator.size:
+        msg = f"rank must be between 1 and the {operator.size} parameters, not {rank}"
         raise ValueError(msg)
-    dtype = torch.promote_types(flat.dtype, torch.float32)
+    dtype = operator.flat_options["dtype"]
     if probes is None:
-        probes = random.normal((rank, flat.numel()), generator, dtype=dtype, device=flat.device)
+        probes = random.normal((rank, operator.size), generator, **operator.flat_options)
     omega = torch.linalg.qr(wide(probes.mT))[0]
     rows = [tree.unravel(row.to(dtype), operator.like) for row in omega.mT]
     product = operator @ stack(rows)
     y = wide(torch.cat([product[k].flatten(1) for k in operator.like], 1).mT)
     # A shift as large as the rounding error of the products, taken off again below.
-    shift = torch.finfo(dtype).eps * flat.numel() ** 0.5 * torch.linalg.matrix_norm(y, 2)
+    shift = torch.finfo(dtype).eps * operator.size**0.5 * torch.linalg.matrix_norm(y, 2)
     core = omega.mT @ y
     core = (core + core.mT) / 2
     lowest = torch.linalg.eigvalsh(core)[0]
