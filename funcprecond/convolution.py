@@ -1,19 +1,18 @@
-"""A convolution whose second derivatives are computed where they are asked for, and in one piece.
+"""A convolution of our own differentiation: see :mod:`funcprecond.affine`.
 
 A convolution and its two transposes, in its input and in its kernel, are bilinear, and each is a
-derivative of the others. So the pull-back's own pull-back, which is what a product with the
-Jacobian is made of, is ``v_x * w + x * v_w + v_b``: two convolutions added up in one place. torch's
-own rule (2.13) takes all of a second derivative's terms together, twice what such a product needs.
+derivative of the others.
 """
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import Function
 
-from funcprecond.second_derivatives import Spared, asked
+from funcprecond.affine import affine
+from funcprecond.second_derivatives import Spared
 from funcprecond.watched import is_watched
 
 __all__ = ["convolve"]
@@ -45,72 +44,32 @@ def convolve(
     per_axis = [
         (o,) * dims if isinstance(o, int) else tuple(o) for o in (stride, padding, dilation)
     ]
-    geometry = (*per_axis, False, (0,) * dims, groups)
-    return _Convolution.apply(input, weight, bias, geometry, spared or ())
+    layer = _Convolution((*per_axis, False, (0,) * dims, groups))
+    return affine(layer, input, weight, bias, spared)
 
 
-class _Convolution(Function):
-    @staticmethod
-    def forward(ctx, x, w, b, geometry, spared):
-        ctx.save_for_backward(x, w)
-        ctx.geometry, ctx.spared = geometry, spared
-        return torch.convolution(x, w, b, *geometry)
+@dataclasses.dataclass(frozen=True)
+class _Convolution:
+    """``x * w + b``.
 
-    @staticmethod
-    def backward(ctx, g):
-        x, w = ctx.saved_tensors
-        wanted = asked(ctx, 3)
-        if not torch.is_grad_enabled():
-            # Without a graph to make, a function of its own would only cost time.
-            return *_pulled(g, x, w, ctx.geometry, wanted), None, None
-        spared = ctx.next_functions[1][0] in ctx.spared
-        return *_Pull.apply(g, x, w, ctx.geometry, wanted, spared), None, None  # pyright: ignore
+    Attributes:
+        geometry: torch's arguments from the stride on.
+    """
 
+    geometry: tuple
 
-class _Pull(Function):
-    """Output gradients to those of input, kernel and bias, as far as they are wanted."""
+    def run(self, x, w, b):
+        return torch.convolution(x, w, b, *self.geometry)
 
-    @staticmethod
-    def forward(ctx, g, x, w, geometry, wanted, spared):
-        ctx.save_for_backward(g, x, w)
-        ctx.set_materialize_grads(False)
-        ctx.geometry = geometry
-        if not spared:
-            return _pulled(g, x, w, geometry, wanted)
+    def run_both(self, x, w, y, v, b):
+        return self.run(x, w, b).add_(self.run(y, v, None))
+
+    def pull(self, g, x, w, wanted):
         of_x, of_w, of_b = wanted
-        for_x, _, for_b = _pulled(g, x, w, geometry, (of_x, False, of_b))
-        return for_x, w.new_zeros(()).expand(w.shape) if of_w else None, for_b
+        for_x, for_w, _ = torch.ops.aten.convolution_backward(
+            g, x, w, None, *self.geometry, [of_x, of_w, False]
+        )
+        return for_x, for_w, g.sum((0, *range(2, g.ndim))) if of_b else None
 
-    @staticmethod
-    def backward(ctx, v_x, v_w, v_b):
-        g, x, w = ctx.saved_tensors
-        of_g, of_x, of_w = asked(ctx, 3)
-        for_g = for_x = for_w = None
-        if of_g:
-            for_g = _pushed(g, x, w, v_x, v_w, v_b, ctx.geometry)
-        if of_x and v_w is not None:
-            for_x = _pulled(g, x, v_w, ctx.geometry, (True, False, False))[0]
-        if of_w and v_x is not None:
-            for_w = _pulled(g, v_x, w, ctx.geometry, (False, True, False))[1]
-        return for_g, for_x, for_w, None, None, None
-
-
-def _pulled(g, x, w, geometry, wanted):
-    of_x, of_w, of_b = wanted
-    for_x, for_w, _ = torch.ops.aten.convolution_backward(
-        g, x, w, None, *geometry, [of_x, of_w, False]
-    )
-    return for_x, for_w, g.sum((0, *range(2, g.ndim))) if of_b else None
-
-
-def _pushed(g, x, w, v_x, v_w, v_b, geometry):
-    """``v_x * w + x * v_w + v_b``."""
-    if v_x is not None and v_w is not None:
-        first = torch.convolution(x, v_w, v_b, *geometry)
-        second = torch.convolution(v_x, w, None, *geometry)
-        return first + second if torch.is_grad_enabled() else first.add_(second)
-    if v_x is not None:
-        return torch.convolution(v_x, w, v_b, *geometry)
-    if v_w is not None:
-        return torch.convolution(x, v_w, v_b, *geometry)
-    return None if v_b is None else v_b.reshape(-1, *[1] * (g.ndim - 2)).expand(g.shape)
+    def spread(self, b, like):
+        return b.reshape(-1, *[1] * (like.ndim - 2)).expand(like.shape)

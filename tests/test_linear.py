@@ -25,54 +25,6 @@ def test_all_derivatives(case, with_bias):
     assert gradgradcheck(linear, arguments)
 
 
-@pytest.mark.parametrize("wanted", [(0,), (1,), (2,), (0, 2), (1, 2)])
-def test_some_arguments_may_be_constant(wanted):
-    arguments = leaves((3, 4), (5, 4), (5,))
-
-    def f(*chosen):
-        rest = iter(chosen)
-        return linear(*(next(rest) if i in wanted else x.detach() for i, x in enumerate(arguments)))
-
-    assert gradgradcheck(f, tuple(arguments[i] for i in wanted))
-
-
-@pytest.mark.parametrize("layer", [linear, F.linear], ids=["ours", "torchs"])
-def test_a_third_derivative(layer):
-    x, w, b = leaves((3, 4), (5, 4), (5,))
-
-    def slope(x, w, b):
-        value = layer(x, w, b).sin().sum()
-        first = torch.autograd.grad(value, (x, w, b), create_graph=True)
-        return sum(g.square().sum() for g in first)
-
-    assert gradgradcheck(slope, (x, w, b))
-
-
-def test_leaves_of_a_plain_backward_pass_are_served():
-    found = []
-    for layer in (linear, F.linear):
-        x, w, b = leaves((3, 4), (5, 4), (5,))
-        value = layer(x, w, b).square().sum()
-        gradient = torch.autograd.grad(value, w, create_graph=True)[0]
-        gradient.square().sum().backward()
-        found.append((x.grad, w.grad, b.grad))
-    assert_close(*found, rtol=1e-12)
-
-
-def test_what_is_not_wanted_is_not_computed():
-    x, w, b = (t * 1 for t in leaves((3, 4), (5, 4), (5,)))
-    v = normal((3, 5), 9).requires_grad_()
-    pulled = torch.autograd.grad(linear(x, w, b), (x, w, b), v, create_graph=True)
-    vectors = [normal(t.shape, 7) for t in pulled]
-    pushed = torch.autograd.grad(pulled, v, vectors, retain_graph=True)[0]
-    v_x, v_w, v_b = vectors
-    assert_close(pushed, F.linear(v_x, w, v_b) + F.linear(x, v_w), rtol=1e-12)
-    with torch.profiler.profile() as profile:
-        torch.autograd.grad(pulled, v, vectors)
-    names = {"aten::mm", "aten::addmm", "aten::addmm_"}
-    assert sum(e.count for e in profile.key_averages() if e.key in names) == 2
-
-
 def test_complex_numbers_are_torchs_own():
     x, w = (torch.complex(normal(s, 1), normal(s, 2)).requires_grad_() for s in ((3, 4), (5, 4)))
     assert gradcheck(linear, (x, w))

@@ -111,9 +111,9 @@ def hutchinson_diagonal(
     mean = {k: b / products - minus[k] for k, b in beyond.items()}
     if products == 1:
         return Estimate(mean, {k: torch.full_like(x, torch.nan) for k, x in mean.items()})
-    spread = {k: q - beyond[k].square_() / products for k, q in squares.items()}
-    pairs_of = products * (products - 1)
-    return Estimate(mean, {k: s.clamp_min_(0).div_(pairs_of).sqrt_() for k, s in spread.items()})
+    spread = {k: (q - beyond[k].square_() / products).clamp_min_(0) for k, q in squares.items()}
+    of_mean = {k: s.div_(products * (products - 1)).sqrt_() for k, s in spread.items()}
+    return Estimate(mean, of_mean)
 
 
 def hutchpp(
