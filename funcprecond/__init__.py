@@ -4,34 +4,32 @@ A method is a choice of curvature (what to measure), representation (how to stor
 (how to get ``P g`` from it). This is every public name, by stage.
 """
 
-from funcprecond import curvature, losses, methods, plots, representation, solver, tree
-from funcprecond.compose import compose
-from funcprecond.curvature.diagonal import DiagonalGGN
-from funcprecond.curvature.eigenpairs import eigsh
-from funcprecond.curvature.estimate import (
+from funcprecond import curvature, losses, methods, representation, solver, tree
+from funcprecond.autodiff.evaluation import Evaluation
+from funcprecond.composition import compose
+from funcprecond.curvature.fisher import fisher_mv
+from funcprecond.curvature.ggn import ggn_mv
+from funcprecond.curvature.hessian import hvp
+from funcprecond.curvature.jacobian import jvp, linearise, vjp
+from funcprecond.curvature.layer_statistics import layer_statistics
+from funcprecond.curvature.per_sample import per_sample_grads
+from funcprecond.estimators import plots
+from funcprecond.estimators.eigenpairs import eigsh
+from funcprecond.estimators.gradient_statistics import (
+    gradient_noise_scale,
+    ntk,
+    per_sample_gram,
+    per_sample_norms,
+)
+from funcprecond.estimators.lanczos import spectral_density
+from funcprecond.estimators.traces import (
     hutchinson_diagonal,
     hutchinson_trace,
     hutchpp,
     xdiag,
     xtrace,
 )
-from funcprecond.curvature.factored import KroneckerFactored
-from funcprecond.curvature.fisher import fisher_mv
-from funcprecond.curvature.ggn import ggn_mv
-from funcprecond.curvature.hessian import hvp
-from funcprecond.curvature.jacobian import jvp, linearise, vjp
-from funcprecond.curvature.lanczos import spectral_density
-from funcprecond.curvature.layers import layer_statistics
-from funcprecond.curvature.matrices import GGN, Fisher, Hessian
-from funcprecond.curvature.operator import Operator
-from funcprecond.curvature.per_sample import per_sample_grads
-from funcprecond.curvature.statistics import (
-    gradient_noise_scale,
-    ntk,
-    per_sample_gram,
-    per_sample_norms,
-)
-from funcprecond.evaluation import Evaluation
+from funcprecond.evidence import Every, Evidence, MissingEvidence, Need, Noise, draw, observe
 from funcprecond.methods.adagrad import adagrad, adagrad_full
 from funcprecond.methods.adahessian import adahessian
 from funcprecond.methods.adam import adam, adamw
@@ -51,10 +49,13 @@ from funcprecond.methods.smw_ng import smw_ng
 from funcprecond.methods.soap import soap
 from funcprecond.methods.splus import splus
 from funcprecond.methods.tnt import tnt
-from funcprecond.observe import Every, Evidence, MissingEvidence, Need, Noise, draw, observe
-from funcprecond.problem import Problem, problem
+from funcprecond.operators.curvature_matrices import GGN, Fisher, Hessian
+from funcprecond.operators.diagonal import DiagonalGGN
+from funcprecond.operators.kronecker_factored import KroneckerFactored
+from funcprecond.operators.nystrom_sketch import nystrom, nystrom_cg
+from funcprecond.operators.operator import Operator
+from funcprecond.problems import Problem, problem
 from funcprecond.representation.average import RisingDecay
-from funcprecond.solver.nystrom import nystrom, nystrom_cg
 from funcprecond.transform import Transform, apply, chain, make_step, make_update
 from funcprecond.transforms.accumulate import accumulate
 from funcprecond.transforms.clip import clip_norm

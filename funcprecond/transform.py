@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from funcprecond import tree
-from funcprecond.observe import Every, Evidence, MissingEvidence, Need, Noise, Turn, observe
-from funcprecond.problem import Buffers, Params, Problem
+from funcprecond.evidence import Every, Evidence, MissingEvidence, Need, Noise, Turn, observe
+from funcprecond.problems import Buffers, Params, Problem
 
 __all__ = ["Transform", "apply", "chain", "gradient_only", "make_step", "make_update", "stateless"]
 

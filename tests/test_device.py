@@ -12,10 +12,10 @@ import torch
 from torch import nn
 
 import funcprecond as fp
-from funcprecond import precision
+from funcprecond.linalg import precision
 from tests import problems
 from tests.conformance.methods import every_method, intervals
-from tests.curvature.test_every_layer import CASES, case
+from tests.layers.test_every_layer import CASES, case
 from tests.elsewhere import DEVICE, Elsewhere, back, elsewhere
 from tests.equality import assert_close
 from tests.problems import seeded

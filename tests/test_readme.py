@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from funcprecond.taxonomy import table
+from funcprecond.methods.table import table
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()

@@ -13,7 +13,7 @@ import torch
 import funcprecond as fp
 from funcprecond.compare.recipe import momentum, options
 from funcprecond.compare.tasks import Task
-from funcprecond.taxonomy import CARDS
+from funcprecond.methods.table import CARDS
 
 # Changing how results look must not throw results away.
 PRESENTATION = {"compare/report", "compare/cli.py", "compare/progress.py", "compare/summary.py"}

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import funcprecond as fp
-from funcprecond.taxonomy import CARDS
+from funcprecond.methods.table import CARDS
 from funcprecond.transform import Transform
 
 MOMENTUM = 0.9

@@ -13,7 +13,7 @@ from funcprecond.compare.data import Data, Split, batches
 from funcprecond.compare.plan import Setting
 from funcprecond.compare.recipe import recipe
 from funcprecond.compare.tasks import TASKS
-from funcprecond.problem import Problem
+from funcprecond.problems import Problem
 
 POINTS = 30  # of a training curve, each the mean loss since the one before
 CHUNK = 512  # examples evaluated at a time

@@ -3,7 +3,7 @@ r"""The Fisher matrix :math:`c \sum_v \sum_n g_{vn} g_{vn}^T`, by products.
 Its rows are cotangents pulled back, example by example: at the data's own labels ("empirical"), at
 labels sampled from the model's prediction ("mc", unbiased), or at all that the expectation takes
 ("exact", which is the Gauss-Newton matrix). Where the layers tell of every parameter, products are
-taken from the rows by layer (:mod:`funcprecond.curvature.rows`). Elsewhere they need no row: with
+taken from the rows by layer (:mod:`funcprecond.autodiff.fisher_rows`). Elsewhere they need no row: with
 ``J v`` at hand, :math:`F v = c J^T \sum_v u_v (u_v \cdot J v)`, the inner product taken within
 each example.
 """
@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 
 from funcprecond import tree
-from funcprecond.curvature.layers import Labels, check_labels
-from funcprecond.curvature.rows import Rows, rows_of
-from funcprecond.evaluation import Evaluation
-from funcprecond.precision import wide
-from funcprecond.problem import Buffers, Params, Problem
-from funcprecond.watched import untransformed
+from funcprecond.autodiff.evaluation import Evaluation
+from funcprecond.autodiff.fisher_rows import Rows, rows_of
+from funcprecond.curvature.layer_statistics import Labels, check_labels
+from funcprecond.linalg.precision import wide
+from funcprecond.problems import Buffers, Params, Problem
+from funcprecond.tracing import untransformed
 
 __all__ = ["draw_labels", "fisher_form", "fisher_mv", "fisher_product", "fisher_rows"]
 

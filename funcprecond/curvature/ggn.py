@@ -6,10 +6,10 @@ from typing import Any, ClassVar
 
 import torch
 
+from funcprecond.autodiff.evaluation import Evaluation
 from funcprecond.curvature.jacobian import linearise
-from funcprecond.evaluation import Evaluation
-from funcprecond.observe import Need
-from funcprecond.problem import Buffers, Params, Problem
+from funcprecond.evidence import Need
+from funcprecond.problems import Buffers, Params, Problem
 
 __all__ = ["GGNOperator", "ggn_mv"]
 

@@ -9,9 +9,9 @@ import dataclasses
 import torch
 from torch import Tensor
 
-from funcprecond.observe import Need
-from funcprecond.precision import factor_dtype
-from funcprecond.problem import Params
+from funcprecond.evidence import Need
+from funcprecond.linalg.precision import factor_dtype
+from funcprecond.problems import Params
 from funcprecond.tree import state
 
 __all__ = ["BatchGradient", "OuterProduct", "unfold_mode"]

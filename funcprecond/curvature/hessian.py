@@ -11,14 +11,15 @@ import torch
 from torch import Tensor
 from torch.func import grad, vjp
 
-from funcprecond import random, tree
-from funcprecond.evaluation import Evaluation
-from funcprecond.observe import Need
-from funcprecond.problem import Params, Problem
-from funcprecond.second_derivatives import Corrected
+from funcprecond import tree
+from funcprecond.autodiff.evaluation import Evaluation
+from funcprecond.autodiff.missing_derivatives import explained
+from funcprecond.autodiff.rules.layer_norm import Corrected
+from funcprecond.evidence import Need
+from funcprecond.linalg import random
+from funcprecond.problems import Params, Problem
+from funcprecond.tracing import untransformed
 from funcprecond.tree import state
-from funcprecond.unsupported import explained
-from funcprecond.watched import untransformed
 
 __all__ = ["HessianOperator", "HessianProbes", "Probes", "hvp"]
 

@@ -4,8 +4,8 @@ from typing import Any
 
 import torch
 
-from funcprecond.evaluation import Evaluation
-from funcprecond.problem import Buffers, Params, Problem
+from funcprecond.autodiff.evaluation import Evaluation
+from funcprecond.problems import Buffers, Params, Problem
 
 __all__ = ["jvp", "linearise", "vjp"]
 

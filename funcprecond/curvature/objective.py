@@ -5,9 +5,9 @@ from typing import Any
 
 from torch import Tensor
 
-from funcprecond.evaluation import Evaluation
-from funcprecond.observe import Need
-from funcprecond.problem import Params
+from funcprecond.autodiff.evaluation import Evaluation
+from funcprecond.evidence import Need
+from funcprecond.problems import Params
 
 __all__ = ["Objective", "ObjectiveFunctions"]
 

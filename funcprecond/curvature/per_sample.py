@@ -10,11 +10,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from funcprecond.curvature.layers import Layers, LayerStatistics, LayerUse, split_block
-from funcprecond.evaluation import Evaluation
-from funcprecond.observe import Need
-from funcprecond.precision import factor_dtype
-from funcprecond.problem import Params, Problem
+from funcprecond.autodiff.evaluation import Evaluation
+from funcprecond.curvature.layer_statistics import Layers, LayerStatistics, LayerUse, split_block
+from funcprecond.evidence import Need
+from funcprecond.linalg.precision import factor_dtype
+from funcprecond.problems import Params, Problem
 from funcprecond.representation.gram import Gram
 from funcprecond.tree import state
 

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from funcprecond import tree
-from funcprecond.evaluation import Evaluation
-from funcprecond.observe import Need
-from funcprecond.problem import Params
+from funcprecond.autodiff.evaluation import Evaluation
+from funcprecond.evidence import Need
+from funcprecond.problems import Params
 
 __all__ = ["GGNForm"]
 

@@ -11,9 +11,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from funcprecond.evaluation import Evaluation
-from funcprecond.observe import Need
-from funcprecond.problem import Params, Problem
+from funcprecond.autodiff.evaluation import Evaluation
+from funcprecond.evidence import Need
+from funcprecond.problems import Params, Problem
 from funcprecond.tree import state
 
 __all__ = ["SampledGradient", "SampledGradients"]

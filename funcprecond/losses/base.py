@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.func import grad, vjp
 
 from funcprecond import tree
-from funcprecond.unsupported import explained
-from funcprecond.watched import untransformed
+from funcprecond.autodiff.missing_derivatives import explained
+from funcprecond.tracing import untransformed
 
 __all__ = ["Custom", "Loss", "Reduction", "entries", "one_term", "same_shape"]
 

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from funcprecond import random
+from funcprecond.linalg import random
 from funcprecond.losses.base import Loss, Reduction, entries, one_term, same_shape
 
 __all__ = ["BCEWithLogits"]

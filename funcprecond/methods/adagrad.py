@@ -13,14 +13,14 @@ eigendecomposition at each refresh. The full matrix is the ideal that Shampoo an
 import torch
 from torch import Tensor
 
-from funcprecond.compose import compose
+from funcprecond.composition import compose
 from funcprecond.curvature.gradient import BatchGradient
+from funcprecond.methods.table import Card
 from funcprecond.representation.average import Decay
 from funcprecond.representation.dense import Dense
 from funcprecond.representation.diagonal import Diagonal
 from funcprecond.solver.divide import Divide
 from funcprecond.solver.inverse_root import InverseRoot
-from funcprecond.taxonomy import Card
 from funcprecond.transform import Transform
 
 __all__ = ["adagrad", "adagrad_full"]
@@ -50,8 +50,8 @@ def adagrad_full(
     Args:
         epsilon: the ridge, relative to each matrix's largest eigenvalue.
         decay: "sum", or the weight of the old value of a moving average.
-        every, refresh_every, start: the intervals, see :func:`funcprecond.compose`.
-        dtype: what the decomposition runs in, see :mod:`funcprecond.solver.root`.
+        every, refresh_every, start: the intervals, see :func:`funcprecond.composition`.
+        dtype: what the decomposition runs in, see :mod:`funcprecond.linalg.inverse_roots`.
     """
     solver = InverseRoot(epsilon, dtype=dtype)
     return compose(

@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 
 from funcprecond.curvature.hessian import HessianProbes
-from funcprecond.observe import Every, Evidence, MissingEvidence, Need
-from funcprecond.precision import factor_dtype, wide
-from funcprecond.problem import Params
-from funcprecond.taxonomy import Card
+from funcprecond.evidence import Every, Evidence, MissingEvidence, Need
+from funcprecond.linalg.precision import factor_dtype, wide
+from funcprecond.methods.table import Card
+from funcprecond.problems import Params
 from funcprecond.transform import Transform, counter
 from funcprecond.tree import state
 

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from funcprecond import tree
-from funcprecond.observe import Evidence
-from funcprecond.precision import factor_dtype, wide
-from funcprecond.problem import Params
-from funcprecond.taxonomy import Card
+from funcprecond.evidence import Evidence
+from funcprecond.linalg.precision import factor_dtype, wide
+from funcprecond.methods.table import Card
+from funcprecond.problems import Params
 from funcprecond.transform import Transform, counter
 from funcprecond.transforms.weight_decay import parameters
 from funcprecond.tree import state

@@ -18,17 +18,17 @@ import torch
 from torch import Tensor
 
 from funcprecond import tree
-from funcprecond.curvature.layers import Labels, LayerStatistics, Sharing
+from funcprecond.curvature.layer_statistics import Labels, LayerStatistics, Sharing
 from funcprecond.curvature.objective import Objective
 from funcprecond.curvature.quadratic_form import GGNForm
-from funcprecond.observe import Every, Evidence, MissingEvidence
-from funcprecond.precision import factor_dtype
-from funcprecond.problem import Params
+from funcprecond.evidence import Every, Evidence, MissingEvidence
+from funcprecond.linalg.levenberg_marquardt import levenberg_marquardt, reduction_ratio
+from funcprecond.linalg.precision import factor_dtype
+from funcprecond.methods.table import Card
+from funcprecond.problems import Params
 from funcprecond.representation.average import Decay, RisingDecay, check_decay
 from funcprecond.representation.kronecker_io import KroneckerIO
 from funcprecond.solver.cholesky import Cholesky, CholeskyFactor
-from funcprecond.solver.levenberg_marquardt import levenberg_marquardt, reduction_ratio
-from funcprecond.taxonomy import Card
 from funcprecond.transform import Transform
 from funcprecond.tree import state
 

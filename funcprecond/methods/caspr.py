@@ -15,16 +15,16 @@ memory and refresh; 2 k products a step where Shampoo takes k, in the factors' e
 import torch
 from torch import Tensor
 
-from funcprecond.compose import compose
+from funcprecond.composition import compose
 from funcprecond.curvature.gradient import BatchGradient
+from funcprecond.linalg.blocking import Blocking
+from funcprecond.linalg.inverse_roots import Method
+from funcprecond.methods.table import Card
 from funcprecond.representation.average import Decay
-from funcprecond.representation.blocks import Blocking
 from funcprecond.representation.kronecker_dim import KroneckerDim
-from funcprecond.representation.storage import stored
 from funcprecond.solver.kronecker_sum import KroneckerSum
-from funcprecond.solver.root import Method
-from funcprecond.taxonomy import Card
 from funcprecond.transform import Transform
+from funcprecond.transforms.stored import stored
 
 __all__ = ["caspr"]
 
@@ -56,13 +56,13 @@ def caspr(
             preconditioners, and ``math.inf`` multiplies them: Shampoo.
         every, refresh_every, start: the intervals, as for :func:`funcprecond.shampoo`.
         stagger: refresh a few factors at each step instead of all at one, see
-            :func:`funcprecond.compose`. A factor is decomposed in one step, so the longest axis
+            :func:`funcprecond.composition`. A factor is decomposed in one step, so the longest axis
             sets the slowest one: ``block`` cuts it.
         merge, block, max_dim: how parameters are cut into blocks, see
-            :class:`funcprecond.representation.blocks.Blocking`; by default they are whole.
-        dtype, method: what roots are computed in and how, see :mod:`funcprecond.solver.root`.
+            :class:`funcprecond.linalg.blocking.Blocking`; by default they are whole.
+        dtype, method: what roots are computed in and how, see :mod:`funcprecond.linalg.inverse_roots`.
         state_dtype, packed: in what the state is kept, and whether of symmetric matrices by half,
-            see :func:`funcprecond.representation.storage.stored`.
+            see :func:`funcprecond.transforms.stored.stored`.
     """
     blocking = Blocking(merge, block, max_dim)
     whole = compose(

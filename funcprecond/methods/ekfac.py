@@ -14,22 +14,22 @@ bases are refreshed now and then, s at every measurement.
 import torch
 from torch import Tensor
 
-from funcprecond.curvature.layers import Labels, Layers, LayerStatistics, split_block
-from funcprecond.curvature.moments import second_moments
-from funcprecond.observe import Every, Evidence, MissingEvidence
-from funcprecond.problem import Params
+from funcprecond.curvature.layer_statistics import Labels, Layers, LayerStatistics, split_block
+from funcprecond.evidence import Every, Evidence, MissingEvidence
+from funcprecond.layers.second_moments import second_moments
+from funcprecond.methods.table import Card
+from funcprecond.problems import Params
 from funcprecond.representation import average
 from funcprecond.representation.average import Decay, check_decay
 from funcprecond.representation.kronecker_io import KroneckerIO
 from funcprecond.solver.eigen import eigenbases, groups_of, rotate, rotate_back
-from funcprecond.solver.layerwise import (
+from funcprecond.solver.layer_gradient import (
     GRADIENT_ROWS,
     LayerGradient,
     apply_blocks,
     gradient_rows,
     unit_inverses,
 )
-from funcprecond.taxonomy import Card
 from funcprecond.transform import Transform
 from funcprecond.tree import state
 
@@ -72,7 +72,7 @@ def ekfac(
         decay: of the factors and the second moments: None for the newest batch alone, or the weight
             of the old value. After a refresh the moments start anew: they are numbers in the basis.
         every, refresh_every, start: the intervals of the measurement and of the bases, see
-            :func:`funcprecond.compose`. A refresh needs a measurement: ``refresh_every`` must be a
+            :func:`funcprecond.composition`. A refresh needs a measurement: ``refresh_every`` must be a
             multiple of ``every``.
     """
     check_decay(decay)

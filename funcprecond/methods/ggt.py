@@ -17,10 +17,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from funcprecond.precision import decomposition_dtype, factor_dtype, wide
-from funcprecond.problem import Params
-from funcprecond.representation.stacks import by_shape
-from funcprecond.taxonomy import Card
+from funcprecond.linalg.batching import by_shape
+from funcprecond.linalg.precision import decomposition_dtype, factor_dtype, wide
+from funcprecond.methods.table import Card
+from funcprecond.problems import Params
 from funcprecond.transform import Transform, counter, gradient_only
 from funcprecond.tree import state
 

@@ -24,16 +24,16 @@ from funcprecond.curvature.ggn import GGNOperator
 from funcprecond.curvature.hessian import HessianOperator
 from funcprecond.curvature.objective import Objective
 from funcprecond.curvature.per_sample import PerSampleGrads
-from funcprecond.observe import Evidence, MissingEvidence, Need
-from funcprecond.precision import factor_dtype
-from funcprecond.problem import Params
-from funcprecond.solver.cg import CGResult, Operator, cg, within
-from funcprecond.solver.levenberg_marquardt import levenberg_marquardt, reduction_ratio
-from funcprecond.solver.line_search import armijo, backtrack
-from funcprecond.taxonomy import Card
+from funcprecond.evidence import Evidence, MissingEvidence, Need
+from funcprecond.linalg.conjugate_gradients import CGResult, Operator, cg, within
+from funcprecond.linalg.levenberg_marquardt import levenberg_marquardt, reduction_ratio
+from funcprecond.linalg.line_search import armijo, backtrack
+from funcprecond.linalg.precision import factor_dtype
+from funcprecond.methods.table import Card
+from funcprecond.problems import Params
+from funcprecond.tracing import untransformed
 from funcprecond.transform import Transform
 from funcprecond.tree import state
-from funcprecond.watched import untransformed
 
 __all__ = ["HessianFreeState", "hessian_free"]
 
@@ -66,7 +66,7 @@ def hessian_free(
         damping: λ to start from, in the loss's units.
         adapt: whether λ follows Levenberg and Marquardt's rule. It asks how well the model predicts
             this batch, which says little of the others where batches are small: λ falls too far.
-        max_iter, rule, tol: when CG ends, see :func:`funcprecond.solver.cg.cg`. ``torch.compile``
+        max_iter, rule, tol: when CG ends, see :func:`funcprecond.linalg.conjugate_gradients.cg`. ``torch.compile``
             unrolls all iterations: take a small ``max_iter`` there.
         zeta: the warm start is this times the last solution.
         preconditioner: "fisher" divides residuals by ``(d + λ)^0.75``, d the diagonal of the

@@ -20,13 +20,13 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from funcprecond.compose import compose
-from funcprecond.curvature.layers import Labels, LayerStatistics, Sharing
+from funcprecond.composition import compose
+from funcprecond.curvature.layer_statistics import Labels, LayerStatistics, Sharing
+from funcprecond.methods.table import Card
 from funcprecond.representation.average import Decay
 from funcprecond.representation.kronecker_io import KroneckerIO
 from funcprecond.solver.cholesky import Cholesky
 from funcprecond.solver.eigen import Eigen
-from funcprecond.taxonomy import Card
 from funcprecond.transform import Transform
 
 __all__ = ["kfac", "kflr"]
@@ -60,7 +60,7 @@ def kfac(
             factor is kept, as of an embedding's; 0 is no limit.
         decay: None for the newest batch alone, or the weight of the old factors; the paper's is
             ``fp.RisingDecay(0.95)``.
-        every, refresh_every, start: the intervals, see :func:`funcprecond.compose`.
+        every, refresh_every, start: the intervals, see :func:`funcprecond.composition`.
     """
     if damping_split not in ("joint", "pi", "equal"):
         msg = f"damping_split must be 'joint', 'pi' or 'equal', not {damping_split!r}"

@@ -24,14 +24,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from funcprecond.methods.adam import AdamState, adam
-from funcprecond.observe import Every, Evidence, Need
-from funcprecond.precision import factor_dtype
-from funcprecond.problem import Params
-from funcprecond.representation.average import accumulate
-from funcprecond.representation.blocks import Blocking, in_blocks
-from funcprecond.representation.kronecker_dim import mode_gram
-from funcprecond.solver.eigenbasis import (
+from funcprecond.evidence import Every, Evidence, Need
+from funcprecond.linalg.blocking import Blocking, in_blocks
+from funcprecond.linalg.eigenbases import (
     Bases,
     axes_below,
     decomposed,
@@ -41,8 +36,13 @@ from funcprecond.solver.eigenbasis import (
     rotate_back,
     turns,
 )
+from funcprecond.linalg.precision import factor_dtype
+from funcprecond.methods.adam import AdamState, adam
+from funcprecond.methods.table import Card
+from funcprecond.problems import Params
+from funcprecond.representation.average import accumulate
+from funcprecond.representation.kronecker_dim import mode_gram
 from funcprecond.solver.inverse_root import mode_product
-from funcprecond.taxonomy import Card
 from funcprecond.transform import Transform, counter
 from funcprecond.tree import state
 
@@ -98,13 +98,13 @@ def kl_shampoo(
         refresh: "qr" follows bases, and eigenvalues on their own. "eigh" takes both from S_i, which
             then starts at ``initial`` times the identity; with ``refresh_every=1`` that is the
             paper's idealised method.
-        epsilon: the QR step's shift, see :func:`funcprecond.solver.eigenbasis.orthogonal_step`; 0
+        epsilon: the QR step's shift, see :func:`funcprecond.linalg.eigenbases.orthogonal_step`; 0
             in the authors' code.
         merge, block, max_dim: how parameters are cut into blocks, see
-            :class:`funcprecond.representation.blocks.Blocking`; by default they are whole. Without
+            :class:`funcprecond.linalg.blocking.Blocking`; by default they are whole. Without
             any factor a parameter goes to Adam.
         every, refresh_every, start: the intervals of the statistics and of the bases, see
-            :func:`funcprecond.compose`. The first bases, those before ``start``, and all of an
+            :func:`funcprecond.composition`. The first bases, those before ``start``, and all of an
             ``update`` without evidence come from a decomposition.
     """
     b1, b2 = betas

@@ -20,16 +20,16 @@ from torch import Tensor
 from funcprecond import tree
 from funcprecond.curvature.hessian import HessianOperator
 from funcprecond.curvature.objective import Objective
-from funcprecond.observe import Every, Evidence, MissingEvidence, Need
-from funcprecond.precision import factor_dtype
-from funcprecond.problem import Params
-from funcprecond.solver.bfgs import History, powell
-from funcprecond.solver.cg import within
-from funcprecond.solver.line_search import armijo, wolfe
-from funcprecond.taxonomy import Card
+from funcprecond.evidence import Every, Evidence, MissingEvidence, Need
+from funcprecond.linalg.bfgs import History, powell
+from funcprecond.linalg.conjugate_gradients import within
+from funcprecond.linalg.line_search import armijo, wolfe
+from funcprecond.linalg.precision import factor_dtype
+from funcprecond.methods.table import Card
+from funcprecond.problems import Params
+from funcprecond.tracing import untransformed
 from funcprecond.transform import Transform, counter
 from funcprecond.tree import state
-from funcprecond.watched import untransformed
 
 __all__ = ["LBFGSState", "lbfgs"]
 

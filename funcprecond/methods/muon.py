@@ -28,12 +28,12 @@ import torch
 from torch import Tensor
 
 from funcprecond import tree
-from funcprecond.precision import factor_dtype
-from funcprecond.problem import Params
+from funcprecond.linalg.batching import by_shape
+from funcprecond.linalg.polar import Polynomial, polar, triples
+from funcprecond.linalg.precision import factor_dtype
+from funcprecond.methods.table import Card
+from funcprecond.problems import Params
 from funcprecond.representation.kronecker_dim import axes_of
-from funcprecond.representation.stacks import by_shape
-from funcprecond.solver.newton_schulz import Polynomial, polar, triples
-from funcprecond.taxonomy import Card
 from funcprecond.transform import Transform, gradient_only
 from funcprecond.transforms.partition import Rule
 from funcprecond.tree import state
@@ -73,7 +73,7 @@ def muon(
         momentum: μ, the weight of the old mean.
         nesterov: look one step ahead.
         polynomial, steps, epsilon: how the polar factor is computed, see
-            :func:`funcprecond.solver.newton_schulz.polar`. "polar_express" with eight steps is
+            :func:`funcprecond.linalg.polar.polar`. "polar_express" with eight steps is
             exact to rounding unless the momentum is close to singular; "svd" always is.
         adjust: "original" multiplies by ``sqrt(max(1, rows / columns))``; "match_rms_adamw" by
             ``0.2 sqrt(max(rows, columns))``, which lets one learning rate serve Muon and AdamW.

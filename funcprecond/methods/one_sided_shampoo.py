@@ -18,16 +18,16 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from funcprecond.observe import Every, Evidence, Need
-from funcprecond.precision import decomposition_dtype, factor_dtype
-from funcprecond.problem import Params
+from funcprecond.evidence import Every, Evidence, Need
+from funcprecond.linalg.batching import by_shape
+from funcprecond.linalg.precision import decomposition_dtype, factor_dtype
+from funcprecond.methods.table import Card
+from funcprecond.problems import Params
 from funcprecond.representation import average
 from funcprecond.representation.average import Decay, check_decay
 from funcprecond.representation.diagonal import zero_weight
 from funcprecond.representation.kronecker_dim import axes_of, mode_gram
-from funcprecond.representation.stacks import by_shape
 from funcprecond.solver.inverse_root import inverse_root, mode_product
-from funcprecond.taxonomy import Card
 from funcprecond.transform import Transform
 from funcprecond.tree import state
 

@@ -4,7 +4,7 @@ The row that every other is compared with, and a method like the others, so that
 to switch preconditioning off: ``chain(sgd(), momentum(0.9), scale(0.1))``.
 """
 
-from funcprecond.taxonomy import Card
+from funcprecond.methods.table import Card
 from funcprecond.transform import Transform, stateless
 
 __all__ = ["sgd"]

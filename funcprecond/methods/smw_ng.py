@@ -17,16 +17,16 @@ from typing import Any, Literal
 from torch import Tensor
 
 from funcprecond import tree
-from funcprecond.curvature.layers import Labels, Layers, LayerStatistics
+from funcprecond.autodiff.evaluation import Evaluation
+from funcprecond.curvature.layer_statistics import Labels, Layers, LayerStatistics
 from funcprecond.curvature.objective import Objective
-from funcprecond.evaluation import Evaluation
-from funcprecond.observe import Evidence, MissingEvidence
-from funcprecond.problem import Params
+from funcprecond.evidence import Evidence, MissingEvidence
+from funcprecond.linalg.levenberg_marquardt import levenberg_marquardt, reduction_ratio
+from funcprecond.methods.table import Card
+from funcprecond.problems import Params
 from funcprecond.representation.diagonal import zero_weight
 from funcprecond.representation.gram import Gram
-from funcprecond.solver.levenberg_marquardt import levenberg_marquardt, reduction_ratio
 from funcprecond.solver.smw import SMW
-from funcprecond.taxonomy import Card
 from funcprecond.transform import Transform
 from funcprecond.tree import state
 

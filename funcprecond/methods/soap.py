@@ -25,14 +25,10 @@ import torch
 from torch import Tensor
 
 from funcprecond import tree
-from funcprecond.observe import Every, Evidence, Need
-from funcprecond.precision import factor_dtype, wide
-from funcprecond.problem import Params
-from funcprecond.representation.average import accumulate
-from funcprecond.representation.blocks import Blocking, in_blocks
-from funcprecond.representation.modes import grams
-from funcprecond.representation.storage import stored
-from funcprecond.solver.eigenbasis import (
+from funcprecond.evidence import Every, Evidence, Need
+from funcprecond.linalg.axes import grams
+from funcprecond.linalg.blocking import Blocking, in_blocks
+from funcprecond.linalg.eigenbases import (
     Bases,
     axes_below,
     decomposed,
@@ -43,8 +39,12 @@ from funcprecond.solver.eigenbasis import (
     rotate_over,
     turns,
 )
-from funcprecond.taxonomy import Card
+from funcprecond.linalg.precision import factor_dtype, wide
+from funcprecond.methods.table import Card
+from funcprecond.problems import Params
+from funcprecond.representation.average import accumulate
 from funcprecond.transform import Transform, counter
+from funcprecond.transforms.stored import stored
 from funcprecond.tree import state
 
 __all__ = ["SOAPState", "soap"]
@@ -98,15 +98,15 @@ def soap(
         refresh: how bases are followed. The first ones, those before ``start``, and all of an
             ``update`` without evidence come from a full decomposition ("eigh") in any case. After
             it v is the diagonal of the old ``diag(v)`` in the new basis; after "qr" it stays.
-        epsilon: the QR step's shift, see :func:`funcprecond.solver.eigenbasis.orthogonal_step`; 0
+        epsilon: the QR step's shift, see :func:`funcprecond.linalg.eigenbases.orthogonal_step`; 0
             in the authors' code.
         merge, block: how parameters are cut into blocks, see
-            :class:`funcprecond.representation.blocks.Blocking`; by default they are whole.
+            :class:`funcprecond.linalg.blocking.Blocking`; by default they are whole.
         max_dim: a longer axis has no basis.
         every, refresh_every, start: the intervals of the statistics and of the bases, see
-            :func:`funcprecond.compose`.
+            :func:`funcprecond.composition`.
         state_dtype, packed: how the state is kept, see
-            :func:`funcprecond.representation.storage.stored`.
+            :func:`funcprecond.transforms.stored.stored`.
     """
     b1, b2 = betas
     bs = b2 if decay is None else decay

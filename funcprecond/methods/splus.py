@@ -20,14 +20,10 @@ The authors train at a high learning rate and evaluate at a running mean of the 
 import torch
 from torch import Tensor
 
-from funcprecond.observe import Every, Evidence, Need
-from funcprecond.precision import factor_dtype
-from funcprecond.problem import Params
-from funcprecond.representation.average import accumulate
-from funcprecond.representation.blocks import Blocking, in_blocks
-from funcprecond.representation.kronecker_dim import axes_of
-from funcprecond.representation.modes import grams
-from funcprecond.solver.eigenbasis import (
+from funcprecond.evidence import Every, Evidence, Need
+from funcprecond.linalg.axes import grams
+from funcprecond.linalg.blocking import Blocking, in_blocks
+from funcprecond.linalg.eigenbases import (
     Bases,
     axes_below,
     decomposed,
@@ -35,7 +31,11 @@ from funcprecond.solver.eigenbasis import (
     rotate,
     rotate_back,
 )
-from funcprecond.taxonomy import Card
+from funcprecond.linalg.precision import factor_dtype
+from funcprecond.methods.table import Card
+from funcprecond.problems import Params
+from funcprecond.representation.average import accumulate
+from funcprecond.representation.kronecker_dim import axes_of
 from funcprecond.transform import Transform
 from funcprecond.tree import state
 
@@ -78,10 +78,10 @@ def splus(
         momentum: b1, the weight of the old mean.
         decay: b2, the weight of the old statistics.
         merge, block: how parameters are cut into blocks, see
-            :class:`funcprecond.representation.blocks.Blocking`; by default they are whole.
+            :class:`funcprecond.linalg.blocking.Blocking`; by default they are whole.
         max_dim: a longer axis has no basis: the sign is taken along it as it is.
         every, refresh_every, start: the intervals of the statistics and of the bases, see
-            :func:`funcprecond.compose`. The first step, before any basis, is sign descent.
+            :func:`funcprecond.composition`. The first step, before any basis, is sign descent.
     """
     measure, refresh = Every("measure", every, start), Every("refresh", refresh_every, start)
 

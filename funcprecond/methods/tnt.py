@@ -22,16 +22,16 @@ import torch
 from torch import Tensor
 
 from funcprecond.curvature.sampled_gradient import SampledGradient, SampledGradients
-from funcprecond.observe import Every, Evidence, MissingEvidence, Need
-from funcprecond.precision import factor_dtype
-from funcprecond.problem import Params
+from funcprecond.evidence import Every, Evidence, MissingEvidence, Need
+from funcprecond.linalg.batching import by_shape
+from funcprecond.linalg.precision import factor_dtype
+from funcprecond.methods.table import Card
+from funcprecond.problems import Params
 from funcprecond.representation import average
 from funcprecond.representation.average import Decay, check_decay
 from funcprecond.representation.diagonal import zero_weight
 from funcprecond.representation.kronecker_dim import mode_gram
-from funcprecond.representation.stacks import by_shape
 from funcprecond.solver.inverse_root import mode_product
-from funcprecond.taxonomy import Card
 from funcprecond.transform import Transform
 from funcprecond.tree import state
 
@@ -81,7 +81,7 @@ def tnt(
         per_example: estimate the Fisher matrix itself. By default it is that of the mini-batch's
             gradient, smaller by the batch size, as in the authors' code: λ is then relative to it.
         every, refresh_every, start: the intervals of the measurement and of the inverses, see
-            :func:`funcprecond.compose`.
+            :func:`funcprecond.composition`.
     """
     check_decay(decay)
     curvature = SampledGradient(labels, samples)  # pyright: ignore[reportArgumentType]

@@ -5,8 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from funcprecond.precision import factor_dtype
-from funcprecond.problem import Params
+from funcprecond.linalg.precision import factor_dtype
+from funcprecond.problems import Params
 from funcprecond.representation import average
 from funcprecond.representation.diagonal import zero_weight
 from funcprecond.tree import state

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from funcprecond import tree
-from funcprecond.precision import factor_dtype
-from funcprecond.problem import Params
+from funcprecond.linalg.precision import factor_dtype
+from funcprecond.problems import Params
 from funcprecond.representation import average
 from funcprecond.tree import state
 

@@ -16,10 +16,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from funcprecond.curvature.layers import Layers, LayerUse, split_block
-from funcprecond.precision import factor_dtype
-from funcprecond.problem import Params
-from funcprecond.representation.pairs import Pairs, pairs_of
+from funcprecond.curvature.layer_statistics import Layers, LayerUse, split_block
+from funcprecond.layers.example_gradients import Pairs, pairs_of
+from funcprecond.linalg.precision import factor_dtype
+from funcprecond.problems import Params
 from funcprecond.tree import state, static
 
 __all__ = ["Gram"]

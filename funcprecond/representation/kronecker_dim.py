@@ -5,13 +5,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from funcprecond.precision import factor_dtype
-from funcprecond.problem import Params
+from funcprecond.linalg.axes import grams
+from funcprecond.linalg.batching import over_stacks
+from funcprecond.linalg.blocking import Blocking
+from funcprecond.linalg.precision import factor_dtype
+from funcprecond.problems import Params
 from funcprecond.representation import average
-from funcprecond.representation.blocks import Blocking
 from funcprecond.representation.diagonal import zero_weight
-from funcprecond.representation.modes import grams
-from funcprecond.representation.stacks import over_stacks
 from funcprecond.tree import state, static
 
 __all__ = ["KroneckerDim", "axes_of"]
@@ -22,7 +22,7 @@ class KroneckerDim:
     """``S_i = sum unfold_i(G) unfold_i(G)^T`` for the axes i of every block of every parameter.
 
     Blocks and their axes follow from the shapes alone, see
-    :class:`funcprecond.representation.blocks.Blocking`. A parameter without factors (a vector, a
+    :class:`funcprecond.linalg.blocking.Blocking`. A parameter without factors (a vector, a
     scalar) keeps the diagonal of its second moment instead.
 
     Attributes:

@@ -14,13 +14,13 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from funcprecond.curvature.gram import gram, input_factor
-from funcprecond.curvature.layers import Layers, LayerUse, Sharing, split_block
-from funcprecond.precision import factor_dtype
-from funcprecond.problem import Params
+from funcprecond.curvature.layer_statistics import Layers, LayerUse, Sharing, split_block
+from funcprecond.layers.input_moments import gram, input_factor
+from funcprecond.linalg.nearest_kronecker import nearest_kronecker
+from funcprecond.linalg.precision import factor_dtype
+from funcprecond.problems import Params
 from funcprecond.representation import average
 from funcprecond.representation.diagonal import zero_weight
-from funcprecond.representation.nearest_kronecker import nearest_kronecker
 from funcprecond.tree import state, static
 
 __all__ = ["KroneckerIO", "as_rows", "layer_rows"]

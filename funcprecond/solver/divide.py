@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from funcprecond import tree
-from funcprecond.problem import Params
+from funcprecond.problems import Params
 from funcprecond.representation.diagonal import Diagonal
 
 __all__ = ["Divide"]

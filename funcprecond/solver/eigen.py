@@ -6,11 +6,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from funcprecond.curvature.layers import Layers, LayerStatistics
-from funcprecond.problem import Params
+from funcprecond.curvature.layer_statistics import Layers, LayerStatistics
+from funcprecond.linalg.batching import by_shape
+from funcprecond.problems import Params
 from funcprecond.representation.kronecker_io import KroneckerIO
-from funcprecond.representation.stacks import by_shape
-from funcprecond.solver.layerwise import (
+from funcprecond.solver.layer_gradient import (
     GRADIENT_ROWS,
     LayerGradient,
     apply_blocks,

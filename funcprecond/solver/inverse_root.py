@@ -10,15 +10,15 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from funcprecond.observe import Turn
-from funcprecond.precision import factor_dtype
-from funcprecond.problem import Params
-from funcprecond.representation.blocks import Blocking
+from funcprecond.evidence import Turn
+from funcprecond.linalg.axes import multiply
+from funcprecond.linalg.batching import by_shape, over_stacks
+from funcprecond.linalg.blocking import Blocking
+from funcprecond.linalg.inverse_roots import Method, inverse_root
+from funcprecond.linalg.precision import factor_dtype
+from funcprecond.problems import Params
 from funcprecond.representation.dense import Dense
 from funcprecond.representation.kronecker_dim import KroneckerDim
-from funcprecond.representation.modes import multiply
-from funcprecond.representation.stacks import by_shape, over_stacks
-from funcprecond.solver.root import Method, inverse_root
 from funcprecond.tree import state, static
 
 __all__ = ["InverseRoot", "Roots", "diagonal_roots", "mode_product", "refreshed"]
@@ -56,7 +56,7 @@ class InverseRoot:
     Attributes:
         epsilon: the ridge, relative to each factor's largest eigenvalue.
         exponent: of each factor; by default 1/2 shared by the k axes, ``1 / (2 k)``.
-        dtype, method: see :func:`funcprecond.solver.root.inverse_root`.
+        dtype, method: see :func:`funcprecond.linalg.inverse_roots.inverse_root`.
     """
 
     epsilon: float | Tensor = 1e-6

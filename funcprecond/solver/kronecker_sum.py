@@ -20,11 +20,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from funcprecond.observe import Turn
-from funcprecond.problem import Params
-from funcprecond.representation.blocks import Blocking
+from funcprecond.evidence import Turn
+from funcprecond.linalg.axes import multiply
+from funcprecond.linalg.blocking import Blocking
+from funcprecond.linalg.inverse_roots import Method, eigen_root
+from funcprecond.problems import Params
 from funcprecond.representation.kronecker_dim import KroneckerDim
-from funcprecond.representation.modes import multiply
 from funcprecond.solver.inverse_root import (
     InverseRoot,
     Roots,
@@ -33,7 +34,6 @@ from funcprecond.solver.inverse_root import (
     mode_product,
     refreshed,
 )
-from funcprecond.solver.root import Method, eigen_root
 from funcprecond.tree import state, static
 
 __all__ = ["KroneckerSum", "Spectra"]
@@ -66,7 +66,7 @@ class KroneckerSum:
             ``epsilon^(-1/4)``: keep it at 1e-6 or above in float32.
         p: the order, by default the number of axes; ``math.inf`` is the geometric mean, Shampoo. In
             eigenbases any positive number, in passes a whole one.
-        dtype, method: see :func:`funcprecond.solver.root.inverse_root`. With "eigh", which "auto"
+        dtype, method: see :func:`funcprecond.linalg.inverse_roots.inverse_root`. With "eigh", which "auto"
             is on a CPU, eigenvectors are kept; otherwise roots, applied in p passes.
     """
 

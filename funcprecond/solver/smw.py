@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from funcprecond import tree
-from funcprecond.precision import wide
-from funcprecond.problem import Params
+from funcprecond.linalg.precision import wide
+from funcprecond.problems import Params
 from funcprecond.representation.gram import Gram
 from funcprecond.tree import state
 

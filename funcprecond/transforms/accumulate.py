@@ -5,8 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from funcprecond.observe import Every, Evidence, MissingEvidence
-from funcprecond.problem import Params
+from funcprecond.evidence import Every, Evidence, MissingEvidence
+from funcprecond.problems import Params
 from funcprecond.transform import Transform, counter
 from funcprecond.tree import state
 

@@ -5,9 +5,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from funcprecond.observe import Every, Evidence
-from funcprecond.precision import factor_dtype
-from funcprecond.problem import Params
+from funcprecond.evidence import Every, Evidence
+from funcprecond.linalg.precision import factor_dtype
+from funcprecond.problems import Params
 from funcprecond.transform import Transform
 from funcprecond.tree import state
 

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from funcprecond import tree
-from funcprecond.observe import Evidence
-from funcprecond.problem import Params
+from funcprecond.evidence import Evidence
+from funcprecond.problems import Params
 from funcprecond.representation.diagonal import zero_weight
 from funcprecond.transform import Transform
 from funcprecond.tree import state

@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from funcprecond import tree
-from funcprecond.problem import Params
+from funcprecond.problems import Params
 from funcprecond.transform import Transform, gradient_only
 
 __all__ = ["momentum"]

@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
-from funcprecond.observe import Evidence
-from funcprecond.problem import Params
+from funcprecond.evidence import Evidence
+from funcprecond.problems import Params
 from funcprecond.transform import Transform
 from funcprecond.tree import state, static
 

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from torch import Tensor
 
 from funcprecond import tree
-from funcprecond.problem import Params
+from funcprecond.problems import Params
 from funcprecond.transform import Transform, counter, gradient_only, stateless
 
 __all__ = ["scale"]

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map, tree_structure
 
-from funcprecond.observe import Evidence
-from funcprecond.problem import Params
+from funcprecond.evidence import Evidence
+from funcprecond.problems import Params
 from funcprecond.transform import Transform, counter
 from funcprecond.tree import state
 

@@ -5,8 +5,8 @@ from collections.abc import Callable
 from torch import Tensor
 
 from funcprecond import tree
-from funcprecond.observe import Evidence, MissingEvidence
-from funcprecond.problem import Params
+from funcprecond.evidence import Evidence, MissingEvidence
+from funcprecond.problems import Params
 from funcprecond.transform import Transform
 
 __all__ = ["parameters", "weight_decay"]

@@ -27,8 +27,8 @@ from against_curvlinops import cnn, gradient, measure, mlp, work
 from torch import nn
 
 import funcprecond as fp
-from funcprecond.curvature.diagonal import diagonal_of
-from funcprecond.curvature.layers import LayerStatistics, split_block
+from funcprecond.curvature.layer_statistics import LayerStatistics, split_block
+from funcprecond.operators.diagonal import diagonal_of
 from funcprecond.representation.kronecker_io import product
 
 MOMENT = LayerStatistics("empirical", by_example=True)

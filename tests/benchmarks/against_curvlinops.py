@@ -38,11 +38,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 import funcprecond as fp
-from funcprecond.curvature.estimate import draw_probes
-from funcprecond.curvature.layers import LayerStatistics, split_block
-from funcprecond.curvature.layerwise import Factors, Layerwise
-from funcprecond.curvature.moments import second_moments
-from funcprecond.curvature.operator import Function
+from funcprecond.curvature.layer_statistics import LayerStatistics, split_block
+from funcprecond.estimators.traces import draw_probes
+from funcprecond.layers.second_moments import second_moments
+from funcprecond.operators.layer_blocks import Factors, Layerwise
+from funcprecond.operators.operator import Function
 from funcprecond.representation.kronecker_io import KroneckerIO
 from funcprecond.solver.cholesky import Cholesky
 

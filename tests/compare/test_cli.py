@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from funcprecond import taxonomy
 from funcprecond.compare import cli
 from funcprecond.compare.tasks import TASKS
+from funcprecond.methods import table as taxonomy
 
 QUICK = ["--methods", "sgd,adam", "--steps", "5", "--sweep", "1", "--seeds", "0,1"]
 

@@ -7,12 +7,12 @@ import pytest
 import torch
 
 import funcprecond as fp
-from funcprecond import taxonomy
 from funcprecond.compare import engine as engine_module
 from funcprecond.compare import plan, recipe, summary
 from funcprecond.compare.engine import sentence
 from funcprecond.compare.tasks import TASKS
 from funcprecond.compare.train import train
+from funcprecond.methods import table as taxonomy
 from funcprecond.transform import stateless
 
 

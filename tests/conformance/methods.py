@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 import funcprecond as fp
-from funcprecond.taxonomy import CARDS
+from funcprecond.methods.table import CARDS
 from tests.conformance import references
 
 

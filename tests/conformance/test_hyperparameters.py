@@ -7,7 +7,7 @@ import torch
 from torch.utils._pytree import tree_map
 
 import funcprecond as fp
-from funcprecond.taxonomy import CARDS
+from funcprecond.methods.table import CARDS
 from tests import problems
 from tests.conformance.methods import METHODS, build, every_method, line
 from tests.equality import assert_close

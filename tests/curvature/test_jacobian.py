@@ -5,7 +5,7 @@ import funcprecond as fp
 from tests import problems, reference
 from tests.equality import assert_close
 from tests.problems import normal, seeded
-from tests.test_op_table import MODELS, build
+from tests.autodiff.test_op_table import MODELS, build
 
 
 @pytest.mark.parametrize("model", MODELS)

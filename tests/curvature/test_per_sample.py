@@ -7,7 +7,7 @@ from funcprecond.curvature.per_sample import PerSampleGrads
 from tests import problems, reference
 from tests.equality import assert_close
 from tests.problems import Toy, initialised, normal, seeded
-from tests.test_op_table import MODELS, NOT_MAPPED, build
+from tests.autodiff.test_op_table import MODELS, NOT_MAPPED, build
 
 
 def rows_of(grads):

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import funcprecond as fp
-from funcprecond.curvature.layers import LayerStatistics, split_block
+from funcprecond.curvature.layer_statistics import LayerStatistics, split_block
 from tests import problems, reference
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import funcprecond as fp
-from funcprecond.solver.bfgs import bfgs_update
+from funcprecond.linalg.bfgs import bfgs_update
 from tests import reference
 from tests.equality import assert_close, assert_same
 from tests.problems import convnet, mlp, normal, regression, seeded, train, update

@@ -9,7 +9,7 @@ from tests import reference
 from tests.equality import assert_close
 from tests.methods.test_shampoo import EPSILON, applied
 from tests.problems import normal
-from tests.representation.test_blocks import path, stepped
+from tests.linalg.test_blocking import path, stepped
 
 MAGNITUDES = {
     "sgd": fp.sgd,

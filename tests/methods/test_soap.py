@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 
 import funcprecond as fp
-from funcprecond.solver.eigenbasis import eigenvectors, rotate_back
+from funcprecond.linalg.eigenbases import eigenvectors, rotate_back
 from tests import reference, strategies
 from tests.equality import assert_close
 from tests.peers import run, run_torch

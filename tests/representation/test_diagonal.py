@@ -6,7 +6,7 @@ import funcprecond as fp
 from funcprecond.curvature.gradient import OuterProduct
 from funcprecond.curvature.hessian import HessianProbes
 from funcprecond.curvature.per_sample import PerSample, PerSampleGrads
-from funcprecond.precision import factor_dtype
+from funcprecond.linalg.precision import factor_dtype
 from funcprecond.representation.diagonal import Diagonal
 from tests import problems, reference, strategies
 from tests.equality import assert_close

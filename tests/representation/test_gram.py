@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 import funcprecond as fp
-from funcprecond.curvature.layers import LayerStatistics
+from funcprecond.curvature.layer_statistics import LayerStatistics
+from funcprecond.layers.example_gradients import Pairs
 from funcprecond.representation.gram import Gram
-from funcprecond.representation.pairs import Pairs
 from tests import reference
 from tests.problems import Toy, convnet, initialised, mlp, normal, seeded, tree
 from tests.strategies import seeds

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import funcprecond as fp
-from funcprecond.curvature.layers import LayerStatistics, split_block
+from funcprecond.curvature.layer_statistics import LayerStatistics, split_block
 from funcprecond.representation.kronecker_io import KroneckerIO, layer_rows
 from tests import problems, reference
 

@@ -1,0 +1,1 @@
+"""Derivatives that replace torch's own."""

@@ -1,0 +1,1 @@
+"""Traces, diagonals, spectra, eigenpairs and statistics of a batch's gradients."""

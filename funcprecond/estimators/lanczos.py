@@ -1,0 +1,199 @@
+r"""Lanczos: a Krylov space, and the density of the whole spectrum.
+
+After m products :math:`A V = V T + \beta_m v_{m+1} e_m^T` with orthonormal V and tridiagonal T,
+whose eigenvalues (Ritz values) approach the extreme ones of A. Every new vector is made orthogonal
+to all earlier ones, twice where it loses its length, so that float32 gives no ghosts. The small
+eigenproblem of T is solved in float64, where the device has it.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from funcprecond import tree
+from funcprecond.linalg import random
+from funcprecond.linalg.precision import wide, wide_dtype
+from funcprecond.operators.operator import Operator
+from funcprecond.tracing import untransformed
+from funcprecond.tree import state
+
+__all__ = ["Krylov", "SpectralDensity", "lanczos", "spectral_density"]
+
+
+@state
+class Krylov:
+    """A Krylov space; where it ended early, because it is invariant, the rest is zero.
+
+    Attributes:
+        basis: (m, P), orthonormal rows; none if they were not kept.
+        alpha: (m,), T's diagonal, :func:`wide`.
+        beta: (m,), the entries beside it; the last one leads out of the space.
+        following: (P,), the vector that it leads to; zero if the space is invariant.
+    """
+
+    basis: Tensor
+    alpha: Tensor
+    beta: Tensor
+    following: Tensor
+
+    def tridiagonal(self) -> Tensor:
+        """(m, m): T."""
+        off = self.beta[:-1]
+        return torch.diag(self.alpha) + torch.diag(off, 1) + torch.diag(off, -1)
+
+    def ritz(self) -> tuple[Tensor, Tensor, Tensor]:
+        """(values, vectors as columns, error bounds ``beta_m |last entry|``) of T."""
+        values, vectors = torch.linalg.eigh(self.tridiagonal())
+        return values, vectors, (self.beta[-1] * vectors[-1]).abs()
+
+
+def lanczos(
+    operator: Operator, start: Tensor, steps: int, *, reorthogonalise: bool = True
+) -> Krylov:
+    """The Krylov space of a symmetric operator.
+
+    Args:
+        operator: A.
+        start: (P,), where it starts; its length does not matter.
+        steps: m, the number of products. Memory: m vectors.
+        reorthogonalise: make each vector orthogonal to all before it; if not, three vectors are in
+            memory, none is returned, and eigenvalues that are found already come up again.
+
+    Where nothing watches it ends as soon as the space is invariant, with fewer than m vectors.
+    """
+    plain = untransformed((start, operator.like))
+    v = start / start.norm()
+    del start  # it is not kept, where the caller does not
+    previous = v
+    alphas, betas = [], []
+    buffer = v.new_empty(steps if reorthogonalise else 0, v.numel())
+    rows = buffer[:0]
+    size = v.new_zeros((), dtype=wide_dtype(v))
+    for i in range(steps):
+        if reorthogonalise:
+            if plain:
+                buffer[i] = v
+                v = buffer[i]
+            else:
+                # Transforms must know of it; of this form, compilers write in place.
+                row = torch.full((1,), i, device=v.device)
+                buffer = buffer.index_copy(0, row, v.unsqueeze(0))
+            rows = buffer[: i + 1]
+        vector = tree.cast(tree.unravel(v, operator.like), operator.like)
+        w = tree.ravel(operator.matvec(vector)).to(v.dtype)
+        alpha = wide(w.dot(v))
+        # What is joined to one vector is new, and written over while nothing watches.
+        own = plain and not w.requires_grad
+        out = w if own else None
+        w = torch.addcmul(w, v, -alpha.to(w.dtype), out=out)
+        if i:
+            w = torch.addcmul(w, previous, -betas[-1].to(w.dtype), out=out)
+        before = w.norm()
+        beta = before
+        if reorthogonalise:
+            # What the recursion leaves is small, unless little is left at all: then once more.
+            w = _without(w, rows)
+            beta = w.norm()
+            if not (plain and bool(beta > 0.5 * before)):
+                w = _without(w, rows)
+                beta = w.norm()
+        size = torch.maximum(size, torch.maximum(alpha.abs(), wide(beta)))
+        # What is left beside T's own size is rounding: the space is invariant.
+        alive = beta > 10 * torch.finfo(v.dtype).eps * math.sqrt(v.numel()) * size
+        inverse = torch.where(alive, 1 / torch.where(alive, beta, 1.0), 0.0)
+        previous, v = v, torch.mul(w, inverse, out=w if own else None)
+        del w  # while the next product is taken
+        alphas.append(alpha)
+        betas.append(wide(torch.where(alive, beta, 0.0)))
+        if plain and not bool(alive):
+            break
+    return Krylov(rows, torch.stack(alphas), torch.stack(betas), v)
+
+
+def _without(w: Tensor, rows: Tensor) -> Tensor:
+    """What is left of a vector beside orthonormal rows."""
+    # As matrices: a compiler takes products of a matrix and a vector apart into slow loops.
+    w = w.unsqueeze(0)
+    return torch.addmm(w, w @ rows.mT, rows, alpha=-1).squeeze(0)
+
+
+@state
+class SpectralDensity:
+    """Quadrature nodes of the spectrum, one set a probe: what stochastic Lanczos quadrature gives.
+
+    Attributes:
+        nodes: (probes, m), Ritz values.
+        weights: (probes, m), the share of the spectrum at each; they sum to 1 for a probe.
+        size: P, a 0-d tensor.
+    """
+
+    nodes: Tensor
+    weights: Tensor
+    size: Tensor
+
+    def density(self, grid: Tensor, width: float | Tensor | None = None) -> Tensor:
+        """The density of eigenvalues on a grid, integrating to 1.
+
+        Args:
+            grid: any shape.
+            width: the standard deviation of the Gaussian that stands for each node; 1 % of the
+                nodes' range by default.
+        """
+        if width is None:
+            width = 0.01 * (self.nodes.max() - self.nodes.min())
+        width = torch.as_tensor(width, dtype=self.nodes.dtype, device=self.nodes.device)
+        width = width.clamp_min(torch.finfo(self.nodes.dtype).tiny)
+        distance = (grid.to(self.nodes).unsqueeze(-1) - self.nodes.reshape(-1)) / width
+        bells = torch.exp(-0.5 * distance**2) / (width * math.sqrt(2 * math.pi))
+        return (bells * self.weights.reshape(-1)).sum(-1) / self.nodes.shape[0]
+
+    def trace(self, function) -> tuple[Tensor, Tensor]:
+        """The trace of a function of the matrix, as (estimate, standard error).
+
+        ``function`` acts on eigenvalues: ``torch.log1p`` gives ``log det (I + A)``.
+        """
+        each = self.size * (self.weights * function(self.nodes)).sum(1)
+        n = each.shape[0]
+        error = each.std() / n**0.5 if n > 1 else torch.full_like(each[0], torch.nan)
+        return each.mean(), error
+
+
+def spectral_density(
+    operator: Operator,
+    *,
+    probes: int = 1,
+    steps: int = 100,
+    reorthogonalise: bool = True,
+    generator: torch.Generator | None = None,
+    vectors: Tensor | None = None,
+) -> SpectralDensity:
+    """The density of a symmetric operator's eigenvalues (stochastic Lanczos quadrature).
+
+    Args:
+        operator: A.
+        probes: random sign vectors to average over.
+        steps: m, products for each. Memory: m vectors.
+        reorthogonalise: if not, three vectors are in memory; eigenvalues that are found already
+            then come up again as nodes that share the weight, so that fewer new ones are found.
+        generator: draws the probes.
+        vectors: (probes, P) instead.
+
+    Moments up to ``2 steps - 1`` of each probe's spectral measure are exact.
+    """
+    dtype = operator.flat_options["dtype"] if vectors is None else vectors.dtype
+    if vectors is None:
+        signs = {**operator.flat_options, "dtype": torch.int8}
+        vectors = random.rademacher((probes, operator.size), generator, **signs)
+    steps = min(steps, operator.size)
+    nodes, weights = [], []
+    for v in vectors:
+        space = lanczos(operator, v.to(dtype), steps, reorthogonalise=reorthogonalise)
+        values, columns, _ = space.ritz()
+        del space
+        # A space that ended early is filled up with nodes that have no weight.
+        missing = steps - len(values)
+        nodes.append(torch.cat([values, values[-1:].expand(missing)]))
+        weights.append(torch.cat([columns[0] ** 2, values.new_zeros(missing)]))
+    size = torch.full_like(nodes[0][0], operator.size)
+    return SpectralDensity(torch.stack(nodes), torch.stack(weights), size)

@@ -1,0 +1,1 @@
+"""What a layer's inputs and output gradients give."""
