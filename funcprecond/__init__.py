@@ -6,6 +6,7 @@ A method is a choice of curvature (what to measure), representation (how to stor
 
 from funcprecond import curvature, losses, methods, representation, solver, tree
 from funcprecond.autodiff.evaluation import Evaluation
+from funcprecond.checkpoint import from_dict, load, save, to_dict
 from funcprecond.composition import compose
 from funcprecond.curvature.fisher import fisher_mv
 from funcprecond.curvature.ggn import ggn_mv
@@ -15,13 +16,10 @@ from funcprecond.curvature.layer_statistics import layer_statistics
 from funcprecond.curvature.per_sample import per_sample_grads
 from funcprecond.estimators import plots
 from funcprecond.estimators.eigenpairs import eigsh
-from funcprecond.estimators.gradient_statistics import (
-    gradient_noise_scale,
-    ntk,
-    per_sample_gram,
-    per_sample_norms,
-)
+from funcprecond.estimators.gradient_statistics import per_sample_gram, per_sample_norms
 from funcprecond.estimators.lanczos import spectral_density
+from funcprecond.estimators.noise_scale import gradient_noise_scale
+from funcprecond.estimators.tangent_kernel import ntk
 from funcprecond.estimators.traces import (
     hutchinson_diagonal,
     hutchinson_trace,
@@ -29,7 +27,7 @@ from funcprecond.estimators.traces import (
     xdiag,
     xtrace,
 )
-from funcprecond.evidence import Every, Evidence, MissingEvidence, Need, Noise, draw, observe
+from funcprecond.evidence import Evidence, MissingEvidence, Noise, draw, observe
 from funcprecond.methods.adagrad import adagrad, adagrad_full
 from funcprecond.methods.adahessian import adahessian
 from funcprecond.methods.adam import adam, adamw
@@ -49,6 +47,7 @@ from funcprecond.methods.smw_ng import smw_ng
 from funcprecond.methods.soap import soap
 from funcprecond.methods.splus import splus
 from funcprecond.methods.tnt import tnt
+from funcprecond.need import Every, Need
 from funcprecond.operators.curvature_matrices import GGN, Fisher, Hessian
 from funcprecond.operators.diagonal import DiagonalGGN
 from funcprecond.operators.kronecker_factored import KroneckerFactored
@@ -66,6 +65,5 @@ from funcprecond.transforms.partition import assign, partition
 from funcprecond.transforms.scale import scale
 from funcprecond.transforms.skip_nonfinite import skip_nonfinite
 from funcprecond.transforms.weight_decay import weight_decay
-from funcprecond.tree import load, save
 
 __version__ = "0.1.0"

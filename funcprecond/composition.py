@@ -4,12 +4,12 @@ from collections.abc import Callable
 from typing import Any
 
 from funcprecond.curvature.gradient import BatchGradient, OuterProduct
-from funcprecond.evidence import Every, Evidence, MissingEvidence, Need, Turn
-from funcprecond.problems import Params
+from funcprecond.evidence import Evidence, MissingEvidence
+from funcprecond.need import Every, Need, Turn
 from funcprecond.representation.average import Decay, check_decay
 from funcprecond.solver.layer_gradient import gradient_rows
 from funcprecond.transform import Transform
-from funcprecond.tree import state
+from funcprecond.tree import Params, state
 
 __all__ = ["Composed", "NoSolver", "compose"]
 

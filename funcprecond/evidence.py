@@ -5,97 +5,20 @@ one forward run, and the method's ``update`` is tensor algebra on the result. To
 new, write a :class:`Need`: nothing else changes.
 """
 
-import dataclasses
-from collections.abc import Iterable, Sequence
-from typing import Any, ClassVar
+from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from funcprecond import tree
 from funcprecond.autodiff.evaluation import Evaluation
-from funcprecond.autodiff.recorder import Capture
-from funcprecond.problems import Buffers, Params, Problem
-from funcprecond.tree import state
+from funcprecond.autodiff.recorder import Recorder
+from funcprecond.need import Need, is_mark
+from funcprecond.problems import Problem
+from funcprecond.tree import Buffers, Params, state
 
-__all__ = ["Every", "Evidence", "MissingEvidence", "Need", "Noise", "Turn", "draw", "observe"]
-
-
-class Need:
-    """Something to measure: a frozen, hashable dataclass that says what.
-
-    Two methods with equal needs share one measurement.
-
-    Attributes:
-        taps: whether the layers' inputs and output gradients must be recorded.
-        twice: whether products with the Hessian or the Jacobian are taken.
-    """
-
-    taps: ClassVar[bool] = False
-    twice: ClassVar[bool] = False
-
-    def draw(
-        self, problem: Problem, params: Params, batch: Any, generator: torch.Generator | None
-    ) -> Any:
-        """The random numbers that the measurement takes, as a tree of tensors; none by default."""
-        return ()
-
-    def measure(self, evaluation: Evaluation, noise: Any) -> Any:
-        """The value: pure, and from the shared evaluation; it never runs the model itself."""
-        return ()
-
-
-@dataclasses.dataclass(frozen=True)
-class Every(Need):
-    """The mark by which ``needs(t)`` tells ``update`` that an interval has passed.
-
-    Nothing is measured. It is due at every step before ``start``, then at each multiple of
-    ``steps``.
-
-    Attributes:
-        what: what is due, such as "refresh".
-        steps: the interval, at least 1.
-        start: until this step it is due every time: statistics of the first steps change quickly,
-            and a first one of rank one makes a poor preconditioner for a whole interval.
-    """
-
-    what: str
-    steps: int = 1
-    start: int = 0
-
-    def __post_init__(self):
-        if self.steps < 1 or self.start < 0:
-            msg = f"{self.what}: the interval must be at least 1 and start at least 0, not {self}"
-            raise ValueError(msg)
-
-    def due(self, t: int) -> tuple[Need, ...]:
-        """``(self,)`` if it is due at step ``t``, a host integer counted from 0; else ``()``."""
-        return (self,) if t < self.start or t % self.steps == 0 else ()
-
-
-@dataclasses.dataclass(frozen=True)
-class Turn(Need):
-    """The mark of a staggered interval: at each step the ``slot``-th share of the work is due.
-
-    Attributes:
-        what: what is due, such as "refresh".
-        steps: the interval, which is also the number of shares.
-        slot: whose turn it is, from 0.
-    """
-
-    what: str
-    steps: int
-    slot: int
-
-    def share(self, costs: Sequence[float]) -> list[int]:
-        """The items of this slot, when all are dealt out so that the slots cost about the same."""
-        loads, mine = [0.0] * self.steps, []
-        for i in sorted(range(len(costs)), key=lambda i: -costs[i]):
-            slot = min(range(self.steps), key=loads.__getitem__)
-            loads[slot] += costs[i]
-            if slot == self.slot:
-                mine.append(i)
-        return sorted(mine)
+__all__ = ["Evidence", "MissingEvidence", "Noise", "draw", "observe"]
 
 
 class MissingEvidence(LookupError):
@@ -171,13 +94,13 @@ def draw(
     drawn = _draw(problem, params, batch, needs, generator)
     training = problem.module is None or problem.module.training
     masks = ()
-    if problem.draws.get(training, True):
-        capture = Capture({}, generator=generator)
-        with torch.no_grad(), capture:
+    if problem.draws_masks.get(training, True):
+        recorder = Recorder({}, generator=generator)
+        with torch.no_grad(), recorder:
             start = problem.buffers if buffers is None else buffers
             problem.forward(params, start, problem.split(batch)[0])
-        masks = tuple(capture.masks)
-        problem.draws[training] = bool(masks)
+        masks = tuple(recorder.masks)
+        problem.draws_masks[training] = bool(masks)
     return Noise(masks, drawn)
 
 
@@ -217,9 +140,9 @@ def observe(
         buffers=buffers,
         masks=noise.masks,
         generator=generator,
-        taps=any(n.taps for n in needs),
+        layers=any(n.layers for n in needs),
         twice=any(n.twice for n in needs),
-        keep=any(not isinstance(n, (Every, Turn)) for n in needs),
+        keep=any(not is_mark(n) for n in needs),
     )
     grads = evaluation.grads
     return Evidence(

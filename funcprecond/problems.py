@@ -30,7 +30,7 @@ class Problem:
         buffers: the model's buffers to start from, by name (running statistics of BatchNorm).
         split: ``batch -> (inputs, targets)``.
         module: the ``nn.Module`` that ``forward`` runs, or None for a plain function.
-        draws: whether a run draws dropout masks, in train and in eval mode, as far as is known.
+        draws_masks: whether a run draws dropout masks, in train and in eval mode, as far as is known.
     """
 
     forward: Callable[[Params, Buffers, Any], tuple[Any, Buffers]]
@@ -39,7 +39,7 @@ class Problem:
     buffers: Buffers
     split: Callable[[Any], tuple[Any, Any]]
     module: nn.Module | None = None
-    draws: dict[bool, bool] = dataclasses.field(default_factory=dict)
+    draws_masks: dict[bool, bool] = dataclasses.field(default_factory=dict)
 
     def __call__(self, params: Params, inputs: Any, buffers: Buffers | None = None) -> Any:
         """The model's outputs at ``params``, in the mode (train or eval) the module is in."""

@@ -8,8 +8,11 @@ import torch
 from torch import Tensor
 
 from funcprecond import tree
-from funcprecond.evidence import Every, Evidence, MissingEvidence, Need, Noise, Turn, observe
-from funcprecond.problems import Buffers, Params, Problem
+from funcprecond.evidence import Evidence, MissingEvidence, Noise, observe
+from funcprecond.linalg import treemath
+from funcprecond.need import Every, Need, Turn
+from funcprecond.problems import Problem
+from funcprecond.tree import Buffers, Params
 
 __all__ = ["Transform", "apply", "chain", "gradient_only", "make_step", "make_update", "stateless"]
 
@@ -79,7 +82,7 @@ def apply(params: Params, direction: Params, rate: float | Tensor = 1.0) -> Para
     if missing:
         msg = f"the direction has no entry for {sorted(missing)}"
         raise KeyError(msg)
-    return tree.add(params, tree.cast(direction, params), -rate)
+    return treemath.add(params, treemath.cast(direction, params), -rate)
 
 
 def make_step(

@@ -15,9 +15,9 @@ import funcprecond as fp
 from funcprecond.linalg import precision
 from tests import problems
 from tests.conformance.methods import every_method, intervals
-from tests.layers.test_every_layer import CASES, case
 from tests.elsewhere import DEVICE, Elsewhere, back, elsewhere
 from tests.equality import assert_close
+from tests.layers.test_every_layer import CASES, case
 from tests.problems import seeded
 
 SIZES = {"block": 3, "merge": 12}

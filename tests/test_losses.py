@@ -126,7 +126,7 @@ def test_the_exact_cotangents_square_to_the_hessian(loss, f, y):
 
 @every_loss
 def test_sampled_cotangents_square_to_the_hessian_in_the_mean(loss, f, y):
-    noise = loss.draw(y, 30_000, seeded(5))
+    noise = loss.label_noise(y, 30_000, seeded(5))
     u = loss.sampled(f, y, noise)
     assert u.shape == (30_000, *f.shape)
     total = torch.einsum("sna,snb->nab", *(2 * [u.reshape(30_000, N, -1)]))
@@ -167,7 +167,7 @@ def test_a_loss_that_does_not_look_at_all_outputs_has_cotangents_of_zero():
 
 @every_loss
 def test_sampling_is_scaled_by_the_number_of_samples(loss, f, y):
-    noise = loss.draw(y, 1, seeded(5))
+    noise = loss.label_noise(y, 1, seeded(5))
     once, thrice = loss.sampled(f, y, noise), loss.sampled(f, y, noise.expand(3, *noise.shape[1:]))
     assert_close(thrice[0], once[0] / math.sqrt(3), rtol=1e-12)
 
@@ -258,7 +258,7 @@ def test_a_callable_has_gradient_hessian_product_and_empirical_cotangents():
 def test_a_callable_says_that_it_has_no_likelihood():
     loss = as_loss(lambda f, y: (f - y).square().sum())
     for ask in (
-        lambda: loss.draw(X, 1, seeded(0)),
+        lambda: loss.label_noise(X, 1, seeded(0)),
         lambda: loss.sampled(X, X, X),
         lambda: loss.exact(X, X),
     ):

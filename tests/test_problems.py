@@ -57,7 +57,7 @@ def test_observing_changes_nothing_of_a_module():
     )
     before = snapshot(module)
     problem = fp.problem(module, fp.losses.cross_entropy)
-    needs = (fp.curvature.hessian.HessianOperator(), fp.curvature.layers.LayerStatistics())
+    needs = (fp.curvature.HessianOperator(), fp.curvature.LayerStatistics())
     fp.observe(problem, problem.params, problems.labelled(5, 3, 3, 0), needs, generator=seeded(0))
     assert_untouched(module, before)
     assert not any(b.any() for k, b in problem.buffers.items() if "mean" in k)

@@ -7,6 +7,9 @@ from torch import Tensor
 
 import funcprecond as fp
 from funcprecond import tree
+from funcprecond.checkpoint import from_dict, to_dict
+from funcprecond.linalg import treemath
+from funcprecond.tracing import multi_tensor
 from tests import strategies
 from tests.equality import assert_close, assert_same
 
@@ -56,40 +59,40 @@ def test_a_state_may_hold_anything_while_a_transform_rebuilds_it():
 @given(strategies.vectors(), strategies.seeds)
 def test_vector_operations_agree_with_the_flat_vector(x, seed):
     y = {k: torch.cos(v + seed) for k, v in x.items()}
-    a, b = tree.ravel(x), tree.ravel(y)
-    assert_close(tree.ravel(tree.add(x, y)), a + b, rtol=1e-14)
-    assert_close(tree.ravel(tree.add(x, y, -0.5)), a - 0.5 * b, rtol=1e-14)
-    assert_close(tree.ravel(tree.add(x, y, torch.tensor(2.0))), a + 2 * b, rtol=1e-14)
-    assert_close(tree.ravel(tree.sub(x, y)), a - b, rtol=1e-14)
-    assert_close(tree.ravel(tree.mul(x, 3.0)), 3 * a, rtol=1e-14)
-    assert_close(tree.dot(x, y), a @ b, atol=1e-12)
-    assert_close(tree.norm(x), a.norm(), rtol=1e-12)
-    assert_same(tree.unravel(a, x), x)
+    a, b = treemath.ravel(x), treemath.ravel(y)
+    assert_close(treemath.ravel(treemath.add(x, y)), a + b, rtol=1e-14)
+    assert_close(treemath.ravel(treemath.add(x, y, -0.5)), a - 0.5 * b, rtol=1e-14)
+    assert_close(treemath.ravel(treemath.add(x, y, torch.tensor(2.0))), a + 2 * b, rtol=1e-14)
+    assert_close(treemath.ravel(treemath.sub(x, y)), a - b, rtol=1e-14)
+    assert_close(treemath.ravel(treemath.mul(x, 3.0)), 3 * a, rtol=1e-14)
+    assert_close(treemath.dot(x, y), a @ b, atol=1e-12)
+    assert_close(treemath.norm(x), a.norm(), rtol=1e-12)
+    assert_same(treemath.unravel(a, x), x)
 
 
 def test_operations_follow_the_keys_and_not_their_order(randn):
     x = {"a": randn(2), "b": randn(3)}
     y = dict(reversed({"a": randn(2), "b": randn(3)}.items()))
-    assert_same(tree.sub(x, y), {"a": x["a"] - y["a"], "b": x["b"] - y["b"]})
-    assert_same(tree.add(x, y), {"a": x["a"] + y["a"], "b": x["b"] + y["b"]})
-    assert_close(tree.dot(x, y), x["a"] @ y["a"] + x["b"] @ y["b"])
+    assert_same(treemath.sub(x, y), {"a": x["a"] - y["a"], "b": x["b"] - y["b"]})
+    assert_same(treemath.add(x, y), {"a": x["a"] + y["a"], "b": x["b"] + y["b"]})
+    assert_close(treemath.dot(x, y), x["a"] @ y["a"] + x["b"] @ y["b"])
 
 
 def test_inner_products_of_half_precision_are_taken_in_float32():
     x = {"w": torch.full((4096,), 0.1, dtype=torch.bfloat16)}
-    assert tree.dot(x, x).dtype == torch.float32
-    assert tree.dot(x, x).item() == pytest.approx(4096 * x["w"][0].item() ** 2, rel=1e-4)
+    assert treemath.dot(x, x).dtype == torch.float32
+    assert treemath.dot(x, x).item() == pytest.approx(4096 * x["w"][0].item() ** 2, rel=1e-4)
 
 
 def test_empty_vectors_are_vectors():
-    assert tree.sub({}, {}) == {}
-    assert tree.dot({}, {}) == 0
-    assert tree.ravel({}).shape == (0,)
+    assert treemath.sub({}, {}) == {}
+    assert treemath.dot({}, {}) == 0
+    assert treemath.ravel({}).shape == (0,)
 
 
 def test_operations_have_batching_rules(randn):
     x, y = {"a": randn(3, 2)}, {"a": randn(3, 2)}
-    for op in (tree.add, tree.sub, lambda x, y: tree.mul(x, 2.0), tree.dot):
+    for op in (treemath.add, treemath.sub, lambda x, y: treemath.mul(x, 2.0), treemath.dot):
         assert_close(
             torch.vmap(op)(x, y),
             torch.utils._pytree.tree_map(
@@ -101,7 +104,7 @@ def test_operations_have_batching_rules(randn):
 
 # -------------------------------------------------------------------------------------- flat format
 def test_paths_are_readable_and_dotted():
-    assert list(tree.to_dict({"s": pair(), "t": (torch.ones(1),)})) == [
+    assert list(to_dict({"s": pair(), "t": (torch.ones(1),)})) == [
         "s.first",
         "s.second.a",
         "s.second.b.0",
@@ -112,22 +115,22 @@ def test_paths_are_readable_and_dotted():
 
 def test_to_dict_and_back_is_the_identity():
     original = {"s": pair(), "list": [torch.arange(3)], "empty": ()}
-    assert_same(tree.from_dict(original, tree.to_dict(original)), original)
+    assert_same(from_dict(original, to_dict(original)), original)
 
 
 def test_a_leaf_that_is_no_tensor_is_named():
     with pytest.raises(TypeError, match=r"'a.b' is a float; only tensors"):
-        tree.to_dict({"a": {"b": 1.0}})
+        to_dict({"a": {"b": 1.0}})
 
 
 def test_two_leaves_of_one_path_are_an_error():
     with pytest.raises(ValueError, match=r"path 'a.b'"):
-        tree.to_dict({"a": {"b": torch.ones(1)}, "a.b": torch.ones(1)})
+        to_dict({"a": {"b": torch.ones(1)}, "a.b": torch.ones(1)})
 
 
 def test_missing_and_unknown_names_are_listed():
     with pytest.raises(KeyError, match=r"missing \['b'\], unknown \['c'\]"):
-        tree.from_dict(
+        from_dict(
             {"a": torch.ones(1), "b": torch.ones(1)}, {"a": torch.ones(1), "c": torch.ones(1)}
         )
 
@@ -135,13 +138,13 @@ def test_missing_and_unknown_names_are_listed():
 @pytest.mark.parametrize("saved", [torch.ones(3), torch.ones(2, dtype=torch.float64)])
 def test_another_shape_or_dtype_is_an_error_that_names_both(saved):
     with pytest.raises(ValueError, match=r"'a' was saved as .* but \(2,\) torch.float32"):
-        tree.from_dict({"a": torch.ones(2)}, {"a": saved})
+        from_dict({"a": torch.ones(2)}, {"a": saved})
 
 
 def test_an_empty_dict_in_like_takes_whatever_lies_under_its_path():
     like = {"state": {"left": {}, "weight": torch.zeros(())}}
     flat = {"state.left.fc.weight": torch.ones(2), "state.weight": torch.ones(())}
-    loaded = tree.from_dict(like, flat)
+    loaded = from_dict(like, flat)
     assert_same(loaded, {"state": {"left": {"fc.weight": torch.ones(2)}, "weight": torch.ones(())}})
 
 
@@ -176,7 +179,7 @@ def test_a_failed_save_leaves_the_old_file(tmp_path):
 
 def test_a_file_is_plain_tensors_that_torch_loads_with_weights_only(tmp_path):
     fp.save(tmp_path / "x", pair())
-    assert set(torch.load(tmp_path / "x", weights_only=True)) == set(tree.to_dict(pair()))
+    assert set(torch.load(tmp_path / "x", weights_only=True)) == set(to_dict(pair()))
 
 
 def test_states_are_pickled_by_name():
@@ -186,15 +189,15 @@ def test_states_are_pickled_by_name():
 # --------------------------------------------------------------------------- many tensors at once
 def test_many_at_once_is_not_for_transforms_nor_where_autograd_records():
     x = torch.ones(2)
-    assert tree.multi_tensor([x], [])
-    assert not tree.multi_tensor([], [])
+    assert multi_tensor([x], [])
+    assert not multi_tensor([], [])
     leaf = x.clone().requires_grad_()
-    assert not tree.multi_tensor([x], [leaf])
+    assert not multi_tensor([x], [leaf])
     with torch.no_grad():
-        assert tree.multi_tensor([x], [leaf])
+        assert multi_tensor([x], [leaf])
     seen = []
-    torch.vmap(lambda y: seen.append(tree.multi_tensor([y])) or y)(x)
-    torch.func.grad(lambda y: seen.append(tree.multi_tensor([x])) or y.sum())(x)
+    torch.vmap(lambda y: seen.append(multi_tensor([y])) or y)(x)
+    torch.func.grad(lambda y: seen.append(multi_tensor([x])) or y.sum())(x)
     assert seen == [False, False]
 
 

@@ -14,6 +14,7 @@ from sklearn.datasets import load_iris
 from torch import nn
 
 import funcprecond as fp
+from funcprecond.linalg import treemath
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -58,12 +59,12 @@ empirical = fp.Fisher(problem, params, batch, labels="empirical")
 
 
 def moved(step):
-    return fp.observe(problem, fp.tree.add(params, gradient, step), batch).grads
+    return fp.observe(problem, treemath.add(params, gradient, step), batch).grads
 
 
-difference = fp.tree.mul(fp.tree.sub(moved(1e-5), moved(-1e-5)), 1 / 2e-5)
+difference = treemath.mul(treemath.sub(moved(1e-5), moved(-1e-5)), 1 / 2e-5)
 product = hessian @ gradient
-error = fp.tree.norm(fp.tree.sub(product, difference)) / fp.tree.norm(product)
+error = treemath.norm(treemath.sub(product, difference)) / treemath.norm(product)
 print(f"Hessian product against central differences: {float(error):.1e}")
 assert error < 1e-6
 
@@ -112,13 +113,13 @@ print(f"The four matrices are in {picture}.")
 # %%
 damping = 1e-3
 exact = torch.linalg.solve(
-    dense + damping * torch.eye(len(dense)).double(), fp.tree.ravel(gradient)
+    dense + damping * torch.eye(len(dense)).double(), treemath.ravel(gradient)
 )
 plain = ggn.solve(gradient, damping=damping, tol=1e-8)
 sketch = fp.nystrom(ggn, 20, generator=torch.Generator().manual_seed(0))
 helped = fp.nystrom_cg(ggn, gradient, damping=damping, tol=1e-8, sketch=sketch)
 for name, solution in {"CG": plain, "CG, Nyström": helped}.items():
-    error = (fp.tree.ravel(solution.solution) - exact).norm() / exact.norm()
+    error = (treemath.ravel(solution.solution) - exact).norm() / exact.norm()
     print(f"{name:14} {int(solution.iterations):3} iterations, error {float(error):.1e}")
     assert error < 1e-4
 assert helped.iterations < plain.iterations
@@ -136,7 +137,7 @@ directions |= {
 
 
 def best(direction):
-    losses = [problem.loss(problem(fp.tree.add(params, direction, -float(s)), inputs), batch[1])
+    losses = [problem.loss(problem(treemath.add(params, direction, -float(s)), inputs), batch[1])
               for s in steps]  # fmt: skip
     return float(torch.stack(losses).min())
 

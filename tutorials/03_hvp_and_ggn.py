@@ -15,6 +15,7 @@ from sklearn.datasets import load_digits
 from torch import nn
 
 import funcprecond as fp
+from funcprecond.linalg import treemath
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -95,7 +96,7 @@ streamed, whole = (
     fp.GGN(problem, params, batches=batches, progress=progress),
     fp.GGN(problem, params, (inputs, targets)),
 )
-error = fp.tree.norm(fp.tree.sub(streamed @ v, whole @ v)) / fp.tree.norm(whole @ v)
+error = treemath.norm(treemath.sub(streamed @ v, whole @ v)) / treemath.norm(whole @ v)
 print(f"{seen} against one batch: {float(error):.1e}")
 assert error < 1e-5
 assert sum(seen) == len(inputs)

@@ -4,12 +4,12 @@ An :class:`Evaluation` runs the model forward once and shares that run among all
 it: the loss and its gradient, pull-backs of any cotangents to the parameters or to the layers'
 outputs, Hessian and Jacobian products. Each is opened at most once, when first asked for.
 
-Two routes lead to the same numbers. Where no transform is active the run is an ordinary autograd
-graph of this call alone: a layer's output gradient is then the gradient at its edge in the graph,
-and a pull-back computes what it is asked for and nothing else. Under ``vmap``, ``grad``, ``jvp`` or
-``torch.compile`` it is built from ``torch.func.vjp``, with a zero added to each layer's output.
-Never from ``torch.func.hessian``, ``jvp`` of ``jacrev`` or ``grad`` of ``jvp``, which torch 2.13
-gets wrong for normalisation layers, and never from ``linearize``.
+Two ways lead to the same numbers. Where nothing traces, the run is an ordinary autograd graph of
+this call alone: a layer's output gradient is then the gradient at its edge in the graph, and a
+pull-back computes what it is asked for and nothing else. Under ``vmap``, ``grad``, ``jvp`` or
+``torch.compile`` it is built from ``torch.func.vjp``, with a zero added to each layer's output. It
+is never built from ``torch.func.hessian``, ``jvp`` of ``jacrev`` or ``grad`` of ``jvp``, which torch
+2.13 gets wrong for normalisation layers, and never from ``linearize``.
 """
 
 from collections.abc import Callable, Sequence
@@ -18,22 +18,23 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.func import grad_and_value, vjp, vmap
+from torch.func import grad_and_value
 
 from funcprecond import tree
+from funcprecond.autodiff import examples
+from funcprecond.autodiff.function_run import ForwardRun, FunctionRun
+from funcprecond.autodiff.graph_run import GraphRun
 from funcprecond.autodiff.missing_derivatives import explained
-from funcprecond.autodiff.recorder import Call, Capture
-from funcprecond.autodiff.rules.layer_norm import Spared
-from funcprecond.autodiff.runs import (
-    ForwardRun,
-    FunctionRun,
-    GraphRun,
-    opened_once,
-    renamed,
-)
+from funcprecond.autodiff.once import opened_once
+from funcprecond.autodiff.recorder import Recorder
+from funcprecond.autodiff.rules.backward import Spared
+from funcprecond.layers.blocks import complete_blocks
+from funcprecond.layers.kinds.base import LayerCall
 from funcprecond.linalg.precision import wide_dtype
-from funcprecond.problems import Buffers, Params, Problem, detach, example_count
-from funcprecond.tracing import untransformed
+from funcprecond.losses.base import Labels
+from funcprecond.problems import Problem, detach, example_count
+from funcprecond.tracing import is_eager
+from funcprecond.tree import Buffers, Params
 
 __all__ = ["Evaluation"]
 
@@ -46,8 +47,8 @@ class Evaluation:
         buffers: the model's buffers; the problem's own by default.
         masks: dropout masks drawn beforehand; the missing ones are drawn from ``generator``.
         generator: see ``masks``.
-        taps: record the layers, so that :attr:`calls`, :attr:`layer_inputs` and :meth:`pull_layers`
-            work.
+        layers: record the layers, so that :attr:`calls`, :attr:`layer_inputs` and
+            :meth:`pull_layers` work.
         twice: products with the Hessian or the Jacobian will be asked for.
         keep: more than the gradient will be asked for; if not, its graph is freed by the gradient.
         forward_only: nothing will be pulled back, so that no graph is made for it.
@@ -66,7 +67,7 @@ class Evaluation:
         buffers: Buffers | None = None,
         masks: tuple[Tensor, ...] = (),
         generator: torch.Generator | None = None,
-        taps: bool = False,
+        layers: bool = False,
         twice: bool = False,
         keep: bool = True,
         forward_only: bool = False,
@@ -77,16 +78,17 @@ class Evaluation:
         self.masks = tuple(masks)
         self._buffers = problem.buffers if buffers is None else buffers
         self._generator = generator
-        self._taps = taps
+        self._layers = layers
         self._keep = keep
-        plain = untransformed((params, self._buffers, batch))
-        self._twice = twice or not plain
-        if not plain:
+        self._blocks: dict[tuple[bool, bool], dict[str, list[int]]] = {}
+        eager = is_eager((params, self._buffers, batch))
+        self._twice = twice or not eager
+        if not eager:
             # A compiler would guard on the identity of a batch that the layers are asked about.
             self.inputs = tree.map(
                 lambda x: x.view_as(x) if isinstance(x, Tensor) else x, self.inputs
             )
-        differentiated = GraphRun if plain else FunctionRun
+        differentiated = GraphRun if eager else FunctionRun
         self._run: Any = (ForwardRun if forward_only else differentiated)(self)
 
     # --------------------------------------------------------------------------- the forward run
@@ -106,7 +108,7 @@ class Evaluation:
         return example_count(self._run.outputs)
 
     @property
-    def calls(self) -> list[Call]:
+    def calls(self) -> list[LayerCall]:
         """The layers' calls, in order."""
         return self._run.calls
 
@@ -119,6 +121,19 @@ class Evaluation:
     def unrecorded(self) -> dict[str, str]:
         """Parameters with a use that is not among the calls, and by which function."""
         return self._run.unrecorded
+
+    def blocks(self, *, per_sample: bool = False, tied: bool = False) -> dict[str, list[int]]:
+        """The indices of the calls of each block, see :func:`funcprecond.layers.blocks.complete_blocks`.
+
+        Args:
+            per_sample: leave out the blocks whose calls do not tell the examples apart.
+            tied: keep a block that is an embedding and a linear layer too.
+        """
+        key = (per_sample, tied)
+        if key not in self._blocks:
+            lead = examples.lead(self) if per_sample else [True] * len(self.calls)
+            self._blocks[key] = complete_blocks(self.calls, self.unrecorded, lead, tied)
+        return self._blocks[key]
 
     # --------------------------------------------------------------------------- first derivatives
     @property
@@ -140,8 +155,28 @@ class Evaluation:
 
     @opened_once
     def constant(self) -> Tensor:
-        """The loss's reduction constant ``c``."""
+        """The loss's reduction constant ``c``, a 0-d tensor."""
         return self.problem.loss.constant(self.outputs, self.targets)
+
+    @explained
+    def cotangents(self, labels: Labels, noise: Any) -> list[Any]:
+        """What is pulled back for a Fisher matrix, each shaped like the outputs, without ``c``.
+
+        Args:
+            labels: "empirical" for one cotangent, at the data's own labels; "mc" for one for each
+                sampled label; "exact" for one for each entry of an example's output.
+            noise: the random numbers of "mc", from the loss's ``label_noise``.
+
+        Raises:
+            TypeError: the loss is not a likelihood that is known, and ``labels`` is not
+                "empirical".
+        """
+        loss, outputs, targets = self.problem.loss, self.outputs, self.targets
+        if labels == "empirical":
+            return [loss.empirical(outputs, targets)]
+        if labels == "mc":
+            return list(loss.sampled(outputs, targets, noise))
+        return list(loss.exact(outputs, targets))
 
     @explained
     def pull(self, cotangents: Any, keep: bool = True) -> Params:
@@ -166,68 +201,14 @@ class Evaluation:
 
         Raises:
             ValueError: the model couples the examples of a batch.
+            RuntimeError: ``vmap`` cannot run the model.
         """
-        self._refuse_coupling()
-        count = self.count
-        chosen = {k: self.params[k] for k in names}
-
-        def one(inputs, masks, cotangent):
-            def f(sub):
-                single = tree.map(lambda x, d: x.unsqueeze(0) if d == 0 else x, inputs, dims)
-                masks_ = tuple(m.unsqueeze(0) for m in masks)
-                capture = Capture({}, masks=masks_, twice=True)
-                with capture:
-                    outputs, _ = self.problem.forward({**self.params, **sub}, self._buffers, single)
-                return tree.map(lambda x: x.squeeze(0), outputs)
-
-            return vjp(f, chosen)[1](cotangent)[0]
-
-        dims = tree.map(
-            lambda x: 0 if isinstance(x, Tensor) and x.ndim and x.shape[0] == count else None,
-            self.inputs,
-        )
-        mapped = vmap(one, (dims, 0, 0), chunk_size=chunk_size)
-        try:
-            return mapped(self.inputs, self.masks, cotangents)
-        except RuntimeError as error:
-            msg = (
-                f"the per-example gradients of {list(names)} could not be taken by vmap over the "
-                f"model (torch: {str(error).splitlines()[0]}); rewrite that part of the model, or "
-                "leave these parameters to another method with fp.partition"
-            )
-            raise RuntimeError(msg) from error
-
-    def examples_lead(self) -> list[bool]:
-        """For each call, whether axis 0 of its output counts the examples.
-
-        Its length tells, unless the inputs have another axis that is N long: inside of attention
-        the first axis may be the position. Then the model is run once more, without gradient, on
-        the first example alone. Where it couples the examples, as a BatchNorm in training mode
-        does, the length has to do.
-        """
-        count = self.count
-        shapes = [x.shape for x in tree.leaves(self.inputs) if isinstance(x, Tensor)]
-        if not any(count in shape[1:] for shape in shapes) or self.problem.couples_examples():
-            return [call.shape[:1] == (count,) for call in self.calls]
-        inputs = tree.map(
-            lambda x: x[:1] if isinstance(x, Tensor) and x.ndim and x.shape[0] == count else x,
-            self.inputs,
-        )
-        params = renamed(self.params)
-        capture = Capture(params, lambda z: z, tuple(m[:1] for m in self.masks))
-        with torch.no_grad(), capture:
-            self.problem.forward(params, self._buffers, inputs)
-        if len(capture.calls) != len(self.calls):
-            return [False] * len(self.calls)
-        return [
-            whole.shape[:1] == (count,) and one.shape == (1, *whole.shape[1:])
-            for whole, one in zip(self.calls, capture.calls, strict=True)
-        ]
+        return examples.pull_each(self, cotangents, names, chunk_size)
 
     def objective(self, params: Params) -> tuple[Tensor, Params]:
         """(loss, gradient) at another point: the same batch, buffers and dropout masks."""
         self._run.loss  # noqa: B018 - the masks are drawn by the first run
-        if untransformed((params, self._buffers, self.inputs)):
+        if is_eager((params, self._buffers, self.inputs)):
             run = GraphRun(self, params)
             return run.loss.detach(), run.grads[0]
         gradient, value = grad_and_value(lambda p: self._loss(p)[0])(params)
@@ -260,7 +241,7 @@ class Evaluation:
 
     @explained
     def ggn_form(self, vector: Params) -> Tensor:
-        """``vector · G vector``, a 0-d tensor, summed :func:`wide`: no pull-back is needed."""
+        """``vector · G vector``, a 0-d tensor, summed wide: no pull-back is needed."""
         pushed = self.jvp(vector)
         pairs = zip(tree.leaves(pushed), tree.leaves(self.output_hessian_mv(pushed)), strict=True)
         return torch.stack([(u * c).sum(dtype=wide_dtype(u)) for u, c in pairs]).sum()
@@ -270,22 +251,14 @@ class Evaluation:
         return self.problem.loss.hessian_product(self.outputs, self.targets, pushed)
 
     # ------------------------------------------------------------------------------------ internals
-    def _refuse_coupling(self) -> None:
-        if coupling := self.problem.couples_examples():
-            msg = (
-                f"per-example gradients are not defined: {coupling} couples the examples of a "
-                "batch; put it in eval mode, or use GroupNorm"
-            )
-            raise ValueError(msg)
-
     def _forward(
         self, params: Params, tap: Callable | None, spared: Spared | None = None
-    ) -> tuple[Any, Buffers, Capture]:
-        capture = Capture(params, tap, self.masks, self._generator, self._twice, spared)
-        with _no_checkpoints(), capture:
+    ) -> tuple[Any, Buffers, Recorder]:
+        recorder = Recorder(params, tap, self.masks, self._generator, self._twice, spared)
+        with _no_checkpoints(), recorder:
             outputs, buffers = self.problem.forward(params, self._buffers, self.inputs)
-        self.masks = tuple(capture.masks)
-        return outputs, buffers, capture
+        self.masks = tuple(recorder.masks)
+        return outputs, buffers, recorder
 
     def _loss(self, params: Params) -> tuple[Tensor, Any]:
         outputs, buffers, _ = self._forward(params, None)

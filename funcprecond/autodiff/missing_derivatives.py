@@ -15,6 +15,7 @@ from torch.nn.modules.module import (
 )
 
 from funcprecond import tree
+from funcprecond.tracing import in_transform
 
 __all__ = ["explained"]
 
@@ -39,8 +40,8 @@ _WAYS = {
 def explained(method: Method) -> Method:
     """A function whose missing derivatives are explained.
 
-    Its first argument says of what: an :class:`funcprecond.Evaluation`, a loss, or a function of
-    params, which are then the second.
+    Its first argument says of what: an :class:`funcprecond.Evaluation`, or a function of params,
+    which are then the second.
 
     Raises:
         NotImplementedError: torch cannot differentiate a part of the model, or the loss, as often
@@ -71,7 +72,7 @@ def _sentence(where: str, operation: str, message: str) -> str:
     torchs = message.splitlines()[0].split(". ")[0].rstrip(".")
     missing = _MISSING.search(message)
     # Within a transform such a kernel has not even a first derivative.
-    stored = _STORAGE in message and not tree.in_transform()
+    stored = _STORAGE in message and not in_transform()
     twice = "once_differentiable" in message or stored
     if not twice and not (missing and missing.group(2)):
         return f"{where} cannot be differentiated here: {way} (torch: {torchs})"
@@ -103,11 +104,9 @@ def _raised_in(error: BaseException, subject: Any) -> str | None:
 
 def _made_in(operation: str, subject: Any, params: Any = None) -> str:
     """The innermost layer that makes the operation, or the loss, found by one more run."""
-    if hasattr(subject, "empirical"):
-        return _loss(subject)
     is_function = not hasattr(subject, "problem")
     outermost = "the function" if is_function else "the model"
-    if not operation or tree.in_transform():
+    if not operation or in_transform():
         return outermost if is_function else "the model or its loss"
     names, seen, running, found = _names(subject), set(), [], []
 

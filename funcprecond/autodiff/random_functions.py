@@ -1,12 +1,13 @@
 """Which of torch's functions draw random numbers, and dropout by masks that are given."""
 
 from collections.abc import Callable
+from typing import NoReturn
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["DRAWS", "DROPOUTS", "RECURRENT", "dropout", "recurrent_options"]
+__all__ = ["DRAWS", "DROPOUTS", "RECURRENT", "dropout", "recurrent_options", "refuse"]
 
 RECURRENT = (torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu)
 # Which axes of the input share one mask entry: none, or all beyond the channels.
@@ -77,6 +78,19 @@ DRAWS = dict.fromkeys(_ALWAYS_DRAW, _always) | {
     torch.feature_alpha_dropout: _in_training(2, "train"),
     **dict.fromkeys(RECURRENT, _between_layers),
 }
+
+
+def refuse(function: Callable) -> NoReturn:
+    """Raise the error for a function that draws from torch's global generator.
+
+    Raises:
+        RuntimeError: always.
+    """
+    msg = (
+        f"the model draws random numbers by {function.__name__}, which no generator controls "
+        "here: use dropout, or make the random numbers part of the batch"
+    )
+    raise RuntimeError(msg)
 
 
 def dropout(

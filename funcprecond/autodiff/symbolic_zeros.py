@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-__all__ = ["Unevaluated"]
+__all__ = ["SymbolicZeros"]
 
 
 def _like_first(g: Tensor, *_) -> Sequence[int]:
@@ -68,15 +68,15 @@ _LINEAR_MASKED = {
 _SUMS = {_aten.add.Tensor, _aten.sub.Tensor}
 
 
-class Unevaluated(TorchDispatchMode):
-    """The mode that a pull-back of :meth:`zeros` happens under."""
+class SymbolicZeros(TorchDispatchMode):
+    """The mode that a pull-back of :meth:`zeros_like` happens under."""
 
     def __init__(self):
         super().__init__()
         # All are kept: the address of one that is gone could be another tensor's.
         self._memory: list[Tensor] = []
 
-    def zeros(self, like: Tensor, shape: Sequence[int] | None = None) -> Tensor:
+    def zeros_like(self, like: Tensor, shape: Sequence[int] | None = None) -> Tensor:
         """Zeros like a tensor, or of another shape: of a plain tensor one entry in memory."""
         if type(like) is not Tensor:
             return torch.zeros_like(like)
@@ -91,16 +91,16 @@ class Unevaluated(TorchDispatchMode):
         if func in _LINEAR:
             places, shape = _LINEAR[func]
             if any(map(self._is_zero, args[:places])) and not kwargs and _keeps_dtype(*args):
-                return self.zeros(args[0], shape(*args))
+                return self.zeros_like(args[0], shape(*args))
         elif func in _LINEAR_MASKED and self._is_zero(args[0]):
             shapes = zip(_LINEAR_MASKED[func](*args), args[-1], strict=True)
-            return tuple(self.zeros(args[0], s) if wanted else None for s, wanted in shapes)
+            return tuple(self.zeros_like(args[0], s) if wanted else None for s, wanted in shapes)
         elif func in _SUMS and not kwargs and all(map(self._is_zero, args)) and _keeps_dtype(*args):
-            return self.zeros(args[0], _broadcast(*args))
+            return self.zeros_like(args[0], _broadcast(*args))
         elif func is _aten.stack.default and all(map(self._is_zero, args[0])):
             like = args[0][0]
             axis = args[1] % (like.ndim + 1) if len(args) > 1 else 0
-            return self.zeros(like, (*like.shape[:axis], len(args[0]), *like.shape[axis:]))
+            return self.zeros_like(like, (*like.shape[:axis], len(args[0]), *like.shape[axis:]))
         elif _writes(func) and self._is_zero(args[0]):
             # What is linear in zero is zero, whatever is written.
             return args[0]

@@ -1,1 +1,34 @@
-"""Stage 1: which curvature matrix. A direct function for people and the need that calls it."""
+"""Stage 1: which curvature matrix. Each file has a need, and the direct function for people.
+
+A need says what to measure on a batch; ``fp.observe(problem, params, batch, needs)`` measures it.
+"""
+
+from funcprecond.curvature.ggn import GGNOperator
+from funcprecond.curvature.gradient import BatchGradient, OuterProduct
+from funcprecond.curvature.hessian import HessianOperator, HessianProbes, Probes
+from funcprecond.curvature.layer_statistics import LayerStatistics
+from funcprecond.curvature.objective import Objective, ObjectiveFunctions
+from funcprecond.curvature.per_sample import PerSample, PerSampleGrads
+from funcprecond.curvature.quadratic_form import GGNForm
+from funcprecond.curvature.sampled_gradient import SampledGradient, SampledGradients
+from funcprecond.layers.blocks import Layers
+from funcprecond.layers.kinds.base import LayerUse
+
+__all__ = [
+    "BatchGradient",
+    "GGNForm",
+    "GGNOperator",
+    "HessianOperator",
+    "HessianProbes",
+    "LayerStatistics",
+    "LayerUse",
+    "Layers",
+    "Objective",
+    "ObjectiveFunctions",
+    "OuterProduct",
+    "PerSample",
+    "PerSampleGrads",
+    "Probes",
+    "SampledGradient",
+    "SampledGradients",
+]

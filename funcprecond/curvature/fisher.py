@@ -16,11 +16,12 @@ from torch import Tensor
 
 from funcprecond import tree
 from funcprecond.autodiff.evaluation import Evaluation
-from funcprecond.autodiff.fisher_rows import Rows, rows_of
-from funcprecond.curvature.layer_statistics import Labels, check_labels
+from funcprecond.autodiff.fisher_rows import FisherRows, rows_of
 from funcprecond.linalg.precision import wide
-from funcprecond.problems import Buffers, Params, Problem
-from funcprecond.tracing import untransformed
+from funcprecond.losses.base import Labels, check_labels
+from funcprecond.problems import Problem
+from funcprecond.tracing import is_eager
+from funcprecond.tree import Buffers, Params
 
 __all__ = ["draw_labels", "fisher_form", "fisher_mv", "fisher_product", "fisher_rows"]
 
@@ -57,10 +58,10 @@ def fisher_mv(
     if labels == "mc" and noise is None:
         noise = draw_labels(problem, batch, samples, generator)
     options = {"buffers": buffers, "generator": generator}
-    if labels == "exact" or not untransformed((params, batch, buffers, vector, noise)):
+    if labels == "exact" or not is_eager((params, batch, buffers, vector, noise)):
         evaluation = Evaluation(problem, params, batch, twice=True, **options)
         return fisher_product(evaluation, vector, labels, noise, keep=False)
-    evaluation = Evaluation(problem, params, batch, taps=True, twice=True, **options)
+    evaluation = Evaluation(problem, params, batch, layers=True, twice=True, **options)
     rows = fisher_rows(evaluation, labels, noise, keep=False)
     if rows is None:
         return fisher_product(evaluation, vector, labels, noise, keep=False)
@@ -70,12 +71,12 @@ def fisher_mv(
 
 def fisher_rows(
     evaluation: Evaluation, labels: Labels, noise: Tensor | None, keep: bool = True
-) -> Rows | None:
+) -> FisherRows | None:
     """The rows of the sampled or empirical matrix, on a batch opened with ``taps``; or None.
 
     Without ``keep`` the evaluation is of no use after them.
     """
-    return rows_of(evaluation, _cotangents(evaluation, labels, noise), evaluation.constant, keep)
+    return rows_of(evaluation, evaluation.cotangents(labels, noise), evaluation.constant, keep)
 
 
 def fisher_product(
@@ -88,7 +89,7 @@ def fisher_product(
     """``F vector`` on an opened batch, through the model."""
     if labels == "exact":
         # Raises if there is no likelihood.
-        evaluation.problem.loss.exact(evaluation.outputs, evaluation.targets)
+        evaluation.cotangents("exact", ())
         return evaluation.ggn_mv(vector, keep)
     total = None
     for cotangent, inner in _inner_products(evaluation, vector, labels, noise, keep):
@@ -105,7 +106,7 @@ def fisher_form(
 ) -> Tensor:
     """``vector · F vector`` on an opened batch, a 0-d tensor, :func:`wide`: no pull-back."""
     if labels == "exact":
-        evaluation.problem.loss.exact(evaluation.outputs, evaluation.targets)
+        evaluation.cotangents("exact", ())
         return evaluation.ggn_form(vector)
     inner = [s for _, s in _inner_products(evaluation, vector, labels, noise)]
     return evaluation.constant * sum(wide(s).square().sum() for s in inner)
@@ -120,20 +121,13 @@ def _inner_products(
 ) -> Iterator[tuple[Any, Tensor]]:
     """Each cotangent with (N,) its inner products with ``J vector``, within each example."""
     pushed = tree.leaves(evaluation.jvp(vector, keep))
-    for cotangent in _cotangents(evaluation, labels, noise):
+    for cotangent in evaluation.cotangents(labels, noise):
         pairs = zip(tree.leaves(cotangent), pushed, strict=True)
         yield cotangent, torch.stack([(u * t).flatten(1).sum(1) for u, t in pairs]).sum(0)
-
-
-def _cotangents(evaluation: Evaluation, labels: Labels, noise: Tensor | None) -> list[Any]:
-    loss, outputs, targets = evaluation.problem.loss, evaluation.outputs, evaluation.targets
-    if labels == "empirical":
-        return [loss.empirical(outputs, targets)]
-    return list(loss.sampled(outputs, targets, noise))  # pyright: ignore[reportArgumentType]
 
 
 def draw_labels(
     problem: Problem, batch: Any, samples: int, generator: torch.Generator | None
 ) -> Tensor:
     """The random numbers from which labels are sampled."""
-    return problem.loss.draw(problem.split(batch)[1], samples, generator)
+    return problem.loss.label_noise(problem.split(batch)[1], samples, generator)

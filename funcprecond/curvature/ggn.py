@@ -8,8 +8,9 @@ import torch
 
 from funcprecond.autodiff.evaluation import Evaluation
 from funcprecond.curvature.jacobian import linearise
-from funcprecond.evidence import Need
-from funcprecond.problems import Buffers, Params, Problem
+from funcprecond.need import Need
+from funcprecond.problems import Problem
+from funcprecond.tree import Buffers, Params
 
 __all__ = ["GGNOperator", "ggn_mv"]
 

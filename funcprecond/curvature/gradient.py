@@ -9,10 +9,9 @@ import dataclasses
 import torch
 from torch import Tensor
 
-from funcprecond.evidence import Need
 from funcprecond.linalg.precision import factor_dtype
-from funcprecond.problems import Params
-from funcprecond.tree import state
+from funcprecond.need import Need
+from funcprecond.tree import Params, state
 
 __all__ = ["BatchGradient", "OuterProduct", "unfold_mode"]
 

@@ -14,12 +14,12 @@ from torch.func import grad, vjp
 from funcprecond import tree
 from funcprecond.autodiff.evaluation import Evaluation
 from funcprecond.autodiff.missing_derivatives import explained
-from funcprecond.autodiff.rules.layer_norm import Corrected
-from funcprecond.evidence import Need
+from funcprecond.autodiff.rules.table import DifferentiatedTwice
 from funcprecond.linalg import random
-from funcprecond.problems import Params, Problem
-from funcprecond.tracing import untransformed
-from funcprecond.tree import state
+from funcprecond.need import Need
+from funcprecond.problems import Problem
+from funcprecond.tracing import is_eager
+from funcprecond.tree import Params, state
 
 __all__ = ["HessianOperator", "HessianProbes", "Probes", "hvp"]
 
@@ -40,10 +40,10 @@ def hvp(f: Callable[[Params], Tensor], params: Params, vector: Params) -> Params
     """
 
     def corrected(x: Params) -> Tensor:
-        with Corrected():
+        with DifferentiatedTwice():
             return f(x)
 
-    if not untransformed((params, vector)):
+    if not is_eager((params, vector)):
         return vjp(grad(corrected), params)[1](vector)[0]
     # Outside of transforms an ordinary graph does the same for a tenth less.
     flat, structure = tree.flatten(params)

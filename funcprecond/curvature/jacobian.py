@@ -5,7 +5,8 @@ from typing import Any
 import torch
 
 from funcprecond.autodiff.evaluation import Evaluation
-from funcprecond.problems import Buffers, Params, Problem
+from funcprecond.problems import Problem
+from funcprecond.tree import Buffers, Params
 
 __all__ = ["jvp", "linearise", "vjp"]
 

@@ -6,8 +6,8 @@ from typing import Any
 from torch import Tensor
 
 from funcprecond.autodiff.evaluation import Evaluation
-from funcprecond.evidence import Need
-from funcprecond.problems import Params
+from funcprecond.need import Need
+from funcprecond.tree import Params
 
 __all__ = ["Objective", "ObjectiveFunctions"]
 

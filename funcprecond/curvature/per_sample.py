@@ -11,12 +11,14 @@ import torch
 from torch import Tensor
 
 from funcprecond.autodiff.evaluation import Evaluation
-from funcprecond.curvature.layer_statistics import Layers, LayerStatistics, LayerUse, split_block
-from funcprecond.evidence import Need
+from funcprecond.autodiff.examples import refuse_coupling
+from funcprecond.curvature.layer_statistics import LayerStatistics
+from funcprecond.layers.blocks import Layers, split_block
+from funcprecond.layers.kinds.base import LayerUse
 from funcprecond.linalg.precision import factor_dtype
-from funcprecond.problems import Params, Problem
-from funcprecond.representation.gram import Gram
-from funcprecond.tree import state
+from funcprecond.need import Need
+from funcprecond.problems import Problem
+from funcprecond.tree import Params, state
 
 __all__ = ["PerSample", "PerSampleGrads", "per_sample_grads"]
 
@@ -52,7 +54,7 @@ class PerSampleGrads(Need):
     """
 
     chunk_size: int | None = None
-    taps: ClassVar[bool] = True
+    layers: ClassVar[bool] = True
 
     def measure(self, evaluation: Evaluation, noise: Any) -> PerSample:
         layers = _LAYERS.measure(evaluation, ())
@@ -61,7 +63,7 @@ class PerSampleGrads(Need):
 
     def rows(self, evaluation: Evaluation, layers: Layers, factor: Tensor | None = None) -> Params:
         """The examples' gradients, of the layers' output gradients times ``factor``."""
-        evaluation._refuse_coupling()
+        refuse_coupling(evaluation.problem)
         params, count = evaluation.params, evaluation.count
         step = self.chunk_size or max(count, 1)
         parts = [
@@ -74,13 +76,12 @@ class PerSampleGrads(Need):
             found = {k: torch.cat([p.pop(k) for p in parts]) for k in [*found]}
         rest = [k for k in params if k not in found]
         if rest:
-            loss = evaluation.problem.loss
-            cotangents = loss.empirical(evaluation.outputs, evaluation.targets)
-            found |= evaluation.pull_each(cotangents, rest, self.chunk_size)
+            (own,) = evaluation.cotangents("empirical", ())
+            found |= evaluation.pull_each(own, rest, self.chunk_size)
         return {k: found[k].to(p.dtype) for k, p in params.items()}
 
 
-_LAYERS = LayerStatistics("empirical", others="none", by_example=True)
+_LAYERS = LayerStatistics("empirical", others="none", per_sample=True)
 
 
 def _part(layers: Layers, examples: slice, factor: Tensor | None) -> Layers:
@@ -101,10 +102,10 @@ def _of_layers(layers: Layers, params: Params) -> Params:
     biases = {bias: params[bias] for _, bias in names if bias}
     # Biases by themselves: as a last column of the weights they would be moved about with these.
     for own in (weights, biases):
-        gram = Gram.from_layers(layers, own)
-        for pairs in gram.pairs:
-            found |= pairs.rows()
-        found |= gram.explicit
+        kept, formed = layers.example_gradients(own)
+        for rows in kept:
+            found |= rows.rows()
+        found |= formed
     return found
 
 
@@ -124,6 +125,6 @@ def per_sample_grads(
     Raises:
         ValueError: the model couples the examples of a batch (BatchNorm in training mode).
     """
-    evaluation = Evaluation(problem, params, batch, generator=generator, taps=True)
+    evaluation = Evaluation(problem, params, batch, generator=generator, layers=True)
     (layers,) = _LAYERS.each(evaluation, ())
     return PerSampleGrads(chunk_size).rows(evaluation, layers)

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from funcprecond import tree
 from funcprecond.autodiff.evaluation import Evaluation
-from funcprecond.evidence import Need
-from funcprecond.problems import Params
+from funcprecond.linalg import treemath
+from funcprecond.need import Need
+from funcprecond.tree import Params
 
 __all__ = ["GGNForm"]
 
@@ -32,10 +33,10 @@ class GGNForm(Need):
 
 
 def _form(evaluation: Evaluation, vectors: Sequence[Params]) -> Tensor:
-    pushed = [evaluation.jvp(tree.fill(v, evaluation.params)) for v in vectors]
+    pushed = [evaluation.jvp(treemath.fill(v, evaluation.params)) for v in vectors]
     curved = [evaluation.output_hessian_mv(u) for u in pushed]
     return torch.stack([torch.stack([_dot(u, c) for c in curved]) for u in pushed])
 
 
 def _dot(x: Any, y: Any) -> Tensor:
-    return tree.dot(*({str(i): v for i, v in enumerate(tree.leaves(z))} for z in (x, y)))
+    return treemath.dot(*({str(i): v for i, v in enumerate(tree.leaves(z))} for z in (x, y)))

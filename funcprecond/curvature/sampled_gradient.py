@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from funcprecond.autodiff.evaluation import Evaluation
-from funcprecond.evidence import Need
-from funcprecond.problems import Params, Problem
-from funcprecond.tree import state
+from funcprecond.need import Need
+from funcprecond.problems import Problem
+from funcprecond.tree import Params, state
 
 __all__ = ["SampledGradient", "SampledGradients"]
 
@@ -58,15 +58,14 @@ class SampledGradient(Need):
     ) -> Any:
         if self.labels == "empirical":
             return ()
-        return problem.loss.draw(problem.split(batch)[1], self.samples, generator)
+        return problem.loss.label_noise(problem.split(batch)[1], self.samples, generator)
 
     def measure(self, evaluation: Evaluation, noise: Any) -> SampledGradients:
         constant = evaluation.constant
         if self.labels == "empirical":
             rows = [evaluation.grads]
         else:
-            loss = evaluation.problem.loss
-            cotangents = loss.sampled(evaluation.outputs, evaluation.targets, noise)
+            cotangents = evaluation.cotangents("mc", noise)
             rows = [evaluation.pull(constant.to(u.dtype) * u) for u in cotangents]
         stacked = {k: torch.stack([row[k] for row in rows]) for k in evaluation.params}
         return SampledGradients(stacked, constant)

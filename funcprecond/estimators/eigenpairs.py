@@ -12,14 +12,13 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from funcprecond import tree
 from funcprecond.estimators.lanczos import lanczos
-from funcprecond.linalg import random
+from funcprecond.linalg import random, treemath
 from funcprecond.linalg.precision import wide, wide_dtype
 from funcprecond.operators.low_rank import LowRank
 from funcprecond.operators.operator import Operator
 from funcprecond.operators.vector_stacks import stack
-from funcprecond.tracing import untransformed
+from funcprecond.tracing import is_eager
 
 __all__ = ["eigsh"]
 
@@ -73,7 +72,7 @@ def eigsh(
     if start is None:
         start = random.normal((operator.size,), generator, **operator.flat_options)
     limit = 10 * k + 50 if max_steps is None else max_steps
-    if not untransformed((start, operator.like)):
+    if not is_eager((start, operator.like)):
         space = lanczos(operator, start, min(limit, operator.size))
         values, vectors, bounds = space.ritz()
         chosen = _order(values, which)[:k]
@@ -113,7 +112,7 @@ class _Basis:
             v, j = self.following, self.count
             self.buffer[j] = v
             self.count += 1
-            w = tree.ravel(self.operator @ tree.unravel(v, self.operator.like)).to(v.dtype)
+            w = treemath.ravel(self.operator @ treemath.unravel(v, self.operator.like)).to(v.dtype)
             self.products += 1
             inner = self.rows @ w
             self.projected[: j + 1, j] = self.projected[j, : j + 1] = wide(inner)
@@ -196,5 +195,5 @@ def _order(values: Tensor, which: Which) -> Tensor:
 
 
 def _low_rank(operator: Operator, values: Tensor, rows: Tensor, bounds: Tensor) -> LowRank:
-    vectors = stack([tree.unravel(row, operator.like) for row in rows])
+    vectors = stack([treemath.unravel(row, operator.like) for row in rows])
     return LowRank(values.to(rows.dtype), vectors, bounds.to(rows.dtype))

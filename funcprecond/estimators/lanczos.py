@@ -11,11 +11,10 @@ import math
 import torch
 from torch import Tensor
 
-from funcprecond import tree
-from funcprecond.linalg import random
+from funcprecond.linalg import random, treemath
 from funcprecond.linalg.precision import wide, wide_dtype
 from funcprecond.operators.operator import Operator
-from funcprecond.tracing import untransformed
+from funcprecond.tracing import is_eager
 from funcprecond.tree import state
 
 __all__ = ["Krylov", "SpectralDensity", "lanczos", "spectral_density"]
@@ -62,7 +61,7 @@ def lanczos(
 
     Where nothing watches it ends as soon as the space is invariant, with fewer than m vectors.
     """
-    plain = untransformed((start, operator.like))
+    plain = is_eager((start, operator.like))
     v = start / start.norm()
     del start  # it is not kept, where the caller does not
     previous = v
@@ -80,8 +79,8 @@ def lanczos(
                 row = torch.full((1,), i, device=v.device)
                 buffer = buffer.index_copy(0, row, v.unsqueeze(0))
             rows = buffer[: i + 1]
-        vector = tree.cast(tree.unravel(v, operator.like), operator.like)
-        w = tree.ravel(operator.matvec(vector)).to(v.dtype)
+        vector = treemath.cast(treemath.unravel(v, operator.like), operator.like)
+        w = treemath.ravel(operator.matvec(vector)).to(v.dtype)
         alpha = wide(w.dot(v))
         # What is joined to one vector is new, and written over while nothing watches.
         own = plain and not w.requires_grad

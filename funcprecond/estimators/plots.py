@@ -9,9 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from funcprecond import tree
 from funcprecond.estimators.lanczos import SpectralDensity
-from funcprecond.linalg import random
+from funcprecond.linalg import random, treemath
 from funcprecond.linalg.precision import wide
 from funcprecond.operators.operator import Operator
 from funcprecond.operators.vector_stacks import Partition, partition_of
@@ -84,7 +83,7 @@ def matrix(operator: Operator, *, by: Partition = "layer", axes: Any = None) -> 
     axes = _axes(axes)
     groups = partition_of(operator.like, by)
     order = [k for names in groups.values() for k in names]
-    index = tree.unravel(torch.arange(operator.size), operator.like)
+    index = treemath.unravel(torch.arange(operator.size), operator.like)
     order = torch.cat([index[k].reshape(-1) for k in order])
     dense = operator.to_dense().detach().cpu().double()[order][:, order].abs()
     top = dense.max().clamp_min(torch.finfo(torch.float64).tiny)

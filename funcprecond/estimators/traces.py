@@ -14,12 +14,11 @@ import torch
 from torch import Tensor
 
 from funcprecond import tree
-from funcprecond.linalg import random
+from funcprecond.linalg import random, treemath
 from funcprecond.linalg.precision import wide
 from funcprecond.operators.operator import Operator
 from funcprecond.operators.vector_stacks import unstack
-from funcprecond.problems import Params
-from funcprecond.tree import state
+from funcprecond.tree import Params, state
 
 __all__ = [
     "Estimate",
@@ -141,7 +140,7 @@ def hutchpp(
     v = _probes(operator, 2 * products // 3, generator, distribution, probes)
     s, g = v.chunk(2)
     range_of_a = operator.products(_columns(operator, s), chunk_size)
-    q = torch.linalg.qr(torch.stack([tree.ravel(y).to(v.dtype) for y in range_of_a]).mT)[0].mT
+    q = torch.linalg.qr(torch.stack([treemath.ravel(y).to(v.dtype) for y in range_of_a]).mT)[0].mT
     inside = _forms(operator, q, chunk_size).sum()
     # What float32 leaves of the subspace here is rounding beside the probe, and squared.
     g = torch.addmm(g, g @ q.mT, q, alpha=-1)
@@ -264,4 +263,4 @@ def _mean(samples: Tensor) -> Estimate:
 
 
 def _shaped(estimate: Estimate, like: Params) -> Estimate:
-    return tree.map(lambda x: tree.unravel(x, like), estimate)
+    return tree.map(lambda x: treemath.unravel(x, like), estimate)

@@ -1,28 +1,31 @@
-"""The per-example gradients of one affine layer, as pairs of inputs and output gradients."""
+"""The gradients of single examples in one affine layer, kept as inputs and output gradients.
+
+The gradient is ``Σ_t g_nt a_nt^T`` over an example's positions t. Norms, inner products and
+products with vectors follow from the two factors, so that it need not be formed.
+"""
 
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from funcprecond.curvature.layer_statistics import LayerUse
+from funcprecond.layers.kinds.base import LayerUse
 from funcprecond.linalg.precision import factor_dtype
-from funcprecond.problems import Params
-from funcprecond.tree import state, static
+from funcprecond.tree import Params, state, static
 
-__all__ = ["Pairs", "pairs_of"]
+__all__ = ["ExampleGradients"]
 
 
 @state
-class Pairs:
-    """The rows of one affine layer, as pairs: row (v, n) is ``sum_t g_vnt a_nt^T`` in each group.
+class ExampleGradients:
+    """The rows of one affine layer: row (v, n) is ``Σ_t g_vnt a_nt^T`` in each group.
 
     Attributes:
-        inputs: (J, N, T, i), a last 1 for the bias included; an embedding's ids, (1, N, T).
+        inputs: (J, N, T, i), a last 1 for the bias included; an embedding's indices, (1, N, T).
         grads: (J, V, N, T, o), zero at an embedding's padding.
         weight, bias: which parameters; the bias may be None.
         shape: the weight's.
-        transposed: whether the weight is stored (J i, o).
+        inputs_first: whether the weight is stored with the inputs' axis first.
     """
 
     inputs: Tensor
@@ -30,29 +33,55 @@ class Pairs:
     weight: str = static()
     bias: str | None = static()
     shape: tuple[int, ...] = static()
-    transposed: bool = static()
+    inputs_first: bool = static()
+
+    @classmethod
+    def of(
+        cls, uses: Sequence[LayerUse], weight: str, bias: str | None, shape: tuple[int, ...]
+    ) -> "ExampleGradients":
+        """The rows of all uses of a layer; those of a shared weight are further positions.
+
+        Args:
+            uses: all uses of the layer.
+            weight, bias: the names of its parameters.
+            shape: the weight's.
+        """
+        call = uses[0].call
+        inputs = [use.call.input_rows(use.inputs) for use in uses]
+        grads = [use.call.grad_rows(use.grads, use.inputs) for use in uses]
+        dtype = factor_dtype(grads[0])
+        grads = [g.to(dtype) for g in grads]
+        if not call.one_hot:
+            inputs = [x.to(dtype) for x in inputs]
+        if call.groups == 1:
+            inputs, grads = [x.unsqueeze(0) for x in inputs], [g.unsqueeze(0) for g in grads]
+        if bias is not None:
+            inputs = [torch.cat([x, torch.ones_like(x[..., :1])], -1) for x in inputs]
+        return cls(
+            torch.cat(inputs, 2), torch.cat(grads, 3), weight, bias, shape, call.inputs_first
+        )
 
     @property
-    def ids(self) -> bool:
-        """Whether the inputs are one-hot vectors, by their indices."""
+    def one_hot(self) -> bool:
+        """Whether the inputs are one-hot vectors, given by their indices."""
         return self.inputs.ndim == 3
 
-    def gram(self, other: "Pairs | None" = None) -> Tensor:
+    def gram(self, other: "ExampleGradients | None" = None) -> Tensor:
         """(V N, W M), the inner products with the rows of ``other``, or with its own.
 
         By whichever of the two ways takes fewer operations.
         """
         right = self if other is None else other
         (_, v, n, t, o), (_, w, m, s, _) = self.grads.shape, right.grads.shape
-        i = self.shape[0] if self.ids else self.inputs.shape[-1]
-        pairwise = n * t * m * s * (1 if self.ids else i) + v * n * t * w * m * s * o
+        i = self.shape[0] if self.one_hot else self.inputs.shape[-1]
+        pairwise = n * t * m * s * (1 if self.one_hot else i) + v * n * t * w * m * s * o
         forming = v * n * t + (0 if other is None else w * m * s)
         by_rows = forming * i * o + v * n * w * m * i * o
         if max(t, s) > 1 and by_rows < pairwise:
             rows = self.matrices().flatten(2).flatten(0, 1)
             others = rows if other is None else other.matrices().flatten(2).flatten(0, 1)
             return rows @ others.mT
-        if self.ids:
+        if self.one_hot:
             flat, others = self.inputs.flatten(1), right.inputs.flatten(1)
             a = (flat.unsqueeze(2) == others.unsqueeze(1)).to(self.grads.dtype)
         else:
@@ -61,9 +90,22 @@ class Pairs:
         products = g.reshape(-1, v, n * t, w, m * s) * a.reshape(-1, 1, n * t, 1, m * s)
         return products.reshape(-1, v * n, t, w * m, s).sum((0, 2, 4))
 
+    def squared_norms(self) -> Tensor:
+        """(N,): the squared norms of the first cotangent's rows, by the cheaper of two ways."""
+        g, a = self.grads[:, 0], self.inputs
+        if self.one_hot:
+            same = (a.unsqueeze(-1) == a.unsqueeze(-2)).to(g.dtype)
+            return (same * (g @ g.mT)).sum((0, 2, 3))
+        t, o, i = g.shape[2], g.shape[3], a.shape[3]
+        if t == 1:
+            return (a.square().sum(-1) * g.square().sum(-1)).sum((0, 2))
+        if t * (o + i) < o * i:
+            return ((a @ a.mT) * (g @ g.mT)).sum((0, 2, 3))
+        return (g.mT @ a).square().sum((0, 2, 3))
+
     def matrices(self) -> Tensor:
         """(V, N, J, o, i): the rows, formed."""
-        if not self.ids:
+        if not self.one_hot:
             return torch.einsum("jvnto,jnti->vnjoi", self.grads, self.inputs)
         (v, n, _, o), tokens = self.grads.shape[1:], self.shape[0]
         rows = self.inputs[0] + tokens * torch.arange(n, device=self.inputs.device).unsqueeze(1)
@@ -73,7 +115,7 @@ class Pairs:
 
     def matvec(self, vector: Params) -> Tensor:
         """(V, N): the rows times a vector."""
-        if self.ids:
+        if self.one_hot:
             mapped = vector[self.weight].to(self.grads.dtype)[self.inputs]
         else:
             mapped = torch.einsum("joi,jnti->jnto", self._join(vector), self.inputs)
@@ -82,14 +124,14 @@ class Pairs:
     def rmatvec(self, weights: Tensor) -> Params:
         """``sum weights_vn row_vn`` for weights (V, N)."""
         g = torch.einsum("jvnto,vn->jnto", self.grads, weights)
-        if self.ids:
+        if self.one_hot:
             flat = g.new_zeros(self.shape)
             return {self.weight: flat.index_add(0, self.inputs.flatten(), g.flatten(0, 2))}
         return self._split(torch.einsum("jnto,jnti->joi", g, self.inputs))
 
     def diagonal(self) -> Params:
         """The sum of the rows' squares."""
-        if not self.ids and self.inputs.shape[2] == 1:
+        if not self.one_hot and self.inputs.shape[2] == 1:
             return self._split(
                 torch.einsum("jvnto,jnti->joi", self.grads.square(), self.inputs.square())
             )
@@ -104,7 +146,7 @@ class Pairs:
         w = vector[self.weight].to(self.grads.dtype)
         groups = self.inputs.shape[0]
         matrix = w.flatten(1).unflatten(0, (groups, -1))
-        matrix = matrix.mT if self.transposed else matrix
+        matrix = matrix.mT if self.inputs_first else matrix
         if self.bias is None:
             return matrix
         column = vector[self.bias].to(matrix.dtype).reshape(groups, -1, 1)
@@ -113,36 +155,10 @@ class Pairs:
     def _split(self, matrix: Tensor) -> Params:
         """The inverse of :meth:`_join`."""
         found = {}
-        if self.ids:
+        if self.one_hot:
             return {self.weight: matrix.reshape(matrix.shape[-2:]).mT}
         if self.bias is not None:
             matrix, column = matrix[..., :-1], matrix[..., -1]
             found[self.bias] = column.reshape(-1)
-        found[self.weight] = (matrix.mT if self.transposed else matrix).reshape(self.shape)
+        found[self.weight] = (matrix.mT if self.inputs_first else matrix).reshape(self.shape)
         return found
-
-
-def pairs_of(uses: Sequence[LayerUse], param: Tensor, weight: str, bias: str | None) -> Pairs:
-    """A weight used several times has the positions of all uses."""
-    call, dtype = uses[0].call, factor_dtype(param)
-    inputs = [u.input_rows() for u in uses]
-    grads = [u.grad_rows().to(dtype) for u in uses]
-    if not call.kind.startswith("conv"):
-        inputs, grads = [x.unsqueeze(0) for x in inputs], [g.unsqueeze(0) for g in grads]
-    if call.kind == "embedding":
-        padding = call.options[0]
-        if padding is not None:
-            kept = [x != padding % param.shape[0] for x in inputs]
-            grads = [g * k[:, None, ..., None] for g, k in zip(grads, kept, strict=True)]
-    else:
-        inputs = [x.to(dtype) for x in inputs]
-        if bias is not None:
-            inputs = [torch.cat([x, torch.ones_like(x[..., :1])], -1) for x in inputs]
-    return Pairs(
-        torch.cat(inputs, 2),
-        torch.cat(grads, 3),
-        weight,
-        bias,
-        tuple(param.shape),
-        call.kind == "conv_transpose" or call.options == ("in_out",),
-    )

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from funcprecond import tree
+from funcprecond.tracing import multi_tensor
 
 __all__ = ["grams", "multiply", "symmetric"]
 
@@ -58,7 +58,7 @@ def symmetric(rows: Tensor) -> Tensor:
     """``rows rows^T``, of a matrix or a stack; of a large matrix little more than half of it."""
     n = rows.shape[-2]
     large = rows.ndim == 2 and n > ROWS and rows.device.type == "cpu"
-    if not large or torch.compiler.is_compiling() or not tree.multi_tensor((rows,)):
+    if not large or torch.compiler.is_compiling() or not multi_tensor((rows,)):
         return rows @ rows.mT
     out = rows.new_empty((n, n))
     for i in range(0, n, ROWS):

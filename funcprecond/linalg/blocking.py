@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from funcprecond.evidence import Evidence
-from funcprecond.problems import Params
 from funcprecond.transform import Transform
+from funcprecond.tree import Params
 
 __all__ = ["Blocking", "in_blocks", "merged"]
 

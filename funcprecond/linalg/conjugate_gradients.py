@@ -15,10 +15,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from funcprecond import tree
-from funcprecond.problems import Params
-from funcprecond.tracing import untransformed
-from funcprecond.tree import state
+from funcprecond.linalg import treemath
+from funcprecond.tracing import is_eager
+from funcprecond.tree import Params, state
 
 __all__ = [
     "CGResult",
@@ -81,7 +80,7 @@ class NotConverged(RuntimeError):
 
     def __init__(self, result: Solution, b: Params):
         self.result = result
-        size = float(tree.norm(result.residual) / tree.norm(b))
+        size = float(treemath.norm(result.residual) / treemath.norm(b))
         super().__init__(
             f"the solve ended after {int(result.iterations)} iterations with "
             f"{Stop(int(result.reason)).name} and a relative residual of {size:.2g}: raise "
@@ -141,13 +140,13 @@ def cg(
     descent, if that is the first iteration. Memory: four vectors and ``keep`` more.
     """
     precondition = precondition or (lambda r: r)
-    plain = untransformed((b, x0))
+    plain = is_eager((b, x0))
     x = {k: torch.zeros_like(v) for k, v in b.items()} if x0 is None else x0
-    r = b if x0 is None else tree.sub(b, matvec(x0))
+    r = b if x0 is None else treemath.sub(b, matvec(x0))
     p = precondition(r)
-    rz, size = tree.dot(r, p), tree.norm(b)
+    rz, size = treemath.dot(r, p), treemath.norm(b)
     finite = torch.isfinite(rz) & torch.isfinite(size)
-    small = finite & (tree.norm(r) <= tol * size)
+    small = finite & (treemath.norm(r) <= tol * size)
     reason = torch.full_like(rz, Stop.MAX_ITERATIONS.value, dtype=torch.int64)
     reason = torch.where(finite, reason, Stop.NOT_FINITE.value)
     reason = torch.where(small, Stop.RESIDUAL.value, reason)
@@ -162,19 +161,21 @@ def cg(
         if plain and not bool(active):
             break
         product = matvec(p)
-        curvature = tree.dot(p, product)
+        curvature = treemath.dot(p, product)
         positive = curvature > 0
         alpha = rz / torch.where(positive, curvature, 1)
-        new_x = tree.add(x, p, alpha)
-        new_r = tree.sub(b, matvec(new_x)) if i % refresh == 0 else tree.add(r, product, -alpha)
+        new_x = treemath.add(x, p, alpha)
+        new_r = (
+            treemath.sub(b, matvec(new_x)) if i % refresh == 0 else treemath.add(r, product, -alpha)
+        )
         z = precondition(new_r)
-        new_rz, new_size = tree.dot(new_r, z), tree.norm(new_r)
+        new_rz, new_size = treemath.dot(new_r, z), treemath.norm(new_r)
         finite = torch.isfinite(curvature) & torch.isfinite(new_rz) & torch.isfinite(new_size)
         moves = active & positive & finite
         x, r = _where(moves, new_x, x), _where(moves, new_r, r)
         descend = active & ~positive & torch.isfinite(curvature)
         if i == 1 and not (plain and not bool(descend)):
-            x, r = _where(descend, b, x), _where(descend, tree.sub(b, matvec(b)), r)
+            x, r = _where(descend, b, x), _where(descend, treemath.sub(b, matvec(b)), r)
         iterations = iterations + moves.long()
         phis.append(torch.where(active, _model_value(x, b, r), phis[-1]))
         if keep and i in numbers:
@@ -187,7 +188,7 @@ def cg(
         reason = torch.where(active & ~finite, Stop.NOT_FINITE.value, reason)
         reason = torch.where(descend, Stop.NOT_POSITIVE.value, reason)
         active = moves & ~small & ~stalled
-        p = tree.add(z, p, new_rz / torch.where(rz == 0, 1, rz))
+        p = treemath.add(z, p, new_rz / torch.where(rz == 0, 1, rz))
         rz = new_rz
 
     phis += [phis[-1]] * (max_iter + 1 - len(phis))
@@ -219,9 +220,9 @@ def truncated_cg(
     Returns:
         A :class:`Solution` whose reason is RESIDUAL, BOUNDARY, MAX_ITERATIONS or NOT_FINITE.
     """
-    plain = untransformed((b, radius, tol))
+    plain = is_eager((b, radius, tol))
     x, r, p = {k: torch.zeros_like(v) for k, v in b.items()}, b, b
-    rr = tree.dot(r, r)
+    rr = treemath.dot(r, r)
     size = rr.sqrt()
     limit = size * (size.sqrt().clamp_max(0.5) if tol is None else tol)
     finite = torch.isfinite(rr)
@@ -234,16 +235,16 @@ def truncated_cg(
         if plain and not bool(active):
             break
         product = matvec(p)
-        curvature = tree.dot(p, product)
+        curvature = treemath.dot(p, product)
         alpha = rr / torch.where(curvature > 0, curvature, 1)
-        xx, xp, pp = tree.dot(x, x), tree.dot(x, p), tree.dot(p, p)
+        xx, xp, pp = treemath.dot(x, x), treemath.dot(x, p), treemath.dot(p, p)
         leaves = (curvature <= 0) | (xx + 2 * alpha * xp + alpha**2 * pp >= radius**2)
         # The positive root of |x + tau p| = radius, in the form without cancellation.
         gap = (radius**2 - xx).clamp_min(0)
         tau = gap / (xp + (xp**2 + pp * gap).sqrt()).clamp_min(torch.finfo(rr.dtype).tiny)
         step = torch.where(leaves, tau, alpha)
-        new_x, new_r = tree.add(x, p, step), tree.add(r, product, -step)
-        new_rr = tree.dot(new_r, new_r)
+        new_x, new_r = treemath.add(x, p, step), treemath.add(r, product, -step)
+        new_rr = treemath.dot(new_r, new_r)
         finite = torch.isfinite(curvature) & torch.isfinite(new_rr)
         moves = active & finite
         x, r = _where(moves, new_x, x), _where(moves, new_r, r)
@@ -253,7 +254,7 @@ def truncated_cg(
         reason = torch.where(moves & leaves, Stop.BOUNDARY.value, reason)
         reason = torch.where(active & ~finite, Stop.NOT_FINITE.value, reason)
         active = moves & ~small & ~leaves
-        p = tree.add(new_r, p, new_rr / torch.where(rr == 0, 1, rr))
+        p = treemath.add(new_r, p, new_rr / torch.where(rr == 0, 1, rr))
         rr = new_rr
     return Solution(x, r, iterations, reason)
 
@@ -285,7 +286,7 @@ def within(operator: Operator, params: Params, names: Sequence[str]) -> Operator
     """
 
     def block(vector: Params) -> Params:
-        product = operator(tree.fill(vector, params))
+        product = operator(treemath.fill(vector, params))
         return {k: product[k].to(vector[k].dtype) for k in names}
 
     return block
@@ -298,7 +299,7 @@ def _schedule(max_iter: int) -> frozenset[int]:
 
 
 def _model_value(x: Params, b: Params, r: Params) -> Tensor:
-    return -0.5 * tree.dot(x, tree.add(b, r))
+    return -0.5 * treemath.dot(x, treemath.add(b, r))
 
 
 def _where(condition: Tensor, x: Params, y: Params) -> Params:

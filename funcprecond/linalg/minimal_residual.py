@@ -9,10 +9,10 @@ gets its shortest one. With a preconditioner, Lanczos runs in the inner product 
 import torch
 from torch import Tensor
 
-from funcprecond import tree
+from funcprecond.linalg import treemath
 from funcprecond.linalg.conjugate_gradients import Operator, Solution, Stop
-from funcprecond.problems import Params
-from funcprecond.tracing import untransformed
+from funcprecond.tracing import is_eager
+from funcprecond.tree import Params
 
 __all__ = ["minres"]
 
@@ -42,15 +42,15 @@ def minres(
     Memory: seven vectors, nine with a preconditioner. Under a transform or a compiler all
     iterations run, and a problem that is finished stays as it is.
     """
-    plain = untransformed((b, x0))
+    plain = is_eager((b, x0))
     x = {k: torch.zeros_like(v) for k, v in b.items()} if x0 is None else x0
-    r2 = b if x0 is None else tree.sub(b, matvec(x0))
+    r2 = b if x0 is None else treemath.sub(b, matvec(x0))
     r1, z, residual = r2, r2, r2
-    beta, size = tree.norm(r2), tree.norm(b)
+    beta, size = treemath.norm(r2), treemath.norm(b)
     small, broken = beta <= tol * size, torch.zeros_like(beta, dtype=torch.bool)
     if precondition is not None:
         z = precondition(r2)
-        beta, broken = _root(tree.dot(r2, z))
+        beta, broken = _root(treemath.dot(r2, z))
     w = w2 = {k: torch.zeros_like(v) for k, v in b.items()}
     old_beta = torch.zeros_like(beta)
     phibar, dbar, epsilon = beta, torch.zeros_like(beta), torch.zeros_like(beta)
@@ -68,18 +68,18 @@ def minres(
     for i in range(max_iter):
         if plain and not bool(active):
             break
-        v = tree.mul(z, 1 / _nonzero(beta))
+        v = treemath.mul(z, 1 / _nonzero(beta))
         y = matvec(v)
         if i:
-            y = tree.add(y, r1, -beta / _nonzero(old_beta))
-        alpha = tree.dot(v, y)
-        y = tree.add(y, r2, -alpha / _nonzero(beta))
+            y = treemath.add(y, r1, -beta / _nonzero(old_beta))
+        alpha = treemath.dot(v, y)
+        y = treemath.add(y, r2, -alpha / _nonzero(beta))
         r1, r2, z, old_beta = r2, y, y, beta
         if precondition is None:
-            beta = tree.norm(y)
+            beta = treemath.norm(y)
         else:
             z = precondition(y)
-            beta, broken = _root(tree.dot(y, z))
+            beta, broken = _root(treemath.dot(y, z))
         # The squared Frobenius norm of T; the first beta is not of it, but that of b.
         norm2 = norm2 + alpha**2 + beta**2 + (old_beta**2 if i else 0)
         # The next column of T, turned by the last rotation, and the rotation that removes beta.
@@ -92,8 +92,8 @@ def minres(
         cosine, sine = gbar / gamma, beta / gamma
         new_phibar = phibar * sine
         w1, w2 = w2, w
-        w = tree.add(tree.add(v, w1, -old_epsilon), w2, -delta)
-        w = tree.mul(w, 1 / gamma)
+        w = treemath.add(treemath.add(v, w1, -old_epsilon), w2, -delta)
+        w = treemath.mul(w, 1 / gamma)
         finite = torch.isfinite(alpha) & torch.isfinite(beta) & torch.isfinite(new_phibar)
         # Of a singular system nothing is left to gain once B r vanishes.
         flat = active & finite & (slope <= rounding * norm2.sqrt() * phibar) & (i > 0)
@@ -105,9 +105,9 @@ def minres(
         length = phibar
         if precondition is not None:
             # phibar is the preconditioner's norm of the residual; its own takes the vector.
-            residual = tree.mul(residual, sine**2)
-            residual = tree.add(residual, r2, -cosine * new_phibar / _nonzero(beta))
-            length = tree.norm(residual)
+            residual = treemath.mul(residual, sine**2)
+            residual = treemath.add(residual, r2, -cosine * new_phibar / _nonzero(beta))
+            length = treemath.norm(residual)
         small = length <= tol * size
         reason = torch.where(active & ~finite, Stop.NOT_FINITE.value, reason)
         reason = torch.where(active & finite & broken, Stop.NOT_POSITIVE.value, reason)
@@ -115,7 +115,7 @@ def minres(
         reason = torch.where(moves & small, Stop.RESIDUAL.value, reason)
         active = moves & ~small
 
-    return Solution(x, tree.sub(b, matvec(x)), iterations, reason)
+    return Solution(x, treemath.sub(b, matvec(x)), iterations, reason)
 
 
 def _root(square: Tensor) -> tuple[Tensor, Tensor]:

@@ -10,10 +10,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from funcprecond import tree
+from funcprecond.linalg import treemath
 from funcprecond.linalg.conjugate_gradients import Operator, Solution, Stop
-from funcprecond.problems import Params
-from funcprecond.tracing import untransformed
+from funcprecond.tracing import is_eager
+from funcprecond.tree import Params
 
 __all__ = ["neumann"]
 
@@ -41,9 +41,9 @@ def neumann(
         A :class:`Solution`; DIVERGED where the residual has grown a million times over ``b``.
     """
     precondition = precondition or (lambda r: r)
-    plain = untransformed((b, scale, tol))
+    plain = is_eager((b, scale, tol))
     x, r = {k: torch.zeros_like(v) for k, v in b.items()}, b
-    size = tree.norm(b)
+    size = treemath.norm(b)
     finite, small = torch.isfinite(size), size == 0
     reason = torch.full_like(size, Stop.MAX_ITERATIONS.value, dtype=torch.int64)
     reason = torch.where(small, Stop.RESIDUAL.value, reason)
@@ -52,9 +52,9 @@ def neumann(
     for _ in range(max_iter):
         if plain and not bool(active):
             break
-        step = tree.mul(precondition(r), scale)
-        new_r = tree.sub(r, matvec(step))
-        left = tree.norm(new_r)
+        step = treemath.mul(precondition(r), scale)
+        new_r = treemath.sub(r, matvec(step))
+        left = treemath.norm(new_r)
         finite = torch.isfinite(left)
         moves = active & finite
         x = {k: torch.where(moves, t + step[k], t) for k, t in x.items()}

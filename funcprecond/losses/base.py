@@ -11,12 +11,21 @@ from torch import Tensor
 from torch.func import grad, vjp
 
 from funcprecond import tree
-from funcprecond.autodiff.missing_derivatives import explained
-from funcprecond.tracing import untransformed
+from funcprecond.tracing import is_eager
 
-__all__ = ["Custom", "Loss", "Reduction", "entries", "one_term", "same_shape"]
+__all__ = [
+    "Custom",
+    "Labels",
+    "Loss",
+    "Reduction",
+    "check_labels",
+    "entries",
+    "one_term",
+    "same_shape",
+]
 
 Reduction = Literal["mean", "sum"]
+Labels = Literal["mc", "empirical", "exact"]
 
 
 class Loss(abc.ABC):
@@ -30,7 +39,6 @@ class Loss(abc.ABC):
     def constant(self, outputs: Any, targets: Any) -> Tensor:
         """The reduction constant ``c``, a 0-d tensor."""
 
-    @explained
     def empirical(self, outputs: Any, targets: Any) -> Any:
         """The terms' gradient at the data's labels: the loss's cotangent divided by ``c``."""
         gradient = _gradient(lambda f: self(f, targets), outputs, targets)
@@ -45,7 +53,7 @@ class Loss(abc.ABC):
         """
         return vjp(grad(lambda f: self(f, targets)), outputs)[1](vector)[0]
 
-    def draw(self, targets: Any, samples: int, generator: torch.Generator | None) -> Tensor:
+    def label_noise(self, targets: Any, samples: int, generator: torch.Generator | None) -> Tensor:
         """The random numbers that ``samples`` sampled labels for each term take."""
         raise _no_likelihood(self)
 
@@ -102,7 +110,7 @@ class Custom(Loss):
 
 def _gradient(loss: Callable[[Any], Tensor], outputs: Any, targets: Any) -> Any:
     flat, spec = tree.flatten(outputs)
-    if not untransformed((flat, targets)):
+    if not is_eager((flat, targets)):
         return grad(loss)(outputs)
     # torch.func has no rule for some kernels, such as CTC's with lengths in tuples.
     flat = [f.detach().requires_grad_() for f in flat]
@@ -123,6 +131,16 @@ def one_term(shape: torch.Size, like: Tensor) -> Iterator[Tensor]:
     count = math.prod(shape)
     for term in torch.eye(count, dtype=like.dtype, device=like.device):
         yield term.reshape(1, *shape)
+
+
+def check_labels(labels: Labels, samples: int) -> None:
+    """Raise ValueError unless both are known."""
+    if labels not in ("mc", "empirical", "exact") or samples < 1:
+        msg = (
+            "labels must be 'mc', 'empirical' or 'exact' and samples at least 1, "
+            f"not {labels!r}, {samples}"
+        )
+        raise ValueError(msg)
 
 
 def same_shape(name: str, outputs: Tensor, targets: Tensor) -> None:

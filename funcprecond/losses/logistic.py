@@ -37,7 +37,9 @@ class BCEWithLogits(Loss):
     def hessian_product(self, outputs: Tensor, targets: Tensor, vector: Tensor) -> Tensor:
         return self.constant(outputs, targets) * self._curvature(outputs, targets) * vector
 
-    def draw(self, targets: Tensor, samples: int, generator: torch.Generator | None) -> Tensor:
+    def label_noise(
+        self, targets: Tensor, samples: int, generator: torch.Generator | None
+    ) -> Tensor:
         shape = (samples, *targets.shape)
         return random.uniform(shape, generator, dtype=torch.float32, device=targets.device)
 

@@ -34,7 +34,9 @@ class MSE(Loss):
     def hessian_product(self, outputs: Tensor, targets: Tensor, vector: Tensor) -> Tensor:
         return self.constant(outputs, targets) * vector
 
-    def draw(self, targets: Tensor, samples: int, generator: torch.Generator | None) -> Tensor:
+    def label_noise(
+        self, targets: Tensor, samples: int, generator: torch.Generator | None
+    ) -> Tensor:
         shape = (samples, *targets.shape)
         return random.normal(shape, generator, dtype=targets.dtype, device=targets.device)
 
@@ -73,7 +75,9 @@ class Huber(Loss):
     def hessian_product(self, outputs: Tensor, targets: Tensor, vector: Tensor) -> Tensor:
         return self.constant(outputs, targets) * self._within(outputs, targets) * vector
 
-    def draw(self, targets: Tensor, samples: int, generator: torch.Generator | None) -> Tensor:
+    def label_noise(
+        self, targets: Tensor, samples: int, generator: torch.Generator | None
+    ) -> Tensor:
         shape = (samples, *targets.shape)
         return random.normal(shape, generator, dtype=targets.dtype, device=targets.device)
 
@@ -124,7 +128,9 @@ class GaussianNLL(Loss):
     def hessian_product(self, outputs: Tensor, targets: Tensor, vector: Tensor) -> Tensor:
         return self.constant(outputs, targets) * self._root(outputs).square() * vector
 
-    def draw(self, targets: Tensor, samples: int, generator: torch.Generator | None) -> Tensor:
+    def label_noise(
+        self, targets: Tensor, samples: int, generator: torch.Generator | None
+    ) -> Tensor:
         shape = (samples, *targets.shape)
         return random.normal(shape, generator, dtype=targets.dtype, device=targets.device)
 

@@ -67,7 +67,9 @@ class CrossEntropy(Loss):
         product = weight * (p * u - p * (p * u).sum(-1, keepdim=True))
         return product.movedim(-1, self.class_dim)
 
-    def draw(self, targets: Tensor, samples: int, generator: torch.Generator | None) -> Tensor:
+    def label_noise(
+        self, targets: Tensor, samples: int, generator: torch.Generator | None
+    ) -> Tensor:
         shape = targets.shape
         if targets.is_floating_point():
             shape = targets.movedim(self.class_dim, -1).shape[:-1]

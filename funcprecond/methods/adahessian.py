@@ -18,12 +18,12 @@ import torch
 from torch import Tensor
 
 from funcprecond.curvature.hessian import HessianProbes
-from funcprecond.evidence import Every, Evidence, MissingEvidence, Need
+from funcprecond.evidence import Evidence, MissingEvidence
 from funcprecond.linalg.precision import factor_dtype, wide
 from funcprecond.methods.table import Card
-from funcprecond.problems import Params
+from funcprecond.need import Every, Need
 from funcprecond.transform import Transform, counter
-from funcprecond.tree import state
+from funcprecond.tree import Params, state
 
 __all__ = ["AdaHessianState", "adahessian", "spatial_average"]
 

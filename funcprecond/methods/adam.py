@@ -14,14 +14,13 @@ import math
 import torch
 from torch import Tensor
 
-from funcprecond import tree
 from funcprecond.evidence import Evidence
 from funcprecond.linalg.precision import factor_dtype, wide
 from funcprecond.methods.table import Card
-from funcprecond.problems import Params
+from funcprecond.tracing import multi_tensor
 from funcprecond.transform import Transform, counter
 from funcprecond.transforms.weight_decay import parameters
-from funcprecond.tree import state
+from funcprecond.tree import Params, state
 
 __all__ = ["AdamState", "adam", "adamw"]
 
@@ -87,7 +86,7 @@ def _adam(betas, damping, decay_rate) -> Transform:
         correct2 = (1 - _power(b2, wide(step))) ** 0.5
         # The direction is m / (ratio sqrt(v) + shift).
         ratio, shift = correct1 / correct2, correct1 * damping
-        if numbers and tree.multi_tensor(g, m, v, p):
+        if numbers and multi_tensor(g, m, v, p):
             alone = g[0].device.type == "cpu" and not torch.compiler.is_compiling()
             m, v, d = (one_by_one if alone else together)(m, v, g, p, ratio, shift)
         else:

@@ -18,19 +18,22 @@ import torch
 from torch import Tensor
 
 from funcprecond import tree
-from funcprecond.curvature.layer_statistics import Labels, LayerStatistics, Sharing
+from funcprecond.curvature.layer_statistics import LayerStatistics
 from funcprecond.curvature.objective import Objective
 from funcprecond.curvature.quadratic_form import GGNForm
-from funcprecond.evidence import Every, Evidence, MissingEvidence
+from funcprecond.evidence import Evidence, MissingEvidence
+from funcprecond.layers.kinds.base import Sharing
+from funcprecond.linalg import treemath
 from funcprecond.linalg.levenberg_marquardt import levenberg_marquardt, reduction_ratio
 from funcprecond.linalg.precision import factor_dtype
+from funcprecond.losses.base import Labels
 from funcprecond.methods.table import Card
-from funcprecond.problems import Params
+from funcprecond.need import Every
 from funcprecond.representation.average import Decay, RisingDecay, check_decay
 from funcprecond.representation.kronecker_io import KroneckerIO
 from funcprecond.solver.cholesky import Cholesky, CholeskyFactor
 from funcprecond.transform import Transform
-from funcprecond.tree import state
+from funcprecond.tree import Params, state
 
 __all__ = ["AdaptiveKFACState", "adaptive_kfac"]
 
@@ -114,7 +117,7 @@ def adaptive_kfac(
             msg = f"adaptive_kfac needs {curvature} and more: pass the evidence of fp.observe"
             raise MissingEvidence(msg)
         here = {k: evidence.params[k].to(s.dtype) for k, s in state.step.items()}
-        g = tree.add(tree.cast(grads, here), here, l2)
+        g = treemath.add(treemath.cast(grads, here), here, l2)
         rep, ridge = state.representation, state.damping + l2
         if measure in evidence:
             rep = rep.accumulate(evidence[curvature], decay)
@@ -124,12 +127,12 @@ def adaptive_kfac(
         def attempt(gamma: Tensor) -> _Attempt:
             solver = Cholesky(gamma.square(), "pi", invert=refresh_every > 4)
             factor = solver.prepare(rep, state.factor) if due else state.factor
-            vectors = [tree.mul(solver.apply(factor, g), -1.0), state.step]
+            vectors = [treemath.mul(solver.apply(factor, g), -1.0), state.step]
             alpha, mu, value = _least(
                 evidence[form](vectors) + ridge * _gram(vectors, vectors),
                 _gram(vectors, [g]).squeeze(-1),
             )
-            step = tree.add(tree.mul(vectors[0], alpha), vectors[1], mu)
+            step = treemath.add(treemath.mul(vectors[0], alpha), vectors[1], mu)
             return _Attempt(value, gamma, factor, step)
 
         best = _best([attempt(state.gamma * w) for w in widths])
@@ -138,10 +141,10 @@ def adaptive_kfac(
         return AdaptiveKFACState(rep, best.factor, best.step, lam, best.gamma), direction
 
     def follow(lam: Tensor, here: Params, best: "_Attempt", evidence: Evidence) -> Tensor:
-        there = tree.add(here, best.step)
+        there = treemath.add(here, best.step)
         moved = {k: p.to(evidence.params[k].dtype) for k, p in there.items()}
         change = evidence[objective].loss({**evidence.params, **moved}) - evidence.loss
-        change = change + l2 / 2 * (tree.dot(there, there) - tree.dot(here, here))
+        change = change + l2 / 2 * (treemath.dot(there, there) - treemath.dot(here, here))
         ratio = reduction_ratio(change, best.value)
         new = levenberg_marquardt(lam, ratio, up=1 / omega1, down=omega1)
         # A gradient of zero predicts nothing, and tells nothing of the model.
@@ -181,7 +184,7 @@ def _best(attempts: list[_Attempt]) -> _Attempt:
 
 
 def _gram(xs: list[Params], ys: list[Params]) -> Tensor:
-    return torch.stack([torch.stack([tree.dot(x, y) for y in ys]) for x in xs])
+    return torch.stack([torch.stack([treemath.dot(x, y) for y in ys]) for x in xs])
 
 
 CARDS = (

@@ -14,24 +14,26 @@ bases are refreshed now and then, s at every measurement.
 import torch
 from torch import Tensor
 
-from funcprecond.curvature.layer_statistics import Labels, Layers, LayerStatistics, split_block
-from funcprecond.evidence import Every, Evidence, MissingEvidence
-from funcprecond.layers.second_moments import second_moments
+from funcprecond.curvature.layer_statistics import LayerStatistics
+from funcprecond.evidence import Evidence, MissingEvidence
+from funcprecond.layers.blocks import Layers, split_block
+from funcprecond.losses.base import Labels
 from funcprecond.methods.table import Card
-from funcprecond.problems import Params
+from funcprecond.need import Every
 from funcprecond.representation import average
 from funcprecond.representation.average import Decay, check_decay
 from funcprecond.representation.kronecker_io import KroneckerIO
 from funcprecond.solver.eigen import eigenbases, groups_of, rotate, rotate_back
 from funcprecond.solver.layer_gradient import (
     GRADIENT_ROWS,
+    BlockShape,
     LayerGradient,
     apply_blocks,
     gradient_rows,
     unit_inverses,
 )
 from funcprecond.transform import Transform
-from funcprecond.tree import state
+from funcprecond.tree import Params, state
 
 __all__ = ["EKFACState", "ekfac"]
 
@@ -79,7 +81,7 @@ def ekfac(
     if refresh_every % every:
         msg = f"refresh_every={refresh_every} must be a multiple of every={every}"
         raise ValueError(msg)
-    curvature = LayerStatistics(labels, samples, by_example=True)
+    curvature = LayerStatistics(labels, samples, per_sample=True)
     measure, refresh = Every("measure", every, start), Every("refresh", refresh_every, start)
 
     def init(params: Params) -> EKFACState:
@@ -104,9 +106,11 @@ def ekfac(
 
         direction = apply_blocks(
             grads,
-            state.right,
+            {
+                k: BlockShape(groups_of(x), state.moments[k].shape[-2])
+                for k, x in state.right.items()
+            },
             solve,
-            lambda block: groups_of(state.right[block]),
             unit_inverses({k: x / w for k, x in state.factors.units.items()}, damping),
             {k: x / w for k, x in state.factors.others.items()},
             damping,
@@ -129,7 +133,8 @@ def _measured(state: EKFACState, layers: Layers, decay: Decay, refresh: bool) ->
         _, right = eigenbases({k: x for k, x in factors.right.items()})
         moments, old_weight = {}, torch.zeros_like(old_weight)
     new = {
-        k: second_moments(uses, split_block(k)[1] is not None, left.get(k), right[k]) * layers.scale
+        k: uses[0].call.second_moments(uses, split_block(k)[1] is not None, left.get(k), right[k])
+        * layers.scale
         for k, uses in layers.uses.items()
         if k in right
     }

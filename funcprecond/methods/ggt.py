@@ -20,9 +20,8 @@ from torch import Tensor
 from funcprecond.linalg.batching import by_shape
 from funcprecond.linalg.precision import decomposition_dtype, factor_dtype, wide
 from funcprecond.methods.table import Card
-from funcprecond.problems import Params
 from funcprecond.transform import Transform, counter, gradient_only
-from funcprecond.tree import state
+from funcprecond.tree import Params, state
 
 __all__ = ["GGTState", "ggt"]
 

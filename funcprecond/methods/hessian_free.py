@@ -19,21 +19,21 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from funcprecond import tree
 from funcprecond.curvature.ggn import GGNOperator
 from funcprecond.curvature.hessian import HessianOperator
 from funcprecond.curvature.objective import Objective
 from funcprecond.curvature.per_sample import PerSampleGrads
-from funcprecond.evidence import Evidence, MissingEvidence, Need
+from funcprecond.evidence import Evidence, MissingEvidence
+from funcprecond.linalg import treemath
 from funcprecond.linalg.conjugate_gradients import CGResult, Operator, cg, within
 from funcprecond.linalg.levenberg_marquardt import levenberg_marquardt, reduction_ratio
 from funcprecond.linalg.line_search import armijo, backtrack
 from funcprecond.linalg.precision import factor_dtype
 from funcprecond.methods.table import Card
-from funcprecond.problems import Params
-from funcprecond.tracing import untransformed
+from funcprecond.need import Need
+from funcprecond.tracing import is_eager
 from funcprecond.transform import Transform
-from funcprecond.tree import state
+from funcprecond.tree import Params, state
 
 __all__ = ["HessianFreeState", "hessian_free"]
 
@@ -103,8 +103,8 @@ def hessian_free(
             msg = f"hessian_free needs {operator} beside the gradient: pass fp.observe's evidence"
             raise MissingEvidence(msg)
         g = {k: x.to(state.solution[k].dtype) for k, x in grads.items()}
-        line = _Line(evidence, untransformed((evidence.params, grads, state)))
-        size = tree.norm(g)
+        line = _Line(evidence, is_eager((evidence.params, grads, state)))
+        size = treemath.norm(g)
         usable = (size > 0) & torch.isfinite(size)
         # Nothing to solve for otherwise: CG on a zero right-hand side from zero ends at once.
         b = {k: torch.where(usable, -x, 0) for k, x in g.items()}
@@ -116,7 +116,7 @@ def hessian_free(
         model = found.phi[-1] - found.phi[0]
         ratio = reduction_ratio(last - line.loss(start), model)
         step, step_loss = line.backtrack(found, last, backtracking)
-        slope = tree.dot(g, step)
+        slope = treemath.dot(g, step)
         factor = line.armijo(step, step_loss, loss, slope, trials)
 
         moved = usable & (found.iterations > 0)
@@ -136,7 +136,7 @@ def hessian_free(
         product = within(evidence[operator], evidence.params, list(b))
 
         def damped(v: Params) -> Params:
-            return tree.add(product(v), v, lam)
+            return treemath.add(product(v), v, lam)
 
         return cg(
             damped,
@@ -192,7 +192,7 @@ class _Line:
         calls = iter([True])
 
         def loss_at(factor: Tensor) -> Tensor:
-            return step_loss if next(calls, False) else self.loss(tree.mul(step, factor))
+            return step_loss if next(calls, False) else self.loss(treemath.mul(step, factor))
 
         return armijo(loss_at, loss, slope, c1=1e-2, shrink=0.8, trials=trials, plain=self.plain)
 

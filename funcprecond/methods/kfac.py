@@ -21,7 +21,9 @@ from typing import Any, Literal
 from torch import Tensor
 
 from funcprecond.composition import compose
-from funcprecond.curvature.layer_statistics import Labels, LayerStatistics, Sharing
+from funcprecond.curvature.layer_statistics import LayerStatistics
+from funcprecond.layers.kinds.base import Sharing
+from funcprecond.losses.base import Labels
 from funcprecond.methods.table import Card
 from funcprecond.representation.average import Decay
 from funcprecond.representation.kronecker_io import KroneckerIO

@@ -24,7 +24,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from funcprecond.evidence import Every, Evidence, Need
+from funcprecond.evidence import Evidence
 from funcprecond.linalg.blocking import Blocking, in_blocks
 from funcprecond.linalg.eigenbases import (
     Bases,
@@ -39,12 +39,12 @@ from funcprecond.linalg.eigenbases import (
 from funcprecond.linalg.precision import factor_dtype
 from funcprecond.methods.adam import AdamState, adam
 from funcprecond.methods.table import Card
-from funcprecond.problems import Params
+from funcprecond.need import Every, Need
 from funcprecond.representation.average import accumulate
 from funcprecond.representation.kronecker_dim import mode_gram
 from funcprecond.solver.inverse_root import mode_product
 from funcprecond.transform import Transform, counter
-from funcprecond.tree import state
+from funcprecond.tree import Params, state
 
 __all__ = ["KLShampooState", "kl_shampoo", "whitened"]
 

@@ -17,19 +17,19 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from funcprecond import tree
 from funcprecond.curvature.hessian import HessianOperator
 from funcprecond.curvature.objective import Objective
-from funcprecond.evidence import Every, Evidence, MissingEvidence, Need
+from funcprecond.evidence import Evidence, MissingEvidence
+from funcprecond.linalg import treemath
 from funcprecond.linalg.bfgs import History, powell
 from funcprecond.linalg.conjugate_gradients import within
 from funcprecond.linalg.line_search import armijo, wolfe
 from funcprecond.linalg.precision import factor_dtype
 from funcprecond.methods.table import Card
-from funcprecond.problems import Params
-from funcprecond.tracing import untransformed
+from funcprecond.need import Every, Need
+from funcprecond.tracing import is_eager
 from funcprecond.transform import Transform, counter
-from funcprecond.tree import state
+from funcprecond.tree import Params, state
 
 __all__ = ["LBFGSState", "lbfgs"]
 
@@ -124,27 +124,27 @@ def lbfgs(
         d = state.history.apply(g)
         first = (1 / g.abs().sum()).clamp_max(1.0)
         d = d * torch.where(state.history.filled() == 0, first, 1.0)
-        direction = tree.unravel(d, grads)
+        direction = treemath.unravel(d, grads)
         if line_search != "none":
-            direction = tree.mul(direction, search(direction, -d.dot(g), evidence))
+            direction = treemath.mul(direction, search(direction, -d.dot(g), evidence))
         return state, {k: x.to(grads[k].dtype) for k, x in direction.items()}
 
     def take_pair(state: LBFGSState, grads: Params, evidence: Evidence) -> LBFGSState:
         point = {k: evidence.params[k] for k in grads}
         if pairs == "same_batch":
             _, before = evidence[objective].gradient({**evidence.params, **state.point})
-            s = tree.sub(point, state.point)
+            s = treemath.sub(point, state.point)
             y = {k: evidence.grads[k] - before[k] for k in grads}
             return LBFGSState(pushed(state.history, s, y), point, {}, {}, state.count + 1)
         if pairs == "successive":
-            s = tree.mul(tree.sub(point, state.point), state.count > 0)
-            new = pushed(state.history, s, tree.sub(grads, state.grads))
+            s = treemath.mul(treemath.sub(point, state.point), state.count > 0)
+            new = pushed(state.history, s, treemath.sub(grads, state.grads))
             return LBFGSState(new, point, grads, {}, state.count + 1)
-        total, count = tree.add(state.total, point), state.count + 1
+        total, count = treemath.add(state.total, point), state.count + 1
         if due not in evidence:
             return LBFGSState(state.history, state.point, {}, total, count)
         mean = {k: (x / count).to(x.dtype) for k, x in total.items()}
-        s = tree.sub(mean, state.point)
+        s = treemath.sub(mean, state.point)
         y = within(evidence[operator], evidence.params, list(grads))(s)
         new = pushed(state.history, s, y)
         return LBFGSState(new, mean, {}, _zeros(total), torch.zeros_like(count))
@@ -158,7 +158,7 @@ def lbfgs(
 
     def search(direction: Params, slope: Tensor, evidence: Evidence) -> Tensor:
         functions, params = evidence[objective], evidence.params
-        plain = untransformed((params, direction))
+        plain = is_eager((params, direction))
 
         def at(factor: Tensor) -> Params:
             return {
@@ -168,7 +168,7 @@ def lbfgs(
 
         def evaluate(factor: Tensor) -> tuple[Tensor, Tensor]:
             loss, there = functions.gradient(at(factor))
-            return loss, -tree.dot({k: there[k] for k in direction}, direction)
+            return loss, -treemath.dot({k: there[k] for k in direction}, direction)
 
         options = {"trials": trials, "plain": plain}
         if line_search == "armijo":
@@ -184,7 +184,7 @@ def lbfgs(
 
 
 def _flat(values: Params, dtype: torch.dtype) -> Tensor:
-    return tree.ravel({k: v.to(dtype) for k, v in values.items()})
+    return treemath.ravel({k: v.to(dtype) for k, v in values.items()})
 
 
 def _dtype(params: Params) -> torch.dtype:

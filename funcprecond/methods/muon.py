@@ -27,16 +27,15 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from funcprecond import tree
+from funcprecond.linalg import treemath
 from funcprecond.linalg.batching import by_shape
 from funcprecond.linalg.polar import Polynomial, polar, triples
 from funcprecond.linalg.precision import factor_dtype
 from funcprecond.methods.table import Card
-from funcprecond.problems import Params
 from funcprecond.representation.kronecker_dim import axes_of
 from funcprecond.transform import Transform, gradient_only
 from funcprecond.transforms.partition import Rule
-from funcprecond.tree import state
+from funcprecond.tree import Params, state
 
 __all__ = ["MuonState", "muon", "muon_rules"]
 
@@ -113,7 +112,7 @@ def muon(
             factor = factor.mT if rows > columns else factor
             factor = factor.to(ahead[name].dtype) * _scale(adjust, rows, columns)
             direction[name] = factor.reshape(ahead[name].shape)
-        return MuonState(mean), tree.cast(direction, grads)
+        return MuonState(mean), treemath.cast(direction, grads)
 
     return gradient_only(init, update)
 

@@ -18,18 +18,18 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from funcprecond.evidence import Every, Evidence, Need
+from funcprecond.evidence import Evidence
 from funcprecond.linalg.batching import by_shape
 from funcprecond.linalg.precision import decomposition_dtype, factor_dtype
 from funcprecond.methods.table import Card
-from funcprecond.problems import Params
+from funcprecond.need import Every, Need
 from funcprecond.representation import average
 from funcprecond.representation.average import Decay, check_decay
 from funcprecond.representation.diagonal import zero_weight
 from funcprecond.representation.kronecker_dim import axes_of, mode_gram
 from funcprecond.solver.inverse_root import inverse_root, mode_product
 from funcprecond.transform import Transform
-from funcprecond.tree import state
+from funcprecond.tree import Params, state
 
 __all__ = ["OneSidedState", "one_sided_shampoo"]
 

@@ -16,19 +16,20 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from funcprecond import tree
 from funcprecond.autodiff.evaluation import Evaluation
-from funcprecond.curvature.layer_statistics import Labels, Layers, LayerStatistics
+from funcprecond.curvature.layer_statistics import LayerStatistics
 from funcprecond.curvature.objective import Objective
 from funcprecond.evidence import Evidence, MissingEvidence
+from funcprecond.layers.blocks import Layers
+from funcprecond.linalg import treemath
 from funcprecond.linalg.levenberg_marquardt import levenberg_marquardt, reduction_ratio
+from funcprecond.losses.base import Labels
 from funcprecond.methods.table import Card
-from funcprecond.problems import Params
 from funcprecond.representation.diagonal import zero_weight
 from funcprecond.representation.gram import Gram
 from funcprecond.solver.smw import SMW
 from funcprecond.transform import Transform
-from funcprecond.tree import state
+from funcprecond.tree import Params, state
 
 __all__ = ["ExampleRows", "SMWNGState", "smw_ng"]
 
@@ -38,7 +39,7 @@ class ExampleRows(LayerStatistics):
     """Layer statistics that tell the examples apart, and rows for everything else."""
 
     others: Literal["diagonal", "rows", "none"] = "rows"
-    by_example: bool = True
+    per_sample: bool = True
 
     def measure(self, evaluation: Evaluation, noise: Any) -> Layers:
         if coupling := evaluation.problem.couples_examples():
@@ -111,7 +112,7 @@ def smw_ng(
             return state, direction
         stepped = {k: (evidence.params[k] - d).to(d.dtype) for k, d in direction.items()}
         change = evidence[objective].loss({**evidence.params, **stepped}) - evidence.loss
-        ratio = reduction_ratio(change, -0.5 * tree.dot(grads, direction))
+        ratio = reduction_ratio(change, -0.5 * treemath.dot(grads, direction))
         lam = levenberg_marquardt(state.damping, ratio, up=factor, down=1 / factor)
         return SMWNGState(lam), direction
 

@@ -24,8 +24,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from funcprecond import tree
-from funcprecond.evidence import Every, Evidence, Need
+from funcprecond.evidence import Evidence
 from funcprecond.linalg.axes import grams
 from funcprecond.linalg.blocking import Blocking, in_blocks
 from funcprecond.linalg.eigenbases import (
@@ -41,11 +40,12 @@ from funcprecond.linalg.eigenbases import (
 )
 from funcprecond.linalg.precision import factor_dtype, wide
 from funcprecond.methods.table import Card
-from funcprecond.problems import Params
+from funcprecond.need import Every, Need
 from funcprecond.representation.average import accumulate
+from funcprecond.tracing import multi_tensor
 from funcprecond.transform import Transform, counter
 from funcprecond.transforms.stored import stored
-from funcprecond.tree import state
+from funcprecond.tree import Params, state
 
 __all__ = ["SOAPState", "soap"]
 
@@ -171,7 +171,7 @@ def soap(
 def _quotient(m: Tensor, v: Tensor, damping: float | Tensor, factor: Tensor) -> Tensor:
     """``m / (sqrt(v) + damping) * factor``."""
     d = v.sqrt()
-    if isinstance(damping, Tensor) or not tree.multi_tensor((m, v, factor)):
+    if isinstance(damping, Tensor) or not multi_tensor((m, v, factor)):
         return m / (d + damping) * factor
     return torch.div(m, d.add_(damping), out=d).mul_(factor)
 

@@ -20,7 +20,7 @@ The authors train at a high learning rate and evaluate at a running mean of the 
 import torch
 from torch import Tensor
 
-from funcprecond.evidence import Every, Evidence, Need
+from funcprecond.evidence import Evidence
 from funcprecond.linalg.axes import grams
 from funcprecond.linalg.blocking import Blocking, in_blocks
 from funcprecond.linalg.eigenbases import (
@@ -33,11 +33,11 @@ from funcprecond.linalg.eigenbases import (
 )
 from funcprecond.linalg.precision import factor_dtype
 from funcprecond.methods.table import Card
-from funcprecond.problems import Params
+from funcprecond.need import Every, Need
 from funcprecond.representation.average import accumulate
 from funcprecond.representation.kronecker_dim import axes_of
 from funcprecond.transform import Transform
-from funcprecond.tree import state
+from funcprecond.tree import Params, state
 
 __all__ = ["SPlusState", "splus"]
 

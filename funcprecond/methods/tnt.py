@@ -22,18 +22,18 @@ import torch
 from torch import Tensor
 
 from funcprecond.curvature.sampled_gradient import SampledGradient, SampledGradients
-from funcprecond.evidence import Every, Evidence, MissingEvidence, Need
+from funcprecond.evidence import Evidence, MissingEvidence
 from funcprecond.linalg.batching import by_shape
 from funcprecond.linalg.precision import factor_dtype
 from funcprecond.methods.table import Card
-from funcprecond.problems import Params
+from funcprecond.need import Every, Need
 from funcprecond.representation import average
 from funcprecond.representation.average import Decay, check_decay
 from funcprecond.representation.diagonal import zero_weight
 from funcprecond.representation.kronecker_dim import mode_gram
 from funcprecond.solver.inverse_root import mode_product
 from funcprecond.transform import Transform
-from funcprecond.tree import state
+from funcprecond.tree import Params, state
 
 __all__ = ["TNTState", "normalised", "tnt"]
 

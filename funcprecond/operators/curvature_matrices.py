@@ -17,14 +17,16 @@ from torch import Tensor
 
 from funcprecond.autodiff.evaluation import Evaluation
 from funcprecond.curvature.fisher import draw_labels, fisher_form, fisher_product, fisher_rows
-from funcprecond.curvature.layer_statistics import Labels, check_labels
+from funcprecond.linalg.treemath import wide_dot
 from funcprecond.losses import Loss
+from funcprecond.losses.base import Labels, check_labels
 from funcprecond.operators.data import check_data, mean_over, seed_of, seeded
 from funcprecond.operators.diagonal import exact_diagonal
 from funcprecond.operators.operator import Operator
-from funcprecond.operators.vector_stacks import in_chunks, stack, unstack, wide_dot
-from funcprecond.problems import Buffers, Params, Problem
-from funcprecond.tracing import untransformed
+from funcprecond.operators.vector_stacks import in_chunks, stack, unstack
+from funcprecond.problems import Problem
+from funcprecond.tracing import is_eager
+from funcprecond.tree import Buffers, Params
 
 __all__ = ["GGN", "Fisher", "Hessian"]
 
@@ -61,7 +63,7 @@ class _OnData(Operator):
         check_data(self.batch, self.batches)
         object.__setattr__(self, "_seed", seed_of(self.generator))
         object.__setattr__(self, "_kept", {})
-        object.__setattr__(self, "_inside", not untransformed((self.params, self.buffers)))
+        object.__setattr__(self, "_inside", not is_eager((self.params, self.buffers)))
 
     @property
     def like(self) -> Params:  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -131,7 +133,7 @@ class _OnData(Operator):
 
     def _opened(self) -> tuple[Evaluation, Any]:
         """The one batch, kept; a run made inside of a transform must not outlive it."""
-        plain = untransformed((self.params, self.buffers, self.batch))
+        plain = is_eager((self.params, self.buffers, self.batch))
         if not plain and not self._inside:  # pyright: ignore[reportAttributeAccessIssue]
             return self._open(self.batch, 0)
         kept: dict = self._kept  # pyright: ignore[reportAttributeAccessIssue]
@@ -144,11 +146,11 @@ class _OnData(Operator):
         noise = self._draw(batch, generator)
         options = {"buffers": self.buffers, "generator": generator}
         evaluation = Evaluation(
-            self.problem, self.params, batch, taps=self._taps, twice=True, **options
+            self.problem, self.params, batch, layers=self._layers, twice=True, **options
         )
         return evaluation, noise
 
-    _taps = False
+    _layers = False
 
     def _exact_diagonal(self, labels: Labels, samples: int = 1) -> Params | None:
         """The diagonal from layer statistics; None where these do not tell the examples apart."""
@@ -228,8 +230,8 @@ class Fisher(_OnData):
         return evaluation, (drawn, rows)
 
     @property
-    def _taps(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
-        return self.labels != "exact" and untransformed((self.params, self.buffers, self.batch))
+    def _layers(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return self.labels != "exact" and is_eager((self.params, self.buffers, self.batch))
 
     def diagonal(self) -> Params:
         """Exact, from layer statistics; see :class:`funcprecond.DiagonalGGN`."""

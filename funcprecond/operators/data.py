@@ -6,9 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from funcprecond import tree
 from funcprecond.autodiff.evaluation import Evaluation
-from funcprecond.problems import Params
+from funcprecond.linalg import treemath
+from funcprecond.tree import Params
 
 __all__ = ["batch_weight", "check_data", "each_batch", "is_sum", "mean_over", "seed_of", "seeded"]
 
@@ -26,7 +26,7 @@ def mean_over(parts: Iterable[tuple[Evaluation, Params]]) -> Params:
         weights.append(weight)
         # A batch whose every term is ignored has a mean of 0 / 0, and no share.
         value = {k: torch.where(weight > 0, x * weight.to(x.dtype), 0.0) for k, x in value.items()}
-        total = tree.add(total, value) if total else value
+        total = treemath.add(total, value) if total else value
     if not weights:
         msg = "there are no batches: pass a list or a DataLoader, not an iterator that is used up"
         raise ValueError(msg)

@@ -11,19 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from funcprecond import tree
 from funcprecond.autodiff.evaluation import Evaluation
-from funcprecond.curvature.layer_statistics import (
-    Labels,
-    Layers,
-    LayerStatistics,
-    check_labels,
-    split_block,
-)
-from funcprecond.layers.second_moments import second_moments, unit_moments
+from funcprecond.curvature.layer_statistics import LayerStatistics
+from funcprecond.layers.blocks import Layers
+from funcprecond.linalg import treemath
+from funcprecond.losses.base import Labels, check_labels
 from funcprecond.operators.data import check_data, each_batch, mean_over, seed_of, seeded
 from funcprecond.operators.operator import Operator
-from funcprecond.problems import Buffers, Params, Problem
+from funcprecond.problems import Problem
+from funcprecond.tree import Buffers, Params
 
 __all__ = ["DiagonalGGN", "DiagonalMatrix", "diagonal_of", "exact_diagonal"]
 
@@ -51,7 +47,7 @@ class DiagonalMatrix(Operator):
         return self.values
 
     def frobenius_norm(self) -> Tensor:
-        return tree.norm(self.values)
+        return treemath.norm(self.values)
 
     def power(self, p: float, damping: float | Tensor = 0.0) -> "DiagonalMatrix":
         """``(C + damping I)^p``."""
@@ -63,7 +59,7 @@ class DiagonalMatrix(Operator):
 
     def logdet(self, damping: float | Tensor = 0.0) -> Tensor:
         """``log det (C + damping I)``, a 0-d tensor."""
-        return (tree.ravel(self.values) + damping).log().sum()
+        return (treemath.ravel(self.values) + damping).log().sum()
 
 
 class DiagonalGGN(DiagonalMatrix):
@@ -113,7 +109,7 @@ def exact_diagonal(
     seed: int | None,
 ) -> Params:
     """The values of :class:`DiagonalGGN`, with the random numbers of a seed."""
-    need = LayerStatistics(labels, samples, by_example=True)
+    need = LayerStatistics(labels, samples, per_sample=True)
     if coupling := problem.couples_examples():
         msg = f"the rows are those of single examples, and {coupling} couples them: use eval mode"
         raise ValueError(msg)
@@ -122,7 +118,7 @@ def exact_diagonal(
         for i, b in enumerate(each_batch(batch, batches)):
             generator = seeded(seed, i)
             noise = need.draw(problem, params, b, generator)
-            e = Evaluation(problem, params, b, buffers=buffers, generator=generator, taps=True)
+            e = Evaluation(problem, params, b, buffers=buffers, generator=generator, layers=True)
             # The data's labels are one cotangent, and take no gradient besides; several go at once,
             # so that their squares are summed before they meet the inputs'.
             single = labels == "empirical"
@@ -135,18 +131,8 @@ def exact_diagonal(
 def diagonal_of(layers: Layers, params: Params) -> Params:
     """The diagonal of a measurement that tells the examples apart; zero where nothing is known."""
     found: Params = {}
-    for name, uses in layers.uses.items():
-        weight, bias = split_block(name)
-        parts = [k for k in (weight, bias) if k]
-        if uses[0].call.kind == "norm":
-            moments = unit_moments(uses, bias is not None)
-            found |= {k: moments[:, j].reshape(params[k].shape) for j, k in enumerate(parts)}
-            continue
-        moments = second_moments(uses, bias is not None).flatten(0, -2)
-        if bias is not None:
-            found[bias] = moments[:, -1]
-            moments = moments[:, :-1]
-        found[weight] = moments.reshape(params[weight].shape)
+    for uses in layers.uses.values():
+        found |= uses[0].call.diagonal(uses, params)
     found |= layers.others
     return {
         k: found[k] * layers.scale.to(found[k].dtype) if k in found else torch.zeros_like(p)

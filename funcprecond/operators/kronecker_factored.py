@@ -14,19 +14,12 @@ import torch
 from torch import Tensor
 
 from funcprecond.autodiff.evaluation import Evaluation
-from funcprecond.curvature.layer_statistics import (
-    Labels,
-    Layers,
-    LayerStatistics,
-    LayerUse,
-    Sharing,
-    check_labels,
-    layer_uses,
-    split_block,
-)
-from funcprecond.layers.input_moments import input_factor
-from funcprecond.layers.second_moments import second_moments
+from funcprecond.curvature.layer_statistics import LayerStatistics, layer_uses
+from funcprecond.layers.blocks import Layers, split_block
+from funcprecond.layers.kinds.base import LayerUse, Sharing
+from funcprecond.layers.kinds.scale import Scale
 from funcprecond.linalg.precision import factor_dtype
+from funcprecond.losses.base import Labels, check_labels
 from funcprecond.operators.data import (
     batch_weight,
     check_data,
@@ -36,10 +29,11 @@ from funcprecond.operators.data import (
     seeded,
 )
 from funcprecond.operators.layer_blocks import Factors, Layerwise, Rotated
-from funcprecond.problems import Buffers, Params, Problem
+from funcprecond.problems import Problem
 from funcprecond.representation.diagonal import zero_weight
-from funcprecond.representation.kronecker_io import KroneckerIO, frequencies, inputs_are_left
+from funcprecond.representation.kronecker_io import KroneckerIO
 from funcprecond.solver.cholesky import Cholesky
+from funcprecond.tree import Buffers, Params
 
 __all__ = ["KroneckerFactored", "Split"]
 
@@ -84,13 +78,13 @@ class KroneckerFactored(Layerwise):
             msg = f"kind must be 'kfac', 'ekfac', 'kflr' or 'foof', not {kind!r}"
             raise ValueError(msg)
         labels = "exact" if kind == "kflr" else "empirical" if kind == "foof" else labels
-        need = LayerStatistics(labels, samples, sharing=sharing, by_example=kind == "ekfac")
+        need = LayerStatistics(labels, samples, sharing=sharing, per_sample=kind == "ekfac")
         seed = seed_of(generator)
 
         def measured():
             for i, b in enumerate(each_batch(batch, batches)):
                 g = seeded(seed, i)
-                options = {"buffers": buffers, "generator": g, "taps": True}
+                options = {"buffers": buffers, "generator": g, "layers": True}
                 if kind == "foof":
                     e = Evaluation(problem, params, b, forward_only=True, **options)
                     yield (_inputs_only(e),), batch_weight(e), is_sum(e)
@@ -108,9 +102,9 @@ class KroneckerFactored(Layerwise):
             parts = first[0][0]
             if kind == "foof":
                 (layers,) = parts
-                self.factors = _from_inputs(layers, params, sharing, keep_rows=True)
+                self.factors = _from_inputs(layers, params, sharing, keep_thin=True)
             else:
-                self.factors = _of_parts(parts, params, sharing, rows=True)[0]
+                self.factors = _of_parts(parts, params, sharing, thin=True)[0]
         else:
             first = measured()
             self.factors = _factors(first, params, sharing, forward_only=kind == "foof")
@@ -156,10 +150,10 @@ def _inputs_only(evaluation: Evaluation) -> Layers:
 
 
 def _of_parts(
-    parts: Iterable[Layers], params: Params, sharing: Sharing, rows: bool = False
+    parts: Iterable[Layers], params: Params, sharing: Sharing, thin: bool = False
 ) -> tuple[KroneckerIO, dict[str, tuple[LayerUse, ...]]]:
     """The factors of all cotangents, and the layers' uses without these."""
-    found, uses = KroneckerIO.init(params, rows), {}
+    found, uses = KroneckerIO.init(params, thin), {}
     for part in parts:
         found = found.with_cotangents(part)
         uses = {
@@ -195,10 +189,12 @@ def _factors(
         is_mean = not is_total
         for name in one.left:
             uses = uses_of[name]
-            inputs_left[name] = inputs_are_left(uses[0])
+            inputs_left[name] = uses[0].call.inputs_first
             a, g = one.left[name], one.right[name]
             a, g = (a, g) if inputs_left[name] else (g, a)
-            inputs.add(name, a, share.new_full((), sum(u.positions(sharing) for u in uses)))
+            inputs.add(
+                name, a, share.new_full((), sum(u.call.positions(u.inputs, sharing) for u in uses))
+            )
             outputs.add(name, g, share, is_mean or forward_only)
         for name, x in one.units.items():
             units.add(name, x, share, is_mean or forward_only)
@@ -235,36 +231,29 @@ class _Mean:
 
 
 def _from_inputs(
-    layers: Layers, params: Params, sharing: Sharing, keep_rows: bool = False
+    layers: Layers, params: Params, sharing: Sharing, keep_thin: bool = False
 ) -> KroneckerIO:
     """FOOF's factors: the inputs' second moments, and the identity everywhere else."""
     left, right, units = {}, {}, {}
     for name, uses in layers.uses.items():
-        weight, bias = split_block(name)
-        p = params[weight]
-        eye = torch.eye(p.shape[0], dtype=factor_dtype(p), device=p.device)
-        call = uses[0].call
-        if call.kind == "norm":
-            count = 2 if bias else 1
-            units[name] = eye[:count, :count].expand(p.numel(), count, count)
+        call, bias = uses[0].call, split_block(name)[1] is not None
+        if isinstance(call, Scale):
+            eye = _identity(2 if bias else 1, uses[0])
+            units[name] = eye.expand(params[call.weight].numel(), *eye.shape)
             continue
-        if call.kind == "embedding":
-            eye = torch.eye(p.shape[1], dtype=eye.dtype, device=p.device)
-            left[name], right[name] = frequencies(uses), eye
-            continue
-        moment = input_factor(uses, bias is not None, sharing, eye.dtype, keep_rows)
-        inputs_first = inputs_are_left(uses[0])
-        is_conv = call.kind.startswith("conv")
-        groups = call.options[4] if is_conv else 1
-        size = p[0].numel() if inputs_first else p.shape[0] // groups
-        eye = torch.eye(size, dtype=eye.dtype, device=p.device)
-        if is_conv:
-            moment, eye = (moment[0], eye) if groups == 1 else (moment, eye.expand(groups, -1, -1))
-        left[name], right[name] = (moment, eye) if inputs_first else (eye, moment)
+        inputs = call.input_factor(uses, bias, sharing, thin=keep_thin)
+        outputs = _identity(call.fan_out, uses[0])
+        outputs = outputs if call.groups == 1 else outputs.expand(call.groups, -1, -1)
+        first, last = (inputs, outputs) if call.inputs_first else (outputs, inputs)
+        left[name], right[name] = first, last
     covered = {k for name in layers.uses for k in split_block(name) if k}
     others = {k: torch.ones_like(p) for k, p in params.items() if k not in covered}
     one = torch.ones((), dtype=layers.scale.dtype, device=layers.scale.device)
     return KroneckerIO(left, right, units, others, one, tuple(params))
+
+
+def _identity(size: int, use: LayerUse) -> Tensor:
+    return torch.eye(size, dtype=factor_dtype(use.grads), device=use.grads.device)
 
 
 def _corrected(
@@ -276,7 +265,8 @@ def _corrected(
         for name, uses in layers.uses.items():
             if name in bases:
                 bias = split_block(name)[1] is not None
-                found = second_moments(uses, bias, bases[name].left, bases[name].right)
+                basis = bases[name]
+                found = uses[0].call.second_moments(uses, bias, basis.left, basis.right)
                 moments.add(name, found * layers.scale, share, not is_total)
     return {
         k: Rotated(bases[k].left, bases[k].right, x.reshape(bases[k].values.shape), bases[k].rest)

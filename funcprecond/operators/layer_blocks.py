@@ -7,14 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from funcprecond import tree
-from funcprecond.curvature.layer_statistics import split_block
+from funcprecond.layers.block_matrix import join, split
+from funcprecond.layers.blocks import split_block
+from funcprecond.linalg.gram import is_thin
 from funcprecond.linalg.precision import wide, wide_dtype
 from funcprecond.operators.operator import Operator
-from funcprecond.problems import Params
-from funcprecond.representation.kronecker_io import as_rows
 from funcprecond.solver.eigen import eigenbases
-from funcprecond.tree import state
+from funcprecond.tracing import multi_tensor
+from funcprecond.tree import Params, state
 
 __all__ = ["Factors", "Layerwise", "Rotated"]
 
@@ -39,16 +39,26 @@ class Factors:
 
     def apply(self, matrix: Tensor, fresh: bool = False) -> Tensor:
         """The block times a vector; a ``fresh`` one, of no other use, may be written over."""
-        plain = tree.multi_tensor((matrix, self.left, self.right))
+        plain = multi_tensor((matrix, self.left, self.right))
         # One name, so that what a side was multiplied by is gone before the next one is.
         matrix = _times(matrix, self.right, self.right_ridge is not None, plain and fresh)
         matrix = _times(matrix.mT, self.left, self.left_ridge is not None, plain).mT
         sides = ((self.left, self.left_ridge), (self.right, self.right_ridge))
-        ridges = [r for x, r in sides if r is not None and as_rows(x)]
+        ridges = [r for x, r in sides if r is not None and is_thin(x)]
         if not ridges:
             return matrix
         ridge = functools.reduce(torch.mul, ridges)[..., None, None]
         return matrix.div_(ridge) if plain else matrix / ridge
+
+    @property
+    def rows(self) -> int:
+        """How many rows the matrix has, in each group."""
+        return self.left.shape[-1]
+
+    @property
+    def groups(self) -> int:
+        """J."""
+        return self.right.shape[0] if self.right.ndim == 3 else 1
 
     def diagonal(self) -> Tensor:
         """(o, i) or (J, o / J, i)."""
@@ -90,6 +100,16 @@ class Rotated:
             m = self.left @ (self._above() * (self.left.mT @ m)) @ self.right.mT
         return m if self.rest is None else m + self.rest * matrix
 
+    @property
+    def rows(self) -> int:
+        """How many rows the matrix has, in each group."""
+        return self.values.shape[-2] if self.left is None else self.left.shape[-2]
+
+    @property
+    def groups(self) -> int:
+        """J."""
+        return self.right.shape[0] if self.right.ndim == 3 else 1
+
     def diagonal(self) -> Tensor:
         """(o, i) or (J, o / J, i)."""
         m = self._above() @ self.right.square().mT
@@ -119,16 +139,14 @@ class Rotated:
 
     def _outside(self) -> int:
         """The number of eigenvalues that are ``rest``, but for those among the values."""
-        outputs = self.values.shape[-2] if self.left is None else self.left.shape[-2]
-        groups = self.right.shape[0] if self.right.ndim == 3 else 1
-        return groups * outputs * self.right.shape[-2] - self.values.numel()
+        return self.groups * self.rows * self.right.shape[-2] - self.values.numel()
 
 
 def _times(x: Tensor, factor: Tensor, inverse: bool, over: bool) -> Tensor:
     """``x F`` for rows x, times the ridge if F is an inverse kept as rows; maybe written over x."""
     if factor.ndim == 1:
         return x * factor
-    if not as_rows(factor):
+    if not is_thin(factor):
         return x @ factor
     if not inverse:
         return (x @ factor.mT) @ factor
@@ -142,14 +160,14 @@ def _times(x: Tensor, factor: Tensor, inverse: bool, over: bool) -> Tensor:
 def _diagonal(factor: Tensor, ridge: Tensor | None) -> Tensor:
     if factor.ndim == 1:
         return factor
-    if not as_rows(factor):
+    if not is_thin(factor):
         return factor.diagonal(dim1=-2, dim2=-1)
     diagonal = factor.square().sum(-2)
     return diagonal if ridge is None else (1 - diagonal) / ridge.unsqueeze(-1)
 
 
 def _squared_norm(factor: Tensor, ridge: Tensor | None) -> Tensor:
-    if not as_rows(factor):
+    if not is_thin(factor):
         return factor.square().sum((-2, -1) if factor.ndim > 1 else -1)
     gram = factor @ factor.mT
     squares = gram.square().sum((-2, -1))
@@ -161,7 +179,7 @@ def _squared_norm(factor: Tensor, ridge: Tensor | None) -> Tensor:
 
 def _square(factor: Tensor, ridge: Tensor | None) -> Tensor:
     """The factor itself, formed; a diagonal as it is."""
-    if not as_rows(factor):
+    if not is_thin(factor):
         return factor
     product = factor.mT @ factor
     if ridge is None:
@@ -214,12 +232,12 @@ class Layerwise(Operator):
     def matvec(self, vector: Params) -> Params:
         found: Params = {}
         for name, block in self.layers.items():
-            weight = split_block(name)[0]
+            weight, bias = split_block(name)
             lead = tuple(vector[weight].shape[: vector[weight].ndim - self.like[weight].ndim])
-            # With the bias as last column it is a new matrix.
-            fresh = split_block(name)[1] is not None
-            product = block.apply(_join(vector, self.like, name, block), fresh)
-            found |= _split(product, self.like, name, lead)
+            matrix = join(vector, self.like, name, block.rows, block.groups)
+            # With a bias it is a new matrix, of no other use.
+            product = block.apply(matrix.to(block.right.dtype), fresh=bias is not None)
+            found |= split(product, self.like, name, lead)
         for name, matrices in self.units.items():
             parts = [k for k in split_block(name) if k]
             lead = vector[parts[0]].ndim - self.like[parts[0]].ndim
@@ -256,7 +274,7 @@ class Layerwise(Operator):
     def diagonal(self) -> Params:
         found: Params = {}
         for name, block in self.layers.items():
-            found |= _split(block.diagonal(), self.like, name)
+            found |= split(block.diagonal(), self.like, name)
         for name, matrices in self.units.items():
             for j, k in enumerate(k for k in split_block(name) if k):
                 found[k] = matrices[:, j, j].reshape(self.like[k].shape)
@@ -316,7 +334,7 @@ class Layerwise(Operator):
             for side in ("left", "right")
         }
         thin = {
-            k: _thin_basis(x) for k, (x, ridge) in sides.items() if as_rows(x) and ridge is None
+            k: _thin_basis(x) for k, (x, ridge) in sides.items() if is_thin(x) and ridge is None
         }
         values, vectors = eigenbases(
             {k: _square(*x) for k, x in sides.items() if k not in thin}  # pyright: ignore
@@ -329,28 +347,3 @@ class Layerwise(Operator):
             rest = product.new_zeros(()) if left in thin or right in thin else None
             found[k] = Rotated(vectors.get(left), vectors[right], product, rest)
         return {k: found[k] for k in self.layers}
-
-
-def _join(vector: Params, like: Params, name: str, block: Any) -> Tensor:
-    """``[W | b]``: (..., o, i + 1), or (..., J, o / J, i + 1); further axes lead."""
-    weight, bias = split_block(name)
-    lead = vector[weight].ndim - like[weight].ndim
-    matrix = vector[weight].flatten(lead + 1).to(block.right.dtype)
-    if bias is not None:
-        matrix = torch.cat([matrix, vector[bias].unsqueeze(-1).to(matrix.dtype)], -1)
-    if block.right.ndim == 3:
-        matrix = matrix.unflatten(-2, (block.right.shape[0], -1))
-    return matrix
-
-
-def _split(matrix: Tensor, like: Params, name: str, lead: tuple[int, ...] = ()) -> Params:
-    """The inverse of :func:`_join`, with the axes that lead."""
-    weight, bias = split_block(name)
-    shape = like[weight].shape
-    matrix = matrix.reshape(*lead, shape[0], -1)
-    found = {}
-    if bias is not None:
-        matrix, column = matrix[..., :-1], matrix[..., -1]
-        found[bias] = column
-    found[weight] = matrix.reshape(*lead, *shape)
-    return found

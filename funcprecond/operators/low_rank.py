@@ -3,11 +3,10 @@ r"""Low rank: :math:`C = U \Theta U^T` with orthonormal columns, by Lanczos or N
 import torch
 from torch import Tensor
 
-from funcprecond import tree
+from funcprecond.linalg import treemath
 from funcprecond.linalg.precision import wide
 from funcprecond.operators.operator import Function, Operator
-from funcprecond.problems import Params
-from funcprecond.tree import state
+from funcprecond.tree import Params, state
 
 __all__ = ["LowRank"]
 
@@ -69,7 +68,7 @@ class LowRank(Operator):
         scale = (self.values.min() + damping) / (self.values + damping) - 1
 
         def apply(vector: Params) -> Params:
-            return tree.add(vector, self._combine(scale * self.coefficients(vector), vector))
+            return treemath.add(vector, self._combine(scale * self.coefficients(vector), vector))
 
         return Function(apply, self.like)
 

@@ -11,14 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from funcprecond import tree
-from funcprecond.linalg import random
+from funcprecond.linalg import random, treemath
 from funcprecond.linalg.conjugate_gradients import Solution
 from funcprecond.linalg.precision import wide
 from funcprecond.operators.low_rank import LowRank
 from funcprecond.operators.operator import Operator
 from funcprecond.operators.vector_stacks import stack
-from funcprecond.problems import Params
+from funcprecond.tree import Params
 
 __all__ = ["nystrom", "nystrom_cg"]
 
@@ -49,7 +48,7 @@ def nystrom(
     if probes is None:
         probes = random.normal((rank, operator.size), generator, **operator.flat_options)
     omega = torch.linalg.qr(wide(probes.mT))[0]
-    rows = [tree.unravel(row.to(dtype), operator.like) for row in omega.mT]
+    rows = [treemath.unravel(row.to(dtype), operator.like) for row in omega.mT]
     product = operator @ stack(rows)
     y = wide(torch.cat([product[k].flatten(1) for k in operator.like], 1).mT)
     # A shift as large as the rounding error of the products, taken off again below.
@@ -65,7 +64,7 @@ def nystrom(
     b = torch.linalg.solve_triangular(lower, y.mT, upper=False).mT
     u, s, _ = torch.linalg.svd(b, full_matrices=False)
     values = (s**2 - shift).clamp_min(0.0)
-    vectors = [tree.unravel(row.to(dtype), operator.like) for row in u.mT]
+    vectors = [treemath.unravel(row.to(dtype), operator.like) for row in u.mT]
     unknown = torch.full_like(values, torch.inf)
     return LowRank(values.to(dtype), stack(vectors), unknown.to(dtype))
 

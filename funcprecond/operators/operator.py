@@ -16,10 +16,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from funcprecond import tree
+from funcprecond.linalg import treemath
 from funcprecond.linalg.conjugate_gradients import NotConverged, Solution, Stop, cg, truncated_cg
 from funcprecond.linalg.minimal_residual import minres
 from funcprecond.linalg.neumann_series import neumann
+from funcprecond.linalg.treemath import wide_dot
 from funcprecond.operators.vector_stacks import (
     Partition,
     count_of,
@@ -28,10 +29,9 @@ from funcprecond.operators.vector_stacks import (
     partition_of,
     stack,
     unstack,
-    wide_dot,
 )
-from funcprecond.problems import Params
-from funcprecond.tracing import untransformed
+from funcprecond.tracing import is_eager
+from funcprecond.tree import Params
 
 __all__ = ["BlockDiagonal", "Function", "Identity", "Matrix", "Operator"]
 
@@ -100,9 +100,9 @@ class Operator(abc.ABC):
         if isinstance(other, Operator):
             return Product(self, other)
         stacked = is_stack(other, self.like)
-        vector = tree.cast(other, self.like)
+        vector = treemath.cast(other, self.like)
         product = self.matmat(vector) if stacked else self.matvec(vector)
-        return tree.cast(product, other)
+        return treemath.cast(product, other)
 
     # ------------------------------------------------------------------------------------- algebra
     def __add__(self, other: Any) -> "Operator":
@@ -174,12 +174,12 @@ class Operator(abc.ABC):
     def diagonal(self) -> Params:
         """The diagonal, shaped like the parameters; exact, by P forms unless C knows better."""
         parts = [self.quadratic_forms(basis) for basis in self._basis()]
-        diagonal = tree.unravel(torch.cat(parts), self.like)
-        return tree.cast(diagonal, self.like)
+        diagonal = treemath.unravel(torch.cat(parts), self.like)
+        return treemath.cast(diagonal, self.like)
 
     def trace(self) -> Tensor:
         """The trace, a 0-d tensor; exact, from :meth:`diagonal`."""
-        return tree.ravel(self.diagonal()).sum()
+        return treemath.ravel(self.diagonal()).sum()
 
     def frobenius_norm(self) -> Tensor:
         """The root of the sum of all squared entries, a 0-d tensor; exact, by P products."""
@@ -199,11 +199,11 @@ class Operator(abc.ABC):
             def apply(x):
                 rows = torch.as_tensor(x.T.copy()).to(device, wide)
                 if rows.ndim == 1 or len(rows) == 1:
-                    product = operator @ tree.unravel(rows.reshape(-1), self.like)
-                    return tree.ravel(product).to("cpu", wide).numpy().reshape(x.shape)
-                vectors = [tree.unravel(row, self.like) for row in rows]
+                    product = operator @ treemath.unravel(rows.reshape(-1), self.like)
+                    return treemath.ravel(product).to("cpu", wide).numpy().reshape(x.shape)
+                vectors = [treemath.unravel(row, self.like) for row in rows]
                 product = operator @ stack(vectors)
-                return torch.stack([tree.ravel(v) for v in unstack(product)]).cpu().numpy().T
+                return torch.stack([treemath.ravel(v) for v in unstack(product)]).cpu().numpy().T
 
             return apply
 
@@ -263,7 +263,7 @@ class Operator(abc.ABC):
             raise ValueError(msg)
         solution = Solution(found.solution, found.residual, found.iterations, found.reason)
         fine = (Stop.RESIDUAL, Stop.BOUNDARY) if method == "truncated_cg" else (Stop.RESIDUAL,)
-        if throw and untransformed((b, found.solution)) and int(found.reason) not in fine:
+        if throw and is_eager((b, found.solution)) and int(found.reason) not in fine:
             raise NotConverged(solution, b)
         return solution
 
@@ -278,8 +278,8 @@ class Operator(abc.ABC):
             raise ValueError(msg)
         inverse = self.inverse(damping)  # pyright: ignore[reportAttributeAccessIssue]
         x = inverse @ b
-        residual = tree.sub(b, damped @ x)
-        finite = torch.isfinite(tree.norm(residual))
+        residual = treemath.sub(b, damped @ x)
+        finite = torch.isfinite(treemath.norm(residual))
         zero = torch.zeros_like(finite, dtype=torch.int64)
         reason = torch.where(finite, zero + Stop.RESIDUAL.value, zero + Stop.NOT_FINITE.value)
         return Solution(x, residual, zero, reason)
@@ -312,7 +312,7 @@ class Identity(Operator):
         self.factor = factor
 
     def matvec(self, vector: Params) -> Params:
-        return tree.mul(vector, self.factor)
+        return treemath.mul(vector, self.factor)
 
     def _block(self, names: Sequence[str]) -> Operator:
         return Identity({k: self.like[k] for k in names}, self.factor)
@@ -335,11 +335,11 @@ class Sum(Operator):
 
     def matvec(self, vector: Params) -> Params:
         a, b = self.terms
-        return tree.add(a.matvec(vector), b.matvec(vector))
+        return treemath.add(a.matvec(vector), b.matvec(vector))
 
     def matmat(self, vectors: Params, chunk_size: int | None = None) -> Params:
         a, b = (t.matmat(vectors, chunk_size) for t in self.terms)
-        return tree.add(a, b)
+        return treemath.add(a, b)
 
     def quadratic_forms(self, vectors: Params, chunk_size: int | None = None) -> Tensor:
         a, b = (t.quadratic_forms(vectors, chunk_size) for t in self.terms)
@@ -354,7 +354,7 @@ class Sum(Operator):
 
     def diagonal(self) -> Params:
         a, b = self.terms
-        return tree.add(a.diagonal(), b.diagonal())
+        return treemath.add(a.diagonal(), b.diagonal())
 
     def trace(self) -> Tensor:
         a, b = self.terms
@@ -369,10 +369,10 @@ class Multiple(Operator):
         self.symmetric = a.symmetric
 
     def matvec(self, vector: Params) -> Params:
-        return tree.mul(self.a.matvec(vector), self.factor)
+        return treemath.mul(self.a.matvec(vector), self.factor)
 
     def matmat(self, vectors: Params, chunk_size: int | None = None) -> Params:
-        return tree.mul(self.a.matmat(vectors, chunk_size), self.factor)
+        return treemath.mul(self.a.matmat(vectors, chunk_size), self.factor)
 
     def quadratic_forms(self, vectors: Params, chunk_size: int | None = None) -> Tensor:
         return self.a.quadratic_forms(vectors, chunk_size) * self.factor
@@ -385,7 +385,7 @@ class Multiple(Operator):
         return Multiple(self.a.block(names), self.factor)
 
     def diagonal(self) -> Params:
-        return tree.mul(self.a.diagonal(), self.factor)
+        return treemath.mul(self.a.diagonal(), self.factor)
 
     def trace(self) -> Tensor:
         return self.a.trace() * self.factor
@@ -509,11 +509,11 @@ class Matrix(Operator):
         self.matrix, self.like = matrix, like
 
     def matvec(self, vector: Params) -> Params:
-        flat = tree.ravel({k: vector[k] for k in self.like})
-        return tree.unravel(self.matrix @ flat.to(self.matrix.dtype), self.like)
+        flat = treemath.ravel({k: vector[k] for k in self.like})
+        return treemath.unravel(self.matrix @ flat.to(self.matrix.dtype), self.like)
 
     def diagonal(self) -> Params:
-        return tree.unravel(self.matrix.diagonal(), self.like)
+        return treemath.unravel(self.matrix.diagonal(), self.like)
 
     def to_dense(self) -> Tensor:
         return self.matrix

@@ -9,9 +9,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from funcprecond import tree
 from funcprecond.linalg.precision import wide_dtype
-from funcprecond.problems import Params
+from funcprecond.tracing import multi_tensor
+from funcprecond.tree import Params
 
 __all__ = [
     "Partition",
@@ -63,7 +63,7 @@ def stack(vectors: Iterable[Params], count: int | None = None) -> Params:
         count = len(vectors)
     rest = iter(vectors)
     vector = next(rest)
-    if torch.compiler.is_compiling() or not tree.multi_tensor(vector.values()):
+    if torch.compiler.is_compiling() or not multi_tensor(vector.values()):
         vectors = [vector, *rest]
         return {k: torch.stack([v[k] for v in vectors]) for k in vector}
     found = {k: x.new_empty(count, *x.shape) for k, x in vector.items()}

@@ -6,10 +6,9 @@ import torch
 from torch import Tensor
 
 from funcprecond.linalg.precision import factor_dtype
-from funcprecond.problems import Params
 from funcprecond.representation import average
 from funcprecond.representation.diagonal import zero_weight
-from funcprecond.tree import state
+from funcprecond.tree import Params, state
 
 __all__ = ["Dense"]
 

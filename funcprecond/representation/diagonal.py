@@ -5,11 +5,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from funcprecond import tree
+from funcprecond.linalg import treemath
 from funcprecond.linalg.precision import factor_dtype
-from funcprecond.problems import Params
 from funcprecond.representation import average
-from funcprecond.tree import state
+from funcprecond.tree import Params, state
 
 __all__ = ["Diagonal"]
 
@@ -52,7 +51,7 @@ class Diagonal:
 
     def to_dense(self) -> Tensor:
         """(P, P), all parameters in order."""
-        return torch.diag(tree.ravel(self.diagonal()))
+        return torch.diag(treemath.ravel(self.diagonal()))
 
 
 def zero_weight(params: Params) -> Tensor:

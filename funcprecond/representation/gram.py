@@ -11,16 +11,13 @@ bias. With V cotangents there are V N rows, cotangent by cotangent.
 """
 
 import math
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from funcprecond.curvature.layer_statistics import Layers, LayerUse, split_block
-from funcprecond.layers.example_gradients import Pairs, pairs_of
-from funcprecond.linalg.precision import factor_dtype
-from funcprecond.problems import Params
-from funcprecond.tree import state, static
+from funcprecond.layers.blocks import Layers
+from funcprecond.layers.example_gradients import ExampleGradients
+from funcprecond.tree import Params, state, static
 
 __all__ = ["Gram"]
 
@@ -30,80 +27,69 @@ class Gram:
     """``C = scale * sum over rows``: a matrix of at most R = V N rows, over all parameters at once.
 
     Attributes:
-        pairs: the affine layers' rows, as pairs.
-        explicit: the other parameters' rows, (R, *shape) each.
+        layers: the affine layers' rows, kept as inputs and output gradients.
+        others: the other parameters' rows, (R, *shape) each.
         scale: 0-d; U is the rows times its root.
         names: the order of the parameters.
     """
 
-    pairs: tuple[Pairs, ...]
-    explicit: Params
+    layers: tuple[ExampleGradients, ...]
+    others: Params
     scale: Tensor
     names: tuple[str, ...] = static()
 
     @classmethod
     def from_layers(cls, layers: Layers, params: Params) -> "Gram":
-        """The Gram form of what ``LayerStatistics(others="rows", by_example=True)`` measured.
+        """The Gram form of what ``LayerStatistics(others="rows", per_sample=True)`` measured.
 
         Args:
             layers: the measurement.
             params: whose block is wanted: its shapes and order; other parameters are left out.
         """
-        pairs: list[Pairs] = []
-        explicit: Params = {}
-        for block, uses in layers.uses.items():
-            weight, bias = split_block(block)
-            if weight in params and uses[0].call.kind != "norm":
-                pairs.append(
-                    pairs_of(uses, params[weight], weight, bias if bias in params else None)
-                )
-            else:
-                found = (
-                    _norm_rows(uses, weight, bias) if weight in params else _bias_rows(uses, bias)
-                )
-                explicit |= {
-                    k: x.reshape(-1, *params[k].shape) for k, x in found.items() if k in params
-                }
-        for name, rows in layers.others.items():
-            if name in params:
-                explicit[name] = rows.flatten(0, 1).to(factor_dtype(rows))
-        return cls(tuple(pairs), explicit, layers.scale, tuple(params))
+        kept, formed = layers.example_gradients(params)
+        return cls(kept, formed, layers.scale, tuple(params))
 
     @property
     def count(self) -> int:
         """R, the number of rows."""
-        for pairs in self.pairs:
-            return math.prod(pairs.grads.shape[1:3])
-        return next(iter(self.explicit.values())).shape[0]
+        for rows in self.layers:
+            return math.prod(rows.grads.shape[1:3])
+        return next(iter(self.others.values())).shape[0]
 
     def gram(self) -> Tensor:
         """(R, R): ``U U^T``."""
-        terms = [p.gram() for p in self.pairs]
-        terms += [x @ x.mT for x in self._explicit().values()]
+        terms = [p.gram() for p in self.layers]
+        terms += [x @ x.mT for x in self._flat_others().values()]
+        return self.scale * sum(terms)
+
+    def squared_norms(self) -> Tensor:
+        """(R,): the diagonal of ``U U^T``, for a single cotangent."""
+        terms = [rows.squared_norms() for rows in self.layers]
+        terms += [x.square().sum(1) for x in self._flat_others().values()]
         return self.scale * sum(terms)
 
     def matvec(self, vector: Params) -> Tensor:
         """(R,): ``U v``."""
-        terms = [p.matvec(vector).reshape(-1) for p in self.pairs]
-        terms += [x @ vector[k].reshape(-1).to(x.dtype) for k, x in self._explicit().items()]
+        terms = [p.matvec(vector).reshape(-1) for p in self.layers]
+        terms += [x @ vector[k].reshape(-1).to(x.dtype) for k, x in self._flat_others().items()]
         return self.scale.sqrt() * sum(terms)
 
     def rmatvec(self, weights: Tensor) -> Params:
         """``U^T w`` for (R,) weights, shaped like the parameters."""
         weights = self.scale.sqrt() * weights
         found: Params = {}
-        for p in self.pairs:
+        for p in self.layers:
             found |= p.rmatvec(weights.to(p.grads.dtype).reshape(p.grads.shape[1:3]))
-        for name, x in self.explicit.items():
+        for name, x in self.others.items():
             found[name] = torch.tensordot(weights.to(x.dtype), x, 1)
         return {k: found[k] for k in self.names}
 
     def diagonal(self) -> Params:
         """The diagonal of ``U^T U``."""
         found: Params = {}
-        for p in self.pairs:
+        for p in self.layers:
             found |= p.diagonal()
-        found |= {k: x.square().sum(0) for k, x in self.explicit.items()}
+        found |= {k: x.square().sum(0) for k, x in self.others.items()}
         return {k: self.scale * found[k] for k in self.names}
 
     def trace(self) -> Tensor:
@@ -112,8 +98,8 @@ class Gram:
 
     def rows(self) -> Tensor:
         """(R, P): U itself, formed."""
-        found = dict(self.explicit)
-        for p in self.pairs:
+        found = dict(self.others)
+        for p in self.layers:
             found |= p.rows()
         return self.scale.sqrt() * torch.cat(
             [found[k].reshape(self.count, -1) for k in self.names], 1
@@ -124,26 +110,6 @@ class Gram:
         u = self.rows()
         return u.mT @ u
 
-    def _explicit(self) -> Params:
+    def _flat_others(self) -> Params:
         """(R, n) for a parameter of n entries."""
-        return {k: x.reshape(len(x), -1) for k, x in self.explicit.items()}
-
-
-def _norm_rows(uses: Sequence[LayerUse], scale: str, bias: str | None) -> Params:
-    """(V N, units): two numbers a unit and example."""
-    found = {}
-    g = [u.grad_rows().to(factor_dtype(u.grads)) for u in uses]
-    products = [x * u.input_rows() for x, u in zip(g, uses, strict=True)]
-    found[scale] = sum(x.sum(2) for x in products).flatten(0, 1)  # pyright: ignore
-    return found | _bias_rows(uses, bias)
-
-
-def _bias_rows(uses: Sequence[LayerUse], bias: str | None) -> Params:
-    """(V N, o): the output gradients summed over an example's positions."""
-    if bias is None:
-        return {}
-    terms = []
-    for u in uses:
-        g = u.grad_rows().to(factor_dtype(u.grads)).sum(-2)
-        terms.append(g.movedim(0, 2).flatten(2) if u.call.kind == "conv" else g)
-    return {bias: sum(terms).flatten(0, 1)}  # pyright: ignore
+        return {k: x.reshape(len(x), -1) for k, x in self.others.items()}

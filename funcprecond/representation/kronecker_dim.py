@@ -9,10 +9,9 @@ from funcprecond.linalg.axes import grams
 from funcprecond.linalg.batching import over_stacks
 from funcprecond.linalg.blocking import Blocking
 from funcprecond.linalg.precision import factor_dtype
-from funcprecond.problems import Params
 from funcprecond.representation import average
 from funcprecond.representation.diagonal import zero_weight
-from funcprecond.tree import state, static
+from funcprecond.tree import Params, state, static
 
 __all__ = ["KroneckerDim", "axes_of"]
 

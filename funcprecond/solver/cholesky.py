@@ -6,17 +6,19 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from funcprecond.curvature.layer_statistics import Layers, LayerStatistics
+from funcprecond.curvature.layer_statistics import LayerStatistics
+from funcprecond.layers.blocks import Layers
 from funcprecond.linalg.batching import by_shape
-from funcprecond.problems import Params
-from funcprecond.representation.kronecker_io import KroneckerIO, as_rows
+from funcprecond.linalg.gram import is_thin
+from funcprecond.representation.kronecker_io import KroneckerIO
 from funcprecond.solver.layer_gradient import (
     GRADIENT_ROWS,
+    BlockShape,
     LayerGradient,
     apply_blocks,
     unit_inverses,
 )
-from funcprecond.tree import state
+from funcprecond.tree import Params, state
 
 __all__ = ["Cholesky", "CholeskyFactor", "pi"]
 
@@ -105,11 +107,11 @@ class Cholesky:
                 lambda x: factor.scale * self._solve(*left, x), lambda x: self._solve(*right, x)
             )
 
+        blocks = {k: BlockShape.of(left, factor.right[k]) for k, left in factor.left.items()}
         return apply_blocks(
             grads,
-            factor.left,
+            blocks,
             solve,
-            lambda block: factor.right[block].shape[0] if factor.right[block].ndim == 3 else 1,
             factor.units,
             factor.others,
             self.damping,
@@ -121,13 +123,13 @@ class Cholesky:
         if matrices.ndim == ridge.ndim + 1:
             return 1 / (matrices + ridge.unsqueeze(-1))
         rows = matrices
-        if as_rows(rows):
+        if is_thin(rows):
             matrices = rows @ rows.mT
         damped = matrices.diagonal(dim1=-2, dim2=-1) + ridge.unsqueeze(-1)
         lower, _ = torch.linalg.cholesky_ex(
             torch.diagonal_scatter(matrices, damped, dim1=-2, dim2=-1)
         )
-        if as_rows(rows):
+        if is_thin(rows):
             return torch.linalg.solve_triangular(lower, rows, upper=False)
         return torch.cholesky_inverse(lower) if self.invert else lower
 
@@ -135,7 +137,7 @@ class Cholesky:
         """``x (damped factor)^-1`` for rows x."""
         if factor.ndim == 1:
             return x * factor
-        if as_rows(factor):
+        if is_thin(factor):
             return (x - (x @ factor.mT) @ factor) / ridge[..., None, None]
         return x @ factor if self.invert else torch.cholesky_solve(x.mT, factor).mT
 
@@ -148,7 +150,7 @@ def pi(right: Tensor, left: Tensor) -> Tensor:
 
 
 def _mean_eigenvalue(matrix: Tensor) -> Tensor:
-    if as_rows(matrix):
+    if is_thin(matrix):
         return matrix.square().sum((-2, -1)) / matrix.shape[-1]
     return (matrix if matrix.ndim == 1 else matrix.diagonal(dim1=-2, dim2=-1)).mean(-1)
 

@@ -6,9 +6,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from funcprecond import tree
-from funcprecond.problems import Params
 from funcprecond.representation.diagonal import Diagonal
+from funcprecond.tracing import multi_tensor
+from funcprecond.tree import Params
 
 __all__ = ["Divide"]
 
@@ -33,7 +33,7 @@ class Divide:
     def prepare(self, representation: Diagonal, previous: Params) -> Params:
         """The power of the diagonal."""
         new = representation.diagonal()
-        if tree.multi_tensor(new.values()):
+        if multi_tensor(new.values()):
             # Those are new: changed in place, not copied twice.
             return {k: d.abs_().pow_(self.power) for k, d in new.items()}
         return {k: d.abs() ** self.power for k, d in new.items()}
@@ -43,6 +43,6 @@ class Divide:
         direction = {}
         for name, g in grads.items():
             divisor = factor[name] + self.damping
-            own = tree.multi_tensor((divisor, g)) and divisor.dtype == g.dtype
+            own = multi_tensor((divisor, g)) and divisor.dtype == g.dtype
             direction[name] = torch.div(g, divisor, out=divisor if own else None).to(g.dtype)
         return direction

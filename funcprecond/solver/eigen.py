@@ -6,17 +6,18 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from funcprecond.curvature.layer_statistics import Layers, LayerStatistics
+from funcprecond.curvature.layer_statistics import LayerStatistics
+from funcprecond.layers.blocks import Layers
 from funcprecond.linalg.batching import by_shape
-from funcprecond.problems import Params
 from funcprecond.representation.kronecker_io import KroneckerIO
 from funcprecond.solver.layer_gradient import (
     GRADIENT_ROWS,
+    BlockShape,
     LayerGradient,
     apply_blocks,
     unit_inverses,
 )
-from funcprecond.tree import state
+from funcprecond.tree import Params, state
 
 __all__ = ["Eigen", "EigenFactor", "eigenbases", "groups_of", "rotate", "rotate_back"]
 
@@ -79,11 +80,14 @@ class Eigen:
             rotated = rotate(gradient, left, right) / (values + self.damping)
             return rotate_back(rotated, left, right)
 
+        blocks = {
+            k: BlockShape(groups_of(factor.right_vectors.get(k)), left.shape[-1])
+            for k, left in factor.left_values.items()
+        }
         return apply_blocks(
             grads,
-            factor.right_values,
+            blocks,
             solve,
-            lambda block: groups_of(factor.right_vectors.get(block)),
             unit_inverses(factor.units, self.damping),
             factor.others,
             self.damping,
@@ -120,8 +124,6 @@ def rotate(gradient: LayerGradient, left: Tensor | None, right: Tensor | None) -
     rotated = gradient.map(
         lambda x: x if left is None else x @ left, lambda x: x if right is None else x @ right
     )
-    if rotated.outputs is None:
-        return rotated.inputs
     return rotated.matrix()
 
 

@@ -10,16 +10,15 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from funcprecond.evidence import Turn
 from funcprecond.linalg.axes import multiply
 from funcprecond.linalg.batching import by_shape, over_stacks
 from funcprecond.linalg.blocking import Blocking
 from funcprecond.linalg.inverse_roots import Method, inverse_root
 from funcprecond.linalg.precision import factor_dtype
-from funcprecond.problems import Params
+from funcprecond.need import Turn
 from funcprecond.representation.dense import Dense
 from funcprecond.representation.kronecker_dim import KroneckerDim
-from funcprecond.tree import state, static
+from funcprecond.tree import Params, state, static
 
 __all__ = ["InverseRoot", "Roots", "diagonal_roots", "mode_product", "refreshed"]
 

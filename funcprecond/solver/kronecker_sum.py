@@ -20,11 +20,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from funcprecond.evidence import Turn
 from funcprecond.linalg.axes import multiply
 from funcprecond.linalg.blocking import Blocking
 from funcprecond.linalg.inverse_roots import Method, eigen_root
-from funcprecond.problems import Params
+from funcprecond.need import Turn
 from funcprecond.representation.kronecker_dim import KroneckerDim
 from funcprecond.solver.inverse_root import (
     InverseRoot,
@@ -34,7 +33,7 @@ from funcprecond.solver.inverse_root import (
     mode_product,
     refreshed,
 )
-from funcprecond.tree import state, static
+from funcprecond.tree import Params, state, static
 
 __all__ = ["KroneckerSum", "Spectra"]
 

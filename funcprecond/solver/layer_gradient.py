@@ -1,20 +1,44 @@
 """What the solvers of Kronecker-factored curvature share: layers as matrices, and the rest."""
 
 import dataclasses
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from funcprecond.curvature.layer_statistics import Layers, LayerStatistics, LayerUse, split_block
+from funcprecond.curvature.layer_statistics import LayerStatistics
 from funcprecond.evidence import Evidence
-from funcprecond.problems import Params
-from funcprecond.representation.kronecker_io import layer_rows
+from funcprecond.layers.block_matrix import join, split
+from funcprecond.layers.blocks import Layers, split_block
+from funcprecond.layers.kinds.affine import AffineCall, with_ones
+from funcprecond.layers.kinds.base import LayerUse
+from funcprecond.linalg.precision import factor_dtype
+from funcprecond.tree import Params
 
-__all__ = ["GRADIENT_ROWS", "LayerGradient", "apply_blocks", "gradient_rows", "unit_inverses"]
+__all__ = [
+    "GRADIENT_ROWS",
+    "BlockShape",
+    "LayerGradient",
+    "apply_blocks",
+    "gradient_rows",
+    "unit_inverses",
+]
 
 # The gradient of the loss itself, as the rows that it is a sum of outer products of.
 GRADIENT_ROWS = LayerStatistics("empirical", others="none")
+
+
+class BlockShape(NamedTuple):
+    """The shape of a layer's matrix: how many groups, and how many rows in each."""
+
+    groups: int
+    rows: int
+
+    @classmethod
+    def of(cls, left: Tensor, right: Tensor) -> "BlockShape":
+        """The shape that factors act on, kept as matrices, rows or diagonals."""
+        return cls(right.shape[0] if right.ndim == 3 else 1, left.shape[-1])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,44 +63,45 @@ class LayerGradient:
         return LayerGradient(left(self.outputs), right(self.inputs))
 
     def matrix(self) -> Tensor:
-        """The gradient, (o, i + 1), with the groups of a convolution one after another."""
-        if self.outputs is None:
-            return self.inputs.flatten(0, -2)
-        return self.outputs.mT @ self.inputs
-
-    def split(self) -> tuple["LayerGradient", Tensor]:
-        """The weight's part, and the bias's (o,)."""
-        last = LayerGradient(self.outputs, self.inputs[..., -1:]).matrix().squeeze(-1)
-        return LayerGradient(self.outputs, self.inputs[..., :-1]), last
+        """The gradient, formed."""
+        return self.inputs if self.outputs is None else self.outputs.mT @ self.inputs
 
 
 def apply_blocks(
     grads: Params,
-    blocks: Iterable[str],
+    blocks: Mapping[str, BlockShape],
     solve: Callable[[str, LayerGradient], LayerGradient],
-    groups: Callable[[str], int],
     unit_inverse: dict[str, Tensor],
     others: dict[str, Tensor],
     damping: float | Tensor,
     rows: Layers | None = None,
 ) -> Params:
-    """Solve each layer's block, each norm layer's units, and divide the rest.
+    """Solve each layer's block and each norm layer's units, and divide the rest.
 
-    A parameter that nothing is known of, such as one that the loss does not depend on, keeps its
-    gradient.
+    Args:
+        grads: the gradient.
+        blocks: the layers' blocks.
+        solve: ``(block, gradient) -> direction``.
+        unit_inverse: for each norm layer the inverses of its units' blocks, (U, 2, 2).
+        others: the curvature's diagonal of what is in no layer.
+        damping: added to that diagonal.
+        rows: the layers' rows of this very gradient, if they are known.
+
+    Returns:
+        The direction. A parameter that nothing is known of, such as one that the loss does not
+        depend on, keeps its gradient.
     """
     found: Params = {}
-    for block in blocks:
-        found |= _split(solve(block, _gradient(grads, block, groups(block), rows)), grads, block)
+    for block, shape in blocks.items():
+        solved = solve(block, _gradient(grads, block, shape, rows))
+        found |= split(solved.matrix(), grads, block)
     for block, inverse in unit_inverse.items():
         names = [name for name in split_block(block) if name]
         parts = [grads[name].reshape(-1).to(inverse.dtype) for name in names]
         solved = torch.einsum("upq,uq->up", inverse, torch.stack(parts, 1))
-        for i, name in enumerate(names):
-            found[name] = solved[:, i].reshape(grads[name].shape).to(grads[name].dtype)
-    for name, diagonal in others.items():
-        found[name] = (grads[name] / (diagonal + damping)).to(grads[name].dtype)
-    return {k: found.get(k, g) for k, g in grads.items()}
+        found |= {k: solved[:, i].reshape(grads[k].shape) for i, k in enumerate(names)}
+    found |= {k: grads[k] / (diagonal + damping) for k, diagonal in others.items()}
+    return {k: found[k].to(g.dtype) if k in found else g for k, g in grads.items()}
 
 
 def gradient_rows(grads: Params, evidence: Evidence | None) -> Layers | None:
@@ -96,36 +121,26 @@ def unit_inverses(units: dict[str, Tensor], damping: float | Tensor) -> dict[str
     return inverses
 
 
-def _gradient(grads: Params, block: str, groups: int, rows: Layers | None) -> LayerGradient:
-    weight, bias = split_block(block)
-    shape = (grads[weight].shape[0], grads[weight][0].numel() + (bias is not None))
-    use = _few_rows(shape, block, rows)
-    if use is not None:
-        inputs, outputs = layer_rows(use, bias is not None, "expand")
-        return LayerGradient(outputs, inputs)
-    matrix = grads[weight].flatten(1)
-    matrix = matrix.to(torch.promote_types(matrix.dtype, torch.float32))
-    if bias is not None:
-        matrix = torch.cat([matrix, grads[bias].unsqueeze(1).to(matrix.dtype)], 1)
-    return LayerGradient(None, matrix if groups == 1 else matrix.unflatten(0, (groups, -1)))
+def _gradient(grads: Params, block: str, shape: BlockShape, rows: Layers | None) -> LayerGradient:
+    use = _few_rows(grads, block, rows)
+    if use is None:
+        return LayerGradient(None, join(grads, grads, block, shape.rows, shape.groups))
+    g = use.grads.flatten(0, -2)
+    inputs = use.inputs.flatten(0, -2).to(factor_dtype(g))
+    biased = split_block(block)[1] is not None
+    return LayerGradient(g.to(inputs.dtype), with_ones(inputs) if biased else inputs)
 
 
-def _few_rows(shape: tuple[int, int], block: str, rows: Layers | None) -> LayerUse | None:
-    """A linear layer's rows, if there are so few that solving for them costs less."""
-    uses = rows.uses.get(block, ()) if rows is not None else ()
-    if len(uses) != 1 or uses[0].call.kind != "linear" or uses[0].call.options != ("out_in",):
+def _few_rows(grads: Params, block: str, rows: Layers | None) -> LayerUse | None:
+    """A layer's only use, if its rows are given and so few that solving for them costs less."""
+    uses = () if rows is None else rows.uses.get(block, ())
+    if len(uses) != 1:
         return None
-    (o, i), count = shape, uses[0].inputs.shape[:-1].numel()
-    cheaper = count * (o * o + i * i + o * i) < o * i * (o + i)
-    return uses[0] if cheaper else None
-
-
-def _split(gradient: LayerGradient, grads: Params, block: str) -> Params:
-    """A layer's direction as its weight's and its bias's."""
+    (use,) = uses
+    if not isinstance(use.call, AffineCall) or not use.call.rows_are_given:
+        return None
     weight, bias = split_block(block)
-    parts = {}
-    if bias is not None:
-        gradient, column = gradient.split()
-        parts[bias] = column.to(grads[bias].dtype)
-    parts[weight] = gradient.matrix().reshape(grads[weight].shape).to(grads[weight].dtype)
-    return parts
+    o, i = grads[weight].shape[0], grads[weight].shape[1] + (bias is not None)
+    count = use.inputs.shape[:-1].numel()
+    cheaper = count * (o * o + i * i + o * i) < o * i * (o + i)
+    return use if cheaper else None

@@ -11,11 +11,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from funcprecond import tree
+from funcprecond.linalg import treemath
 from funcprecond.linalg.precision import wide
-from funcprecond.problems import Params
 from funcprecond.representation.gram import Gram
-from funcprecond.tree import state
+from funcprecond.tree import Params, state
 
 __all__ = ["SMW", "Woodbury"]
 
@@ -70,7 +69,7 @@ class SMW:
     def push_through(self, factor: Woodbury, weights: Tensor, like: Params) -> Params:
         """``(U^T U + λ I)^-1 U^T y`` for (R,) weights ``y``, in the dtypes of ``like``."""
         x = factor.rows.rmatvec(_solve(factor, weights))
-        return tree.cast(x, like)
+        return treemath.cast(x, like)
 
 
 def _solve(factor: Woodbury, right: Tensor) -> Tensor:

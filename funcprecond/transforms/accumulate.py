@@ -5,10 +5,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from funcprecond.evidence import Every, Evidence, MissingEvidence
-from funcprecond.problems import Params
+from funcprecond.evidence import Evidence, MissingEvidence
+from funcprecond.need import Every
 from funcprecond.transform import Transform, counter
-from funcprecond.tree import state
+from funcprecond.tree import Params, state
 
 __all__ = ["Accumulated", "accumulate"]
 

@@ -2,9 +2,9 @@
 
 from torch import Tensor
 
-from funcprecond import tree
-from funcprecond.problems import Params
+from funcprecond.linalg import treemath
 from funcprecond.transform import Transform, stateless
+from funcprecond.tree import Params
 
 __all__ = ["clip_norm"]
 
@@ -17,7 +17,7 @@ def clip_norm(limit: float | Tensor) -> Transform:
     """
 
     def clip(grads: Params) -> Params:
-        factor = (limit / tree.norm(grads).clamp_min(1e-30)).clamp_max(1.0)
+        factor = (limit / treemath.norm(grads).clamp_min(1e-30)).clamp_max(1.0)
         return {k: g * factor.to(g.dtype) for k, g in grads.items()}
 
     return stateless(clip)

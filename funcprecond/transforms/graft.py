@@ -5,11 +5,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from funcprecond.evidence import Every, Evidence
+from funcprecond.evidence import Evidence
 from funcprecond.linalg.precision import factor_dtype
-from funcprecond.problems import Params
+from funcprecond.need import Every
 from funcprecond.transform import Transform
-from funcprecond.tree import state
+from funcprecond.tree import Params, state
 
 __all__ = ["Grafted", "graft"]
 

@@ -5,12 +5,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from funcprecond import tree
 from funcprecond.evidence import Evidence
-from funcprecond.problems import Params
+from funcprecond.linalg import treemath
 from funcprecond.representation.diagonal import zero_weight
 from funcprecond.transform import Transform
-from funcprecond.tree import state
+from funcprecond.tree import Params, state
 
 __all__ = ["KLClipped", "kl_clip"]
 
@@ -46,7 +45,7 @@ def kl_clip(inner: Transform, *, rate: float | Tensor, bound: float | Tensor = 1
         state: KLClipped, grads: Params, evidence: Evidence | None = None
     ) -> tuple[KLClipped, Params]:
         new, direction = inner.update(state.inner, grads, evidence)
-        length = (rate**2 * tree.dot(direction, grads)).to(state.factor.dtype)
+        length = (rate**2 * treemath.dot(direction, grads)).to(state.factor.dtype)
         clips = length > bound
         factor = torch.where(clips, (bound / torch.where(clips, length, 1)).sqrt(), 1)
         return KLClipped(new, factor), {k: d * factor.to(d.dtype) for k, d in direction.items()}

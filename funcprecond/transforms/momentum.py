@@ -2,9 +2,9 @@
 
 from torch import Tensor
 
-from funcprecond import tree
-from funcprecond.problems import Params
+from funcprecond.linalg import treemath
 from funcprecond.transform import Transform, gradient_only
+from funcprecond.tree import Params
 
 __all__ = ["momentum"]
 
@@ -28,8 +28,8 @@ def momentum(
 
     def update(state: Params, grads: Params) -> tuple[Params, Params]:
         if average:
-            grads = tree.mul(grads, 1 - decay)
-        new = tree.add(grads, state, decay)
-        return new, tree.add(grads, new, decay) if nesterov else new
+            grads = treemath.mul(grads, 1 - decay)
+        new = treemath.add(grads, state, decay)
+        return new, treemath.add(grads, new, decay) if nesterov else new
 
     return gradient_only(init, update)

@@ -8,9 +8,8 @@ from typing import Any
 from torch import Tensor
 
 from funcprecond.evidence import Evidence
-from funcprecond.problems import Params
 from funcprecond.transform import Transform
-from funcprecond.tree import state, static
+from funcprecond.tree import Params, state, static
 
 __all__ = ["Assignment", "Partitioned", "assign", "partition"]
 

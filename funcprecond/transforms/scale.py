@@ -4,9 +4,9 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from funcprecond import tree
-from funcprecond.problems import Params
+from funcprecond.linalg import treemath
 from funcprecond.transform import Transform, counter, gradient_only, stateless
+from funcprecond.tree import Params
 
 __all__ = ["scale"]
 
@@ -20,9 +20,9 @@ def scale(factor: float | Tensor | Callable[[Tensor], float | Tensor]) -> Transf
             tensor counted from 0, made of tensor operations.
     """
     if not callable(factor):
-        return stateless(lambda grads: tree.mul(grads, factor))
+        return stateless(lambda grads: treemath.mul(grads, factor))
 
     def update(step: Tensor, grads: Params) -> tuple[Tensor, Params]:
-        return step + 1, tree.mul(grads, factor(step))
+        return step + 1, treemath.mul(grads, factor(step))
 
     return gradient_only(counter, update)

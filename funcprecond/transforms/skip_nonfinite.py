@@ -7,9 +7,8 @@ from torch import Tensor
 from torch.utils._pytree import tree_map, tree_structure
 
 from funcprecond.evidence import Evidence
-from funcprecond.problems import Params
 from funcprecond.transform import Transform, counter
-from funcprecond.tree import state
+from funcprecond.tree import Params, state
 
 __all__ = ["Guarded", "skip_nonfinite"]
 

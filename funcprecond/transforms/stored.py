@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from funcprecond import tree
+from funcprecond.checkpoint import to_dict
 from funcprecond.evidence import Evidence
-from funcprecond.problems import Params
 from funcprecond.transform import Transform
-from funcprecond.tree import state, static
+from funcprecond.tree import Params, state, static
 
 __all__ = ["Stored", "pack", "stored", "unpack"]
 
@@ -56,7 +56,7 @@ def stored(
 
     def init(params: Params) -> Stored:
         state = inner.init(params)
-        named = tree.to_dict(state)
+        named = to_dict(state)
         packed = [
             x.ndim == 2 and any(name.startswith(f"{field}.") for field in symmetric)
             for name, x in named.items()

@@ -4,10 +4,10 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from funcprecond import tree
 from funcprecond.evidence import Evidence, MissingEvidence
-from funcprecond.problems import Params
+from funcprecond.linalg import treemath
 from funcprecond.transform import Transform
+from funcprecond.tree import Params
 
 __all__ = ["parameters", "weight_decay"]
 
@@ -34,7 +34,7 @@ def weight_decay(
     ) -> tuple[tuple, Params]:
         params = parameters(evidence)
         chosen = {k: g for k, g in grads.items() if mask is None or mask(k, params[k])}
-        return state, {**grads, **tree.add(chosen, params, rate)}
+        return state, {**grads, **treemath.add(chosen, params, rate)}
 
     return Transform(lambda params: (), update)
 

@@ -9,6 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import funcprecond as fp
 from funcprecond.autodiff import evaluation as module_under_test
 from funcprecond.autodiff.evaluation import Evaluation
+from funcprecond.linalg import treemath
 from tests import problems, reference
 from tests.equality import assert_close, assert_same, copy
 from tests.problems import initialised, normal, seeded
@@ -18,7 +19,7 @@ from tests.problems import initialised, normal, seeded
 def route(request, monkeypatch):
     """Both routes lead to the same numbers."""
     if request.param == "function":
-        monkeypatch.setattr(module_under_test, "untransformed", lambda tree: False)
+        monkeypatch.setattr(module_under_test, "is_eager", lambda tree: False)
     return request.param
 
 
@@ -85,7 +86,7 @@ def test_per_example_gradients_are_those_of_single_calls(route):
 @pytest.mark.parametrize("question", ["pull", "pull_layers", "jvp", "ggn_mv", "hvp"])
 def test_the_last_question_is_answered_as_any_other(question, route):
     toy = problems.convnet()
-    options = {"taps": True, "twice": True}
+    options = {"layers": True, "twice": True}
     kept, last = (Evaluation(toy.problem, toy.params, toy.batch, **options) for _ in range(2))
     given = normal(kept.outputs.shape, 3) if question.startswith("pull") else vector(toy)
     expected = getattr(kept, question)(given)
@@ -113,7 +114,7 @@ def test_the_chunk_size_changes_nothing_but_memory(chunk):
 
 def test_layer_gradients_are_those_with_respect_to_the_layers_outputs(route):
     toy = problems.mlp()
-    e = Evaluation(toy.problem, toy.params, toy.batch, taps=True)
+    e = Evaluation(toy.problem, toy.params, toy.batch, layers=True)
     x, y = toy.batch
     p = toy.params
     z0 = F.linear(x, p["0.weight"], p["0.bias"])
@@ -135,7 +136,7 @@ def test_a_layer_that_nothing_reaches_has_a_gradient_of_zero(route):
 
     params = {"dead": normal((4, 3)), "w": normal((2, 3))}
     problem = fp.problem(model, fp.losses.mse, params=params)
-    e = Evaluation(problem, params, (normal((5, 3)), normal((5, 2))), taps=True)
+    e = Evaluation(problem, params, (normal((5, 3)), normal((5, 2))), layers=True)
     assert not e.grads["dead"].any()
     assert e.layer_grads[0].shape == (5, 4)
     assert not e.layer_grads[0].any()
@@ -144,7 +145,7 @@ def test_a_layer_that_nothing_reaches_has_a_gradient_of_zero(route):
 def test_the_objective_elsewhere_is_on_the_same_batch(route):
     toy = problems.mlp()
     e = Evaluation(toy.problem, toy.params, toy.batch)
-    there = fp.tree.add(toy.params, vector(toy), 0.1)
+    there = treemath.add(toy.params, vector(toy), 0.1)
     loss, grads = e.objective(there)
     assert_close(loss, loss_of(toy)(there), rtol=1e-13)
     assert_close(grads, reference.gradient(loss_of(toy), there), rtol=1e-7)
@@ -200,7 +201,7 @@ def test_nothing_of_the_callers_is_touched(route):
     toy = problems.mlp()
     params = {k: p.clone().requires_grad_(k == "0.bias") for k, p in toy.params.items()}
     before = copy((params, toy.batch))
-    e = Evaluation(toy.problem, params, toy.batch, taps=True, twice=True)
+    e = Evaluation(toy.problem, params, toy.batch, layers=True, twice=True)
     with torch.no_grad():
         results = (e.grads, e.hvp(vector(toy)), e.ggn_mv(vector(toy)), e.layer_grads, e.loss)
     del results
@@ -214,7 +215,7 @@ def test_nothing_of_the_callers_is_touched(route):
 
 def test_results_carry_no_graph_in_plain_eager():
     toy = problems.mlp()
-    e = Evaluation(toy.problem, toy.params, toy.batch, taps=True, twice=True)
+    e = Evaluation(toy.problem, toy.params, toy.batch, layers=True, twice=True)
     results = [
         e.loss,
         e.outputs,
@@ -232,9 +233,9 @@ def test_gradients_flow_through_where_the_params_ask_for_them():
     """The other route: a loss of a gradient, differentiated by plain autograd."""
     toy = problems.mlp()
     leaves = {k: p.clone().requires_grad_() for k, p in toy.params.items()}
-    fp.tree.dot(*(2 * [Evaluation(toy.problem, leaves, toy.batch).grads])).backward()
+    treemath.dot(*(2 * [Evaluation(toy.problem, leaves, toy.batch).grads])).backward()
     e = Evaluation(toy.problem, toy.params, toy.batch, twice=True)
-    expected = fp.tree.mul(e.hvp(e.grads), 2.0)
+    expected = treemath.mul(e.hvp(e.grads), 2.0)
     assert_close({k: p.grad for k, p in leaves.items()}, expected, rtol=1e-10)
 
 
@@ -258,10 +259,10 @@ def test_under_inference_mode_it_differentiates_or_says_no():
 
 def test_vmap_over_params_is_the_loop():
     toy, v = problems.mlp(), vector(problems.mlp())
-    members = [fp.tree.add(toy.params, vector(toy, i), 0.1) for i in range(3)]
+    members = [treemath.add(toy.params, vector(toy, i), 0.1) for i in range(3)]
 
     def measure(p):
-        e = Evaluation(toy.problem, p, toy.batch, taps=True, twice=True)
+        e = Evaluation(toy.problem, p, toy.batch, layers=True, twice=True)
         return e.loss, e.grads, e.hvp(v), e.ggn_mv(v), list(e.layer_grads), list(e.layer_inputs)
 
     stacked = torch.utils._pytree.tree_map(lambda *x: torch.stack(x), *members)

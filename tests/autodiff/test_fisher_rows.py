@@ -7,17 +7,17 @@ import funcprecond as fp
 from funcprecond.autodiff.evaluation import Evaluation
 from funcprecond.curvature.fisher import fisher_rows
 from tests import problems, reference
-from tests.operators.test_curvature_matrices import rows
-from tests.equality import assert_close, assert_same
-from tests.problems import Toy, normal, seeded
 from tests.autodiff.test_op_table import COUPLED, MODELS, RECURRENT, build
+from tests.equality import assert_close, assert_same
+from tests.operators.test_curvature_matrices import rows
+from tests.problems import Toy, normal, seeded
 
 # No formula by layer, or outputs that depend on other examples.
 THROUGH_THE_MODEL = {*COUPLED, *RECURRENT}
 
 
 def by_layer(problem, batch):
-    evaluation = Evaluation(problem, problem.params, batch, taps=True, twice=True)
+    evaluation = Evaluation(problem, problem.params, batch, layers=True, twice=True)
     return fisher_rows(evaluation, "empirical", None)
 
 
@@ -51,7 +51,7 @@ def test_layers_tell_of_these_models(model):
 def test_the_sampled_matrix_is_that_of_the_sampled_cotangents(samples):
     toy = problems.mlp()
     x, y = toy.batch
-    noise = toy.problem.loss.draw(y, samples, seeded(3))
+    noise = toy.problem.loss.label_noise(y, samples, seeded(3))
     u = toy.problem.loss.sampled(toy.problem(toy.params, x), y, noise)
     jacobian = torch.func.jacrev(lambda p: toy.problem(p, x))(toy.params)
     j = torch.cat([t.flatten(2) for t in jacobian.values()], 2)

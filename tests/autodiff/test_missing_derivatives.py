@@ -7,10 +7,10 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 import funcprecond as fp
-from funcprecond import tree
+from funcprecond.linalg import treemath
+from tests.autodiff.test_op_table import TOKENS, Body, build
 from tests.equality import assert_close, assert_same, copy
 from tests.problems import initialised, normal
-from tests.autodiff.test_op_table import TOKENS, Body, build
 
 LABELS = torch.tensor([0, 2, 1])
 
@@ -163,7 +163,7 @@ def test_a_layer_that_torch_cannot_differentiate_is_named_with_the_way_out(cls, 
     if name != "flex":
         # The way out that the sentence names.
         c = fp.KroneckerFactored(problem, problem.params, batch, labels="empirical")
-        assert fp.tree.norm(c @ problem.params) > 0
+        assert treemath.norm(c @ problem.params) > 0
 
 
 def recognising(lengths):
@@ -186,16 +186,16 @@ def test_a_loss_that_torch_cannot_differentiate_is_named_with_the_way_out(length
             cls(problem, problem.params, batch) @ problem.params
     for cls in (fp.KroneckerFactored, fp.DiagonalGGN, fp.Fisher):
         c = cls(problem, problem.params, batch, labels="empirical")
-        assert fp.tree.norm(c @ problem.params) > 0
+        assert treemath.norm(c @ problem.params) > 0
 
 
 @pytest.mark.parametrize("lengths", [tuple, torch.tensor])
 def test_the_empirical_fisher_of_ctc_is_that_of_its_central_differences(lengths):
     problem, (x, y) = recognising(lengths)
-    point, step = tree.ravel(problem.params), 1e-5
+    point, step = treemath.ravel(problem.params), 1e-5
 
     def loss(vector, n):
-        params = tree.unravel(vector, problem.params)
+        params = treemath.unravel(vector, problem.params)
         outputs, _ = problem.forward(params, {}, x[n : n + 1])
         return problem.loss(outputs, y[n : n + 1])
 
@@ -225,12 +225,15 @@ def test_a_loss_without_a_rule_under_a_transform_is_named_there_with_the_way_out
             asked(problem, batch)
     problem, batch = recognising(torch.tensor)
     for asked in (gradient, empirical_under_vmap):
-        assert fp.tree.norm(asked(problem, batch)) > 0
+        assert treemath.norm(asked(problem, batch)) > 0
 
 
 def empirical_under_vmap(problem, batch):
-    outputs = problem.forward(problem.params, {}, batch[0])[0].unsqueeze(0)
-    return {"u": torch.vmap(lambda f: problem.loss.empirical(f, batch[1]))(outputs)}
+    def cotangent(params):
+        return fp.Evaluation(problem, params, batch).cotangents("empirical", ())[0]
+
+    stacked = {k: p.unsqueeze(0) for k, p in problem.params.items()}
+    return {"u": torch.vmap(cotangent)(stacked)}
 
 
 def test_functions_given_to_hvp_are_explained_too():

@@ -14,6 +14,8 @@ from torch.nn.utils.parametrizations import weight_norm
 import funcprecond as fp
 from funcprecond.autodiff import evaluation as module_under_test
 from funcprecond.autodiff.evaluation import Evaluation
+from funcprecond.layers.kinds.linear import Linear
+from funcprecond.linalg import treemath
 from tests import reference
 from tests.equality import assert_close, assert_same, copy
 from tests.problems import initialised, normal, seeded
@@ -235,12 +237,12 @@ def test_products_are_linear_symmetric_and_repeatable(model, product):
     apply = getattr(evaluate(problem, batch), product)
     u, v = vectors(problem)
     cu, cv = apply(u), apply(v)
-    combined = apply(fp.tree.add(fp.tree.mul(u, 2.0), v, -3.0))
+    combined = apply(treemath.add(treemath.mul(u, 2.0), v, -3.0))
     assert_close(
         reference.ravel(combined), 2 * reference.ravel(cu) - 3 * reference.ravel(cv), rtol=1e-9
     )
-    scale = fp.tree.norm(u) * fp.tree.norm(cv)
-    assert abs(fp.tree.dot(u, cv) - fp.tree.dot(v, cu)) < 1e-11 * scale
+    scale = treemath.norm(u) * treemath.norm(cv)
+    assert abs(treemath.dot(u, cv) - treemath.dot(v, cu)) < 1e-11 * scale
     assert_same(apply(v), cv)
 
 
@@ -259,7 +261,7 @@ def test_the_gradient_equals_central_differences_of_the_loss(model):
     e = evaluate(problem, batch)
     for v in vectors(problem, 3):
         expected = reference.difference(e.value, problem.params, v)
-        assert fp.tree.dot(e.grads, v).item() == pytest.approx(expected.item(), rel=1e-6, abs=1e-8)
+        assert treemath.dot(e.grads, v).item() == pytest.approx(expected.item(), rel=1e-6, abs=1e-8)
 
 
 @every_model
@@ -281,10 +283,10 @@ def test_the_gauss_newton_matrix_is_positive_and_its_jacobians_are_adjoint(model
     u = normal((N, 3), 5)
     for v in vectors(problem, 3):
         gv, jv = e.ggn_mv(v), e.jvp(v)
-        assert fp.tree.dot(v, gv) >= -1e-12 * fp.tree.dot(v, v)
+        assert treemath.dot(v, gv) >= -1e-12 * treemath.dot(v, v)
         h = problem.loss.hessian_product(e.outputs, e.targets, jv)
-        assert_close(fp.tree.dot(v, gv), (jv * h).sum(), rtol=1e-9)
-        assert_close(fp.tree.dot(e.pull(u), v), (u * jv).sum(), rtol=1e-9)
+        assert_close(treemath.dot(v, gv), (jv * h).sum(), rtol=1e-9)
+        assert_close(treemath.dot(e.pull(u), v), (u * jv).sum(), rtol=1e-9)
 
 
 @every_model
@@ -293,7 +295,7 @@ def test_nothing_outside_is_changed(model):
     module = problem.module
     before = copy((dict(module.state_dict()), problem.params, problem.buffers, batch))
     state = torch.get_rng_state()
-    e = evaluate(problem, batch, taps=True)
+    e = evaluate(problem, batch, layers=True)
     (v,) = vectors(problem, 1)
     results = e.grads, e.hvp(v), e.ggn_mv(v), list(e.layer_grads), e.objective(problem.params)
     assert_same((dict(module.state_dict()), problem.params, problem.buffers, batch), before)
@@ -308,14 +310,14 @@ def test_both_routes_lead_to_the_same_numbers(model, monkeypatch):
     (v,) = vectors(problem, 1)
 
     def measure():
-        e = evaluate(problem, batch, taps=True)
-        calls = [(c.kind, c.weight, c.bias, c.shape) for c in e.calls]
+        e = evaluate(problem, batch, layers=True)
+        calls = [(type(c), c.weight, c.bias, c.shape) for c in e.calls]
         layers = [list(e.layer_inputs), list(e.layer_grads), list(e.pull_layers(e.outputs))]
         first = e.loss, e.outputs, e.grads, e.buffers, e.pull(e.outputs)
         return calls, (first, layers, e.hvp(v), e.jvp(v), e.ggn_mv(v))
 
     calls, graph = measure()
-    monkeypatch.setattr(module_under_test, "untransformed", lambda tree: False)
+    monkeypatch.setattr(module_under_test, "is_eager", lambda tree: False)
     other_calls, function = measure()
     assert calls == other_calls
     assert_close(function, graph, rtol=1e-8)
@@ -325,18 +327,18 @@ def test_both_routes_lead_to_the_same_numbers(model, monkeypatch):
 def test_layer_pairs_rebuild_the_gradient_of_linear_layers(model):
     """Both guards of facts/capture.md: no call is lost, and pairs give the gradient."""
     problem, batch = build(model)
-    e = evaluate(problem, batch, taps=True)
+    e = evaluate(problem, batch, layers=True)
     assert len(e.calls) == len(e.layer_inputs) == len(e.layer_grads)
     recorded = {c.weight for c in e.calls} | {c.bias for c in e.calls}
     assert problem.params.keys() <= recorded | e.unrecorded.keys()
     rebuilt: dict[str, torch.Tensor] = {}
     for call, a, g in zip(e.calls, e.layer_inputs, e.layer_grads, strict=True):
-        if call.kind == "linear" and call.weight not in e.unrecorded:
+        if isinstance(call, Linear) and call.weight not in e.unrecorded:
             pair = g.flatten(0, -2).T @ a.flatten(0, -2)
-            pair = pair.T if call.options == ("in_out",) else pair
+            pair = pair.T if call.inputs_first else pair
             rebuilt[call.weight] = rebuilt.get(call.weight, 0.0) + pair
     for name, gradient in rebuilt.items():
-        if all(c.kind == "linear" for c in e.calls if c.weight == name):
+        if all(isinstance(c, Linear) for c in e.calls if c.weight == name):
             assert_close(gradient, e.grads[name], rtol=1e-9)
 
 
@@ -362,7 +364,7 @@ def test_per_example_gradients_are_those_of_the_examples_alone(model):
 def test_models_that_vmap_cannot_run_are_refused_by_parameter(model):
     problem, batch = build(model)
     e = evaluate(problem, batch)
-    with pytest.raises(RuntimeError, match=r"per-example gradients of \['head.weight'\]"):
+    with pytest.raises(RuntimeError, match=r"per-sample gradients of \['head.weight'\]"):
         e.pull_each(normal((N, 3)), ["head.weight"])
 
 

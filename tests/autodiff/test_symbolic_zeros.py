@@ -6,7 +6,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import funcprecond as fp
-from funcprecond.autodiff.runs import GraphRun
+from funcprecond.autodiff.graph_run import GraphRun
 from tests.equality import assert_close
 from tests.problems import normal
 

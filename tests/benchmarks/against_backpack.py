@@ -7,7 +7,7 @@ Process CPU time on one thread; the contenders take turns, and each call stands 
 Printed are medians in gradients, and ours over theirs. Before the clock starts both sides' numbers
 are compared; of what is sampled, the norms. A convolution's output factor is another one there: of
 output gradients that are summed over the positions first, as with ``sharing="reduce"`` here. Of the
-Gram matrix they have no extension: it is taken of their per-example gradients.
+Gram matrix they have no extension: it is taken of their per-sample gradients.
 """
 
 import argparse
@@ -18,6 +18,8 @@ import sys
 import warnings
 from pathlib import Path
 
+from funcprecond.linalg import treemath
+
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 warnings.filterwarnings("ignore")
 sys.path.insert(0, str(Path(__file__).parent))
@@ -27,11 +29,12 @@ from against_curvlinops import cnn, gradient, measure, mlp, work
 from torch import nn
 
 import funcprecond as fp
-from funcprecond.curvature.layer_statistics import LayerStatistics, split_block
+from funcprecond.curvature.layer_statistics import LayerStatistics
+from funcprecond.layers.blocks import split_block
+from funcprecond.linalg.gram import square
 from funcprecond.operators.diagonal import diagonal_of
-from funcprecond.representation.kronecker_io import product
 
-MOMENT = LayerStatistics("empirical", by_example=True)
+MOMENT = LayerStatistics("empirical", per_sample=True)
 
 
 def ours(model, batch, v):
@@ -52,7 +55,7 @@ def ours(model, batch, v):
         return fp.KroneckerFactored(*data, kind=kind, generator=generator)
 
     return {
-        "per-example gradients": lambda: fp.per_sample_grads(*data),
+        "per-sample gradients": lambda: fp.per_sample_grads(*data),
         "their squared norms": lambda: fp.per_sample_norms(*data).square(),
         "their second moment": lambda: diagonal("empirical"),
         "their variance": variance,
@@ -61,8 +64,8 @@ def ours(model, batch, v):
         "GGN diagonal, sampled": lambda: diagonal("mc"),
         "K-FAC factors, mc": lambda: factored("kfac"),
         "K-FAC factors, exact": lambda: factored("kflr"),
-        "Hessian, one product": lambda: fp.Hessian(*data) @ v,
-        "GGN, one product": lambda: fp.ggn_mv(*data, v),
+        "Hessian, one square": lambda: fp.Hessian(*data) @ v,
+        "GGN, one square": lambda: fp.ggn_mv(*data, v),
     }
 
 
@@ -106,7 +109,7 @@ def theirs(model, batch, v):
     squared = of(extensions.BatchL2Grad(), "batch_l2")
     single = of(extensions.BatchGrad(), "grad_batch")
     return {
-        "per-example gradients": single,
+        "per-sample gradients": single,
         "their squared norms": norms,
         "their second moment": of(extensions.SumGradSquared(), "sum_grad_squared"),
         "their variance": of(extensions.Variance(), "variance"),
@@ -115,8 +118,8 @@ def theirs(model, batch, v):
         "GGN diagonal, sampled": of(extensions.DiagGGNMC(), "diag_ggn_mc"),
         "K-FAC factors, mc": of(extensions.KFAC(), "kfac"),
         "K-FAC factors, exact": of(extensions.KFLR(), "kflr"),
-        "Hessian, one product": hessian,
-        "GGN, one product": ggn,
+        "Hessian, one square": hessian,
+        "GGN, one square": ggn,
     }
 
 
@@ -124,7 +127,7 @@ def check(a, b, model, batch):
     """Raise AssertionError unless both sides' numbers agree; of what is sampled, to a third."""
     n = len(batch[0])
     # A gradient of theirs is that of an example's share of the mean.
-    factors = {"per-example gradients": n, "their second moment": n, "their variance": n**2}
+    factors = {"per-sample gradients": n, "their second moment": n, "their variance": n**2}
     for key in a:
         if "K-FAC" not in key:
             x, y = flat(a[key]()), factors.get(key, 1) * flat(b[key]())
@@ -142,12 +145,12 @@ def check(a, b, model, batch):
         for block, factor in getattr(found.factors, side).items():
             y = theirs[split_block(block)[0]][side == "right"]
             # Their weights' factors are without the bias.
-            x = product(factor)[: len(y), : len(y)]
+            x = square(factor)[: len(y), : len(y)]
             torch.testing.assert_close(x / x.norm(), y / y.norm(), rtol=0, atol=1e-3)
 
 
 def flat(x):
-    return x if isinstance(x, torch.Tensor) else fp.tree.ravel(x)
+    return x if isinstance(x, torch.Tensor) else treemath.ravel(x)
 
 
 def main():

@@ -38,8 +38,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 import funcprecond as fp
-from funcprecond.curvature.layer_statistics import LayerStatistics, split_block
+from funcprecond.curvature.layer_statistics import LayerStatistics
 from funcprecond.estimators.traces import draw_probes
+from funcprecond.layers.blocks import split_block
 from funcprecond.layers.second_moments import second_moments
 from funcprecond.operators.layer_blocks import Factors, Layerwise
 from funcprecond.operators.operator import Function
@@ -200,15 +201,15 @@ def ours_compiled(model, batch, v, stack):
     params = problem.params
     lv = {k: v[k] for k in layers.params}
     loss, targets = problem.loss, batch[1]
-    noise = loss.draw(targets, 1, generator)
+    noise = loss.label_noise(targets, 1, generator)
     kinds = {
         "mc": LayerStatistics("mc", others="none"),
         "kflr": LayerStatistics("exact", others="none"),
     }
-    by_example = LayerStatistics("mc", others="none", by_example=True)
+    per_sample = LayerStatistics("mc", others="none", per_sample=True)
 
     def measured(need, b, noise):
-        evaluation = fp.Evaluation(layers, layers.params, b, taps=True)
+        evaluation = fp.Evaluation(layers, layers.params, b, layers=True)
         return need.measure(evaluation, noise)
 
     def factors(need, b, noise):
@@ -224,7 +225,7 @@ def ours_compiled(model, batch, v, stack):
         return Cholesky(1e-3, "equal").apply(prepared, v)
 
     def ekfac(b, noise):
-        uses = measured(by_example, b, noise)
+        uses = measured(per_sample, b, noise)
         found = KroneckerIO.init(layers.params, rows=True).accumulate(uses, None)
         blocks = {k: Factors(x, found.right[k]) for k, x in found.left.items()}
         bases = Layerwise(layers.params, blocks, {}, {})._rotated()

@@ -38,4 +38,4 @@ def test_a_run_resumed_in_a_new_process_goes_on_bit_for_bit(name, folder):
     error = folder / f"{name}.error"
     assert not error.exists(), error.read_text()
     resumed = torch.load(folder / f"{name}.resumed", weights_only=True)
-    assert_same(resumed, fp.tree.to_dict({"params": params, "state": state}))
+    assert_same(resumed, fp.to_dict({"params": params, "state": state}))

@@ -2,10 +2,11 @@ import pytest
 import torch
 
 import funcprecond as fp
+from funcprecond.linalg import treemath
 from tests import problems, reference
+from tests.autodiff.test_op_table import MODELS, build
 from tests.equality import assert_close
 from tests.problems import normal, seeded
-from tests.autodiff.test_op_table import MODELS, build
 
 
 @pytest.mark.parametrize("model", MODELS)
@@ -24,7 +25,7 @@ def test_one_shot_products_in_forward_mode_are_the_kept_ones_and_those_of_differ
     assert_close(reference.ravel(once), reference.ravel(kept.ggn_mv(v)), rtol=1e-9)
     u = normal(pushed.shape, 5)
     pulled = fp.vjp(problem, problem.params, batch, u, generator=seeded(3))
-    assert_close(fp.tree.dot(pulled, v), (u * pushed).sum(), rtol=1e-9)
+    assert_close(treemath.dot(pulled, v), (u * pushed).sum(), rtol=1e-9)
 
 
 def test_outputs_may_be_a_tree():
@@ -76,7 +77,7 @@ def test_they_work_under_vmap_and_grad():
     assert_close(mapped[1], one({k: x[1] for k, x in v.items()}), rtol=1e-11)
     first = {k: x[0] for k, x in v.items()}
     size = lambda p: fp.jvp(toy.problem, p, toy.batch, first).square().sum()  # noqa: E731
-    slope = fp.tree.dot(torch.func.grad(size)(toy.params), first)
+    slope = treemath.dot(torch.func.grad(size)(toy.params), first)
     assert slope.item() == pytest.approx(
         reference.difference(size, toy.params, first).item(), rel=1e-6
     )

@@ -6,7 +6,10 @@ import torch.nn.functional as F
 from torch import nn
 
 import funcprecond as fp
-from funcprecond.curvature.layer_statistics import LayerStatistics, layer_statistics, split_block
+from funcprecond.curvature.layer_statistics import LayerStatistics, layer_statistics
+from funcprecond.layers.blocks import split_block
+from funcprecond.layers.kinds.embedding import Embedding
+from funcprecond.layers.kinds.scale import Scale
 from funcprecond.layers.patches import unfold
 from funcprecond.operators.diagonal import diagonal_of
 from tests import problems, reference
@@ -69,23 +72,23 @@ every_toy = pytest.mark.parametrize("make", TOYS.values(), ids=TOYS.keys())
 
 
 def gradients(use, block):
-    """(V N, P_block): each example's gradient from its pair, written out by kind."""
-    kind, bias = use.call.kind, split_block(block)[1] is not None
-    a, g = use.input_rows(), use.grad_rows()
-    if kind == "linear":
-        weight = torch.einsum("vnto,nti->vnoi", g, a).flatten(2)
-        extra = [g.sum(2)]
-    elif kind == "conv":
-        weight = torch.einsum("jvnto,jnti->vnjoi", g, a).flatten(2)
-        extra = [torch.einsum("jvnto->vnjo", g).flatten(2)]
-    elif kind == "embedding":
-        padding, vocabulary = use.call.options
-        one_hot = F.one_hot(a, vocabulary).double()
-        if padding is not None:
-            one_hot[..., padding] = 0.0
+    """(V N, P_block): each example's gradient from its rows, written out by kind."""
+    call, bias = use.call, split_block(block)[1] is not None
+    if isinstance(call, Scale):
+        a, g = call.rows(use.inputs, 1), call.rows(use.grads, 2)
+        weight, extra = (g * a).sum(2), [g.sum(2)]
+    elif isinstance(call, Embedding):
+        one_hot = F.one_hot(call.input_rows(use.inputs), call.vocabulary).double()
+        g = call.grad_rows(use.grads, use.inputs)
+        if call.padding is not None:
+            one_hot[..., call.padding] = 0.0
         weight, extra = torch.einsum("vntd,ntw->vnwd", g, one_hot).flatten(2), []
     else:
-        weight, extra = (g * a).sum(2), [g.sum(2)]
+        a, g = call.input_rows(use.inputs), call.grad_rows(use.grads, use.inputs)
+        if call.groups == 1:
+            a, g = a.unsqueeze(0), g.unsqueeze(0)
+        weight = torch.einsum("jvnto,jnti->vnjoi", g, a).flatten(2)
+        extra = [torch.einsum("jvnto->vnjo", g).flatten(2)]
     return torch.cat([weight, *(extra if bias else [])], -1).flatten(0, 1)
 
 
@@ -142,10 +145,10 @@ def test_empirical_labels_give_the_empirical_fisher_blocks(make):
 @every_toy
 @pytest.mark.parametrize("labels", ["empirical", "exact"])
 def test_in_parts_of_few_cotangents_the_sum_of_the_squares_is_the_same(make, labels):
-    toy, need = make(), LayerStatistics(labels, by_example=True)
+    toy, need = make(), LayerStatistics(labels, per_sample=True)
 
     def opened():
-        return fp.Evaluation(toy.problem, toy.params, toy.batch, taps=True)
+        return fp.Evaluation(toy.problem, toy.params, toy.batch, layers=True)
 
     whole = diagonal_of(need.measure(opened(), ()), toy.params)
     parts = [diagonal_of(part, toy.params) for part in need.each(opened(), ())]

@@ -5,9 +5,9 @@ from torch import nn
 import funcprecond as fp
 from funcprecond.curvature.per_sample import PerSampleGrads
 from tests import problems, reference
+from tests.autodiff.test_op_table import MODELS, NOT_MAPPED, build
 from tests.equality import assert_close
 from tests.problems import Toy, initialised, normal, seeded
-from tests.autodiff.test_op_table import MODELS, NOT_MAPPED, build
 
 
 def rows_of(grads):

@@ -6,8 +6,8 @@ from hypothesis import strategies as st
 import funcprecond as fp
 from funcprecond.operators.operator import Function
 from tests import problems, reference, strategies
-from tests.curvature.test_lanczos import operator, spectrum
 from tests.equality import assert_close, assert_same
+from tests.estimators.test_lanczos import operator, spectrum
 from tests.problems import normal, seeded
 
 

@@ -3,9 +3,9 @@ import torch
 
 import funcprecond as fp
 from tests import problems, reference
+from tests.autodiff.test_op_table import COUPLED, MODELS, NOT_MAPPED, N, build
 from tests.equality import assert_close
 from tests.problems import initialised, normal, seeded
-from tests.autodiff.test_op_table import COUPLED, MODELS, NOT_MAPPED, N, build
 
 # The reference maps over the examples.
 SINGLE = [m for m in MODELS if m not in COUPLED + NOT_MAPPED]
@@ -93,7 +93,7 @@ def test_the_noise_scale_is_that_of_the_examples_covariance_however_they_are_spl
 def test_coupled_examples_are_refused():
     problem, batch = build("batch norm, train")
     for statistic in (fp.per_sample_norms, fp.per_sample_gram, fp.ntk):
-        with pytest.raises(ValueError, match="per-example gradients are not defined"):
+        with pytest.raises(ValueError, match="per-sample gradients are not defined"):
             statistic(problem, problem.params, batch)
 
 

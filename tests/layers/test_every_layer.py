@@ -11,11 +11,12 @@ import torch
 
 import funcprecond as fp
 from funcprecond.curvature.fisher import fisher_product
+from funcprecond.linalg import treemath
 from tests import reference
-from tests.operators.test_curvature_matrices import LOSSES
-from tests.equality import assert_close, assert_same, copy
-from tests.problems import normal, seeded
 from tests.autodiff.test_op_table import MODELS, N, build
+from tests.equality import assert_close, assert_same, copy
+from tests.operators.test_curvature_matrices import LOSSES
+from tests.problems import normal, seeded
 
 MATRICES = {
     "Hessian": (fp.Hessian, {}),
@@ -105,7 +106,7 @@ def test_gauss_newton_and_fisher_products_are_those_of_a_jacobian_of_differences
     outputs, targets = run.outputs, run.targets
     j = dense_jacobian(problem, problem.params, batch, run.masks)
     v = {k: x[0] for k, x in stack_of(problem, 1).items()}
-    noise = problem.loss.draw(targets, 2, seeded(4))
+    noise = problem.loss.label_noise(targets, 2, seeded(4))
     for labels in ("exact", "mc", "empirical"):
         middle = factor(problem.loss, labels, outputs, targets, noise)
         expected = j.T @ (middle @ (j @ reference.ravel(v)))
@@ -132,12 +133,12 @@ def test_kept_streamed_and_stacked_products_are_one_linear_symmetric_map(model, 
         assert_same(kept @ v, cv)
         flat = reference.ravel(cv)
         assert_close(reference.ravel(streamed @ v), flat, rtol=1e-9)
-        combined = kept @ fp.tree.add(fp.tree.mul(u, 2.0), v, -3.0)
+        combined = kept @ treemath.add(treemath.mul(u, 2.0), v, -3.0)
         assert_close(reference.ravel(combined), 2 * reference.ravel(cu) - 3 * flat, rtol=1e-9)
-        scale = fp.tree.norm(u) * fp.tree.norm(cv)
-        assert abs(fp.tree.dot(u, cv) - fp.tree.dot(v, cu)) <= 1e-11 * scale
+        scale = treemath.norm(u) * treemath.norm(cv)
+        assert abs(treemath.dot(u, cv) - treemath.dot(v, cu)) <= 1e-11 * scale
         if cls is not fp.Hessian:
-            assert fp.tree.dot(v, cv) >= -1e-12 * fp.tree.dot(v, v)
+            assert treemath.dot(v, cv) >= -1e-12 * treemath.dot(v, v)
         for c in (kept, streamed):
             for chunk_size in (None, 2):
                 columns = {k: x[1] for k, x in c.matmat(stack, chunk_size).items()}

@@ -10,6 +10,7 @@ from torch.func import functional_call, grad, vmap
 import funcprecond as fp
 from funcprecond.curvature.layer_statistics import LayerStatistics, layer_statistics
 from funcprecond.layers.patches import transposed_patches
+from funcprecond.linalg import treemath
 from funcprecond.representation.kronecker_io import KroneckerIO
 from tests.conformance.methods import METHODS, build
 from tests.equality import assert_close
@@ -79,7 +80,7 @@ def test_the_diagonal_is_that_of_the_dense_matrix(work):
     problem, batch = work
     dense = fp.GGN(problem, problem.params, batch).to_dense()
     found = fp.DiagonalGGN(problem, problem.params, batch).diagonal()
-    assert_close(fp.tree.ravel(found), dense.diagonal(), rtol=1e-9)
+    assert_close(treemath.ravel(found), dense.diagonal(), rtol=1e-9)
 
 
 @given(decoders(single=True))
@@ -184,7 +185,7 @@ def test_a_weight_used_twice_has_the_positions_of_both_uses():
 def test_an_input_without_batch_axis_is_left_to_the_fallback():
     module = initialised(nn.ConvTranspose1d(3, 2, 2))
     problem = fp.problem(module, fp.losses.mse)
-    e = fp.Evaluation(problem, problem.params, (normal((3, 4)), normal((2, 5))), taps=True)
+    e = fp.Evaluation(problem, problem.params, (normal((3, 4)), normal((2, 5))), layers=True)
     assert not e.calls
     assert e.unrecorded == {"weight": "conv_transpose1d", "bias": "conv_transpose1d"}
 
@@ -196,5 +197,5 @@ def test_methods_that_learn_the_layers_take_it_without_a_warning(name):
     method, params = build(name), problem.params
     found = fp.observe(problem, params, batch, method.needs(0), generator=seeded(0))
     _, direction = method.update(method.init(params), found.grads, found)
-    assert fp.tree.norm(direction).isfinite()
-    assert fp.tree.dot(direction, found.grads) > 0
+    assert treemath.norm(direction).isfinite()
+    assert treemath.dot(direction, found.grads) > 0

@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import funcprecond as fp
-from funcprecond.evidence import Turn
 from funcprecond.linalg.blocking import Blocking, merged
+from funcprecond.need import Turn
 from tests.equality import assert_close, assert_same
 from tests.problems import normal
 from tests.strategies import orthogonal

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from funcprecond import tree
 from funcprecond.linalg import conjugate_gradients as module
+from funcprecond.linalg import treemath
 from funcprecond.linalg.conjugate_gradients import Stop, cg, has_stalled, within
 from tests.equality import assert_close, assert_same
 from tests.problems import normal
@@ -203,7 +204,7 @@ def test_the_early_exit_changes_nothing(monkeypatch):
     matrix, b = conditioned(10, 100.0), normal((10,), 2)
     early = solve(matrix, b, max_iter=60)
     assert int(early.iterations) < 60
-    monkeypatch.setattr(module, "untransformed", lambda x: False)
+    monkeypatch.setattr(module, "is_eager", lambda x: False)
     assert_same(solve(matrix, b, max_iter=60), early)
 
 
@@ -241,9 +242,9 @@ def test_a_block_of_an_operator_is_the_block_of_the_matrix(n, seed):
     vector = {"c": normal((1,), seed + 1), "a": normal((n,), seed + 2)}
 
     def product(v):
-        return tree.unravel(matrix @ tree.ravel(v), params)
+        return treemath.unravel(matrix @ treemath.ravel(v), params)
 
     found = within(product, params, ["c", "a"])(vector)
     rows = [n + 2, *range(n)]
-    expected = matrix[rows][:, rows] @ tree.ravel(vector)
-    torch.testing.assert_close(tree.ravel(found), expected)
+    expected = matrix[rows][:, rows] @ treemath.ravel(vector)
+    torch.testing.assert_close(treemath.ravel(found), expected)

@@ -1,4 +1,4 @@
-"""EKFAC's second moments and directions against dense per-example gradients."""
+"""EKFAC's second moments and directions against dense per-sample gradients."""
 
 import pytest
 import torch
@@ -6,7 +6,8 @@ import torch.nn.functional as F
 from torch import nn
 
 import funcprecond as fp
-from funcprecond.curvature.layer_statistics import LayerStatistics, split_block
+from funcprecond.curvature.layer_statistics import LayerStatistics
+from funcprecond.layers.blocks import split_block
 from tests import problems, reference
 
 

@@ -6,7 +6,8 @@ import torch.nn.functional as F
 from torch import nn
 
 import funcprecond as fp
-from funcprecond.representation.kronecker_io import product
+from funcprecond.linalg import treemath
+from funcprecond.linalg.gram import square
 from tests import problems, reference
 from tests.equality import assert_close, assert_same
 
@@ -66,7 +67,7 @@ def test_damping_can_be_a_tensor_and_needs_no_refresh():
     stronger = fp.kfac(damping=torch.tensor(10.0, dtype=torch.float64), refresh_every=100, start=0)
     later = fp.observe(toy.problem, toy.params, toy.batch, (stronger.needs(1)[0],))
     _, changed = stronger.update(state, evidence.grads, later)
-    assert fp.tree.norm(changed) < 0.1 * fp.tree.norm(direction)
+    assert treemath.norm(changed) < 0.1 * treemath.norm(direction)
 
 
 def test_a_plain_function_and_its_module_get_the_same_direction():
@@ -127,7 +128,7 @@ def test_a_tied_embedding_and_head_are_the_nearest_kronecker_product_to_both_use
     hidden = looked_up.tanh().reshape(-1, 3)
     total = torch.kron(frequency.double().diag(), of_lookup)
     total += torch.kron(of_logits.diagonal().diag(), hidden.T @ hidden / len(hidden))
-    # Van Loan: the nearest product is the first singular pair of the rearranged sum.
+    # Van Loan: the nearest square is the first singular pair of the rearranged sum.
     rearranged = total.reshape(5, 3, 5, 3).permute(0, 2, 1, 3).reshape(25, 9)
     u, s, vh = torch.linalg.svd(rearranged)
     nearest = s[0] * torch.kron(u[:, 0].reshape(5, 5).contiguous(), vh[0].reshape(3, 3))
@@ -168,10 +169,10 @@ def test_of_a_long_axis_the_diagonal_of_the_factor_is_kept(kind, max_dim, decay)
     )
     for full, part in ((whole.left, kept.left), (whole.right, kept.right)):
         for block, factor in full.items():
-            expected = product(factor)
+            expected = square(factor)
             if factor.shape[-1] > max_dim and expected.ndim == 2:
                 expected = expected.diagonal()
-            torch.testing.assert_close(product(part[block]), expected)
+            torch.testing.assert_close(square(part[block]), expected)
 
 
 @pytest.mark.parametrize("kind", ["conv", "head", "tied"])
@@ -189,7 +190,7 @@ def test_diagonal_factors_are_solved_with_as_matrices_are(kind, split):
             dense = dense + 0.1 * reference.eye(len(dense))
             expected = torch.linalg.solve(dense, g.reshape(-1)).reshape(g.shape)
         else:
-            factors = (product(x[block]) for x in (kept.left, kept.right))
+            factors = (square(x[block]) for x in (kept.left, kept.right))
             left, right = (x.diag() if x.ndim == 1 else x for x in factors)
             pi = (right.diagonal().mean() / left.diagonal().mean()).sqrt()
             left = left + 0.1**0.5 / pi * reference.eye(len(left))

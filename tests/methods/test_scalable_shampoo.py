@@ -7,9 +7,9 @@ import funcprecond as fp
 from funcprecond.transform import stateless
 from tests import reference
 from tests.equality import assert_close
+from tests.linalg.test_blocking import path, stepped
 from tests.methods.test_shampoo import EPSILON, applied
 from tests.problems import normal
-from tests.linalg.test_blocking import path, stepped
 
 MAGNITUDES = {
     "sgd": fp.sgd,

@@ -197,10 +197,10 @@ def test_a_state_goes_on_at_another_interval():
         b, direction = opt.update(b, {"w": g}, due(opt, t))
         assert_close(direction, expected, rtol=1e-9)
     assert_close(rotate_back(b.mean["w"], b.bases["w"], (0, 1)), a.plain_mean["w"], rtol=1e-9)
-    saved = fp.tree.to_dict(a)
-    assert_close(fp.tree.from_dict(often.init({"w": grads[0]}), saved).plain_mean, a.plain_mean)
+    saved = fp.to_dict(a)
+    assert_close(fp.from_dict(often.init({"w": grads[0]}), saved).plain_mean, a.plain_mean)
     with pytest.raises(KeyError, match="missing"):
-        fp.tree.from_dict(seldom.init({"w": grads[0]}), saved)
+        fp.from_dict(seldom.init({"w": grads[0]}), saved)
 
 
 def test_a_decomposition_carries_the_second_moment_over():

@@ -5,6 +5,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import funcprecond as fp
+from funcprecond.linalg import treemath
 from funcprecond.losses import Loss
 from funcprecond.operators.vector_stacks import by_layer
 from tests import problems, reference
@@ -105,7 +106,9 @@ def test_sampled_labels_are_those_of_the_generator_and_stay():
 def test_fisher_mv_takes_its_noise_from_outside_so_that_it_can_be_mapped():
     toy = problems.mlp()
     v = reference.unravel(normal((31,), 2), toy.params)
-    noise = torch.stack([toy.problem.loss.draw(toy.batch[1], 2, seeded(i)) for i in range(3)])
+    noise = torch.stack(
+        [toy.problem.loss.label_noise(toy.batch[1], 2, seeded(i)) for i in range(3)]
+    )
     one = lambda n: fp.fisher_mv(  # noqa: E731
         toy.problem, toy.params, toy.batch, v, labels="mc", noise=n
     )
@@ -317,11 +320,11 @@ def test_products_inside_of_transforms_are_those_outside():
     assert_close(outside @ v, expected, rtol=0)
 
     def squared(params):
-        return fp.tree.dot(v, fp.GGN(toy.problem, params, toy.batch) @ v)
+        return treemath.dot(v, fp.GGN(toy.problem, params, toy.batch) @ v)
 
     slope = torch.func.grad(squared)(toy.params)
     expected = reference.difference(squared, toy.params, v, 1e-5)
-    assert fp.tree.dot(slope, v).item() == pytest.approx(expected.item(), rel=1e-6)
+    assert treemath.dot(slope, v).item() == pytest.approx(expected.item(), rel=1e-6)
 
 
 def test_data_must_be_one_batch_or_an_iterable_that_lasts():

@@ -4,10 +4,10 @@ import torch
 import funcprecond as fp
 from funcprecond.operators.operator import Operator
 from tests import problems, reference
-from tests.operators.test_curvature_matrices import LOSSES, with_loss
-from tests.equality import assert_close
-from tests.problems import normal, seeded
 from tests.autodiff.test_op_table import COUPLED, MODELS, build
+from tests.equality import assert_close
+from tests.operators.test_curvature_matrices import LOSSES, with_loss
+from tests.problems import normal, seeded
 
 
 @pytest.mark.parametrize("model", [m for m in MODELS if m not in COUPLED])

@@ -5,10 +5,10 @@ from torch import nn
 import funcprecond as fp
 from funcprecond.operators.operator import Operator
 from tests import problems, reference
-from tests.operators.test_curvature_matrices import with_loss
-from tests.equality import assert_close, assert_same
-from tests.problems import Toy, initialised, normal, seeded
 from tests.autodiff.test_op_table import COUPLED, MODELS, RECURRENT, build
+from tests.equality import assert_close, assert_same
+from tests.operators.test_curvature_matrices import with_loss
+from tests.problems import Toy, initialised, normal, seeded
 
 KINDS = ("kfac", "ekfac", "kflr", "foof")
 LAYERS = sorted(MODELS.keys() - {*COUPLED, *RECURRENT, "tied embedding"})

@@ -11,7 +11,7 @@ from torch import nn
 
 import funcprecond as fp
 from funcprecond.curvature.layer_statistics import LayerStatistics
-from funcprecond.layers.example_gradients import Pairs
+from funcprecond.layers.example_gradients import ExampleGradients
 from funcprecond.representation.gram import Gram
 from tests import reference
 from tests.problems import Toy, convnet, initialised, mlp, normal, seeded, tree
@@ -96,7 +96,7 @@ CASES = {
 
 
 def measured(case, labels="empirical", **options):
-    need = LayerStatistics(labels, others="rows", by_example=True, **options)
+    need = LayerStatistics(labels, others="rows", per_sample=True, **options)
     evidence = fp.observe(case.problem, case.params, case.batch, (need,), generator=seeded(3))
     return Gram.from_layers(evidence[need], case.params), evidence
 
@@ -171,7 +171,7 @@ def test_both_ways_to_the_gram_matrix_agree(leading, i, o, ids, seed):
     j = 1 if ids else j
     inputs = labels((1, n, t), i, seed) if ids else normal((j, n, t, i), seed)
     shape = (i, o) if ids else (j * o, i)
-    pairs = Pairs(inputs, normal((j, v, n, t, o), seed + 1), "w", None, shape, False)
+    pairs = ExampleGradients(inputs, normal((j, v, n, t, o), seed + 1), "w", None, shape, False)
     rows = pairs.matrices().flatten(2).flatten(0, 1)
     torch.testing.assert_close(pairs.gram(), rows @ rows.T)
 
@@ -195,7 +195,7 @@ def test_a_block_of_the_parameters_has_their_columns_only():
 
 def test_low_precision_is_lifted_before_any_product():
     case = mlp()
-    need = LayerStatistics("empirical", others="rows", by_example=True)
+    need = LayerStatistics("empirical", others="rows", per_sample=True)
     params = {k: p.bfloat16() for k, p in case.params.items()}
     x, y = case.batch
     evidence = fp.observe(case.problem, params, (x.bfloat16(), y), (need,))

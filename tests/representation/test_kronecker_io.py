@@ -8,8 +8,10 @@ from hypothesis import strategies as st
 from torch import nn
 
 import funcprecond as fp
-from funcprecond.curvature.layer_statistics import LayerStatistics, split_block
-from funcprecond.representation.kronecker_io import KroneckerIO, layer_rows
+from funcprecond.curvature.layer_statistics import LayerStatistics
+from funcprecond.layers.blocks import split_block
+from funcprecond.layers.kinds.affine import with_ones
+from funcprecond.representation.kronecker_io import KroneckerIO
 from tests import problems, reference
 
 
@@ -188,8 +190,9 @@ def test_convolution_rows_rebuild_the_gradient(layer, options):
     batch = (problems.normal((3, 2, *(7, 6, 5)[:dims])), torch.tensor([0, 3, 1]))
     evidence, value = measured(problem, batch, LayerStatistics("empirical"))
     ((block, (use,)),) = value.uses.items()
-    a, g = layer_rows(use, conv.bias is not None, "expand")
-    matrix = (g.mT @ a).flatten(0, 1)
+    a = use.call.input_rows(use.inputs).flatten(-3, -2)
+    a = a if conv.bias is None else with_ones(a)
+    matrix = (use.call.output_rows(use, "expand").mT @ a).reshape(4, -1)
     weight, bias = split_block(block)
     grads = evidence.grads[weight].flatten(1)
     if bias:

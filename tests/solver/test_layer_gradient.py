@@ -166,14 +166,14 @@ def test_factors_kept_as_rows_have_the_solution_of_the_matrices(split, labels):
     evidence = fp.observe(problem, problem.params, batch, (need,), generator=problems.seeded(0))
     solver, found = Cholesky(0.1, split), []
     for rows in (True, False):
-        rep = KroneckerIO.init(problem.params, rows=rows).accumulate(evidence[need], None)
+        rep = KroneckerIO.init(problem.params, thin=rows).accumulate(evidence[need], None)
         found.append(solver.apply(solver.prepare(rep, solver.init(rep)), evidence.grads))
         assert (rep.right["3.weight+3.bias"].shape == (3, 21)) == rows
     for k in found[0]:
         torch.testing.assert_close(found[0][k], found[1][k])
     torch.testing.assert_close(
         *(
-            KroneckerIO.init(problem.params, rows=rows)
+            KroneckerIO.init(problem.params, thin=rows)
             .accumulate(evidence[need], None)
             .block("0.weight+0.bias")
             for rows in (True, False)

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from funcprecond import tree
+from funcprecond.linalg import treemath
 from funcprecond.representation.gram import Gram
 from funcprecond.solver.smw import SMW
 from tests.problems import normal
@@ -33,9 +33,9 @@ def test_any_vector_equals_the_dense_solve(count, damping, seed):
     u = rows(count, SHAPES, seed)
     g = vector(seed + 5)
     solver = SMW(damping)
-    found = tree.ravel(solver.apply(solver.prepare(u), g))
+    found = treemath.ravel(solver.apply(solver.prepare(u), g))
     dense = u.to_dense() + damping * eye(11)
-    expected = torch.linalg.solve(dense, tree.ravel(g))
+    expected = torch.linalg.solve(dense, treemath.ravel(g))
     assert (found - expected).norm() <= 1e-9 * expected.norm()
 
 
@@ -44,7 +44,7 @@ def test_any_vector_equals_the_dense_solve(count, damping, seed):
 def test_a_vector_in_the_span_equals_the_dense_solve_without_cancellation(count, damping, seed):
     u, y = rows(count, SHAPES, seed), normal((count,), seed + 9)
     solver = SMW(damping)
-    found = tree.ravel(solver.push_through(solver.prepare(u), y, vector(0)))
+    found = treemath.ravel(solver.push_through(solver.prepare(u), y, vector(0)))
     dense = u.to_dense() + damping * eye(11)
     expected = torch.linalg.solve(dense, u.rows().T @ y)
     # What is left is the dense solve's own error, by its condition number.
@@ -54,7 +54,7 @@ def test_a_vector_in_the_span_equals_the_dense_solve_without_cancellation(count,
 def test_the_two_forms_agree_and_one_of_them_survives_a_small_damping():
     u, y = rows(6, SHAPES, dtype=torch.float32), normal((6,), 3, torch.float32)
     g = u.rmatvec(y)
-    wide = Gram((), {k: x.double() for k, x in u.explicit.items()}, u.scale.double(), u.names)
+    wide = Gram((), {k: x.double() for k, x in u.others.items()}, u.scale.double(), u.names)
     error = {}
     for damping in (1.0, 1e-5):
         solver = SMW(damping)
@@ -64,7 +64,9 @@ def test_the_two_forms_agree_and_one_of_them_survives_a_small_damping():
             ("general", solver.apply(solver.prepare(u), g)),
             ("through", solver.push_through(solver.prepare(u), y, g)),
         ):
-            error[name, damping] = float((tree.ravel(found) - expected).norm() / expected.norm())
+            error[name, damping] = float(
+                (treemath.ravel(found) - expected).norm() / expected.norm()
+            )
     assert max(error["general", 1.0], error["through", 1.0]) < 1e-5
     assert error["through", 1e-5] < 1e-4 < error["general", 1e-5]
 
@@ -73,11 +75,14 @@ def test_a_large_damping_is_gradient_descent_and_the_null_space_is_only_divided(
     u, g = rows(3, SHAPES), vector(7)
     solver = SMW(1e9)
     torch.testing.assert_close(
-        1e9 * tree.ravel(solver.apply(solver.prepare(u), g)), tree.ravel(g), rtol=1e-7, atol=0
+        1e9 * treemath.ravel(solver.apply(solver.prepare(u), g)),
+        treemath.ravel(g),
+        rtol=1e-7,
+        atol=0,
     )
     q = torch.linalg.svd(u.rows())[2][-1]
     solver = SMW(0.2)
-    found = tree.ravel(solver.apply(solver.prepare(u), tree.unravel(q, g)))
+    found = treemath.ravel(solver.apply(solver.prepare(u), treemath.unravel(q, g)))
     torch.testing.assert_close(found, q / 0.2)
 
 
@@ -85,7 +90,7 @@ def test_a_large_damping_is_gradient_descent_and_the_null_space_is_only_divided(
 def test_equal_rows_and_no_damping_to_speak_of_still_have_a_factor(dtype):
     one = rows(1, SHAPES, dtype=dtype, scale=1.0)
     u = Gram(
-        (), {k: x.expand(40, *x.shape[1:]) for k, x in one.explicit.items()}, one.scale, one.names
+        (), {k: x.expand(40, *x.shape[1:]) for k, x in one.others.items()}, one.scale, one.names
     )
     factor = SMW(1e-30).prepare(u)
     assert torch.isfinite(factor.cholesky).all()
@@ -105,6 +110,6 @@ def test_directions_have_the_dtypes_of_the_gradient():
 
 def test_a_matrix_that_is_not_finite_does_not_raise():
     u = rows(3, SHAPES)
-    broken = Gram((), {k: x * torch.nan for k, x in u.explicit.items()}, u.scale, u.names)
+    broken = Gram((), {k: x * torch.nan for k, x in u.others.items()}, u.scale, u.names)
     solver = SMW(0.1)
-    assert tree.ravel(solver.apply(solver.prepare(broken), vector(1))).isnan().any()
+    assert treemath.ravel(solver.apply(solver.prepare(broken), vector(1))).isnan().any()

@@ -8,8 +8,8 @@ from funcprecond import tree
 from funcprecond.transforms.stored import pack, unpack
 from tests import strategies
 from tests.equality import assert_close, assert_same
-from tests.problems import normal
 from tests.linalg.test_blocking import path
+from tests.problems import normal
 
 BUILDERS = [fp.shampoo, fp.caspr, fp.soap]
 

@@ -1,1 +1,1 @@
-"""Derivatives that replace torch's own."""
+"""Derivatives that replace torch's own; :mod:`funcprecond.autodiff.rules.table` lists them."""

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from funcprecond.autodiff.rules.layer_norm import Spared, asked
+from funcprecond.autodiff.rules.backward import Spared, asked
 
 __all__ = ["Layer", "affine"]
 

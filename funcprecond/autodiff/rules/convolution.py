@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from funcprecond.autodiff.rules.affine import affine
-from funcprecond.autodiff.rules.layer_norm import Spared
-from funcprecond.tracing import is_watched
+from funcprecond.autodiff.rules.backward import Spared
+from funcprecond.tracing import is_traced
 
 __all__ = ["convolve"]
 
@@ -38,7 +38,7 @@ def convolve(
 
     Under a transform, a compiler or forward mode it is torch's own.
     """
-    if is_watched() or input.ndim != weight.ndim or isinstance(padding, str):
+    if is_traced() or input.ndim != weight.ndim or isinstance(padding, str):
         return function(input, weight, bias, stride, padding, dilation, groups)
     dims = weight.ndim - 2
     per_axis = [

@@ -5,8 +5,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from funcprecond.autodiff.rules.affine import affine
-from funcprecond.autodiff.rules.layer_norm import Spared
-from funcprecond.tracing import is_watched
+from funcprecond.autodiff.rules.backward import Spared
+from funcprecond.tracing import is_traced
 
 __all__ = ["linear"]
 
@@ -20,7 +20,7 @@ def linear(
     own.
     """
     plain = input.ndim > 1 and weight.ndim == 2 and input.dtype == weight.dtype
-    if not plain or input.is_complex() or is_watched() or torch._C._is_any_autocast_enabled():
+    if not plain or input.is_complex() or is_traced() or torch._C._is_any_autocast_enabled():
         return F.linear(input, weight, bias)
     return affine(_Linear(), input, weight, bias, spared)
 

@@ -5,7 +5,9 @@ import torch
 import torch.nn.functional as F
 from torch.autograd import gradcheck, gradgradcheck
 
-from funcprecond.autodiff.rules.layer_norm import gelu, layer_norm, weight_norm
+from funcprecond.autodiff.rules.gelu import gelu
+from funcprecond.autodiff.rules.layer_norm import layer_norm
+from funcprecond.autodiff.rules.weight_norm import weight_norm
 from tests.equality import assert_close
 from tests.problems import normal
 

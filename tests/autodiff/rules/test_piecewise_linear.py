@@ -6,7 +6,8 @@ import torch.nn.functional as F
 from torch.autograd import gradcheck, gradgradcheck
 
 import funcprecond as fp
-from funcprecond.autodiff.rules.piecewise_linear import max_pool2d, relu
+from funcprecond.autodiff.rules.max_pool import max_pool2d
+from funcprecond.autodiff.rules.relu import relu
 from tests.equality import assert_close
 from tests.problems import normal
 

@@ -1,7 +1,6 @@
-"""ReLU and max-pooling, whose second derivative is zero and of which nothing is computed.
+"""Max-pooling, whose second derivative is zero, so that nothing is computed for it.
 
-torch's own rules (2.13) fill a tensor of the input's size with zeros, which is then added to what
-comes from elsewhere: a tenth of a Hessian product of a small convolutional network.
+See :mod:`funcprecond.autodiff.rules.relu`.
 """
 
 from typing import Any
@@ -11,16 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
-from funcprecond.tracing import is_watched
+from funcprecond.tracing import is_traced
 
-__all__ = ["max_pool2d", "relu"]
-
-
-def relu(input: Tensor, inplace: bool = False) -> Tensor:
-    """``F.relu``; torch's own in place, and where :func:`is_watched`."""
-    if inplace or is_watched():
-        return F.relu(input, inplace)
-    return _Relu.apply(input)  # pyright: ignore[reportReturnType]
+__all__ = ["max_pool2d"]
 
 
 def max_pool2d(
@@ -32,45 +24,13 @@ def max_pool2d(
     ceil_mode: bool = False,
     return_indices: bool = False,
 ) -> Any:
-    """``F.max_pool2d``; torch's own with indices, and where :func:`is_watched`."""
-    if return_indices or is_watched():
+    """``F.max_pool2d``; torch's own with indices, and where :func:`is_traced`."""
+    if return_indices or is_traced():
         options = (kernel_size, stride, padding, dilation, ceil_mode, return_indices)
         return F.max_pool2d(input, *options)  # pyright: ignore
     axes = (kernel_size, stride or (), padding, dilation)
     per_axis = [[o] if isinstance(o, int) else list(o) for o in axes]
     return _MaxPool.apply(input, (*per_axis, ceil_mode))
-
-
-class _Relu(Function):
-    @staticmethod
-    def forward(ctx, x):
-        y = F.relu(x)
-        ctx.save_for_backward(y)
-        return y
-
-    @staticmethod
-    def backward(ctx, g):
-        return _masked(g, *ctx.saved_tensors)
-
-
-class _Masked(Function):
-    """Output gradients where the output is positive: its own transpose."""
-
-    @staticmethod
-    def forward(ctx, g, y):
-        ctx.save_for_backward(y)
-        return torch.ops.aten.threshold_backward(g, y, 0)
-
-    @staticmethod
-    def backward(ctx, v):
-        return _masked(v, *ctx.saved_tensors), None
-
-
-def _masked(g, y):
-    # Without a graph to make, a function of its own would only cost time.
-    if torch.is_grad_enabled():
-        return _Masked.apply(g, y)
-    return torch.ops.aten.threshold_backward(g, y, 0)
 
 
 class _MaxPool(Function):

@@ -1,39 +1,20 @@
-"""The two ways a run is differentiated, an autograd graph and ``torch.func.vjp``, and a run alone.
+"""A run that is differentiated as an ordinary autograd graph: the way where nothing traces."""
 
-:class:`funcprecond.Evaluation` chooses one; the first two answer the same questions with the same
-numbers.
-"""
-
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
-from torch.func import grad, vjp
 
 from funcprecond import tree
-from funcprecond.autodiff.recorder import Call
-from funcprecond.autodiff.rules.layer_norm import Spared
-from funcprecond.autodiff.symbolic_zeros import Unevaluated
-from funcprecond.problems import Params, detach, example_count
+from funcprecond.autodiff.once import opened_once, renamed
+from funcprecond.autodiff.rules.backward import Spared
+from funcprecond.autodiff.symbolic_zeros import SymbolicZeros
+from funcprecond.problems import detach, example_count
+from funcprecond.tree import Params
 
-__all__ = ["ForwardRun", "FunctionRun", "GraphRun", "opened_once", "renamed"]
-
-
-def opened_once(method: Callable) -> property:
-    """A property computed at its first use; functools' has a lock, which compilers cannot trace."""
-    name = f"_{method.__name__}_value"
-
-    def get(self):
-        if name not in self.__dict__:
-            setattr(self, name, method(self))
-        return getattr(self, name)
-
-    def forget(self):
-        self.__dict__.pop(name, None)
-
-    return property(get, fdel=forget, doc=method.__doc__)
+__all__ = ["GraphRun"]
 
 
 class GraphRun:
@@ -50,7 +31,7 @@ class GraphRun:
                 "nothing can be differentiated under torch.inference_mode: use torch.no_grad there"
             )
             raise RuntimeError(msg)
-        taps = evaluation._taps and params is None
+        records_layers = evaluation._layers and params is None
         source = evaluation.params if params is None else params
         # New leaves, so that no flag and no .grad of the caller's tensors is touched.
         self.leaves = {k: p.detach().requires_grad_() for k, p in source.items()}
@@ -66,14 +47,14 @@ class GraphRun:
             return output
 
         with torch.enable_grad():
-            self.outputs, buffers, capture = evaluation._forward(
-                self.leaves, tap if taps else None, self._spared
+            self.outputs, buffers, recorder = evaluation._forward(
+                self.leaves, tap if records_layers else None, self._spared
             )
             example_count(self.outputs)
             self.loss = evaluation.problem.loss(self.outputs, evaluation.targets)
         self.buffers = {k: b.detach() for k, b in buffers.items()}
-        self.calls, self.unrecorded = capture.calls, capture.unrecorded
-        self.layer_inputs = [x.detach() for x in capture.inputs]
+        self.calls, self.unrecorded = recorder.calls, recorder.unrecorded
+        self.layer_inputs = [x.detach() for x in recorder.inputs]
 
     @opened_once
     def grads(self):
@@ -116,9 +97,9 @@ class GraphRun:
     @opened_once
     def _transposed(self):
         """``u -> J^T u`` as a graph in ``u``, without values: its own pull-back is ``J``."""
-        unevaluated = Unevaluated()
-        seed = [unevaluated.zeros(x).requires_grad_() for x in tree.leaves(self.outputs)]
-        with unevaluated:
+        zeros = SymbolicZeros()
+        seed = [zeros.zeros_like(x).requires_grad_() for x in tree.leaves(self.outputs)]
+        with zeros:
             pulled = self._pull(seed, [*self.leaves.values()], create_graph=True)
         return seed, dict(zip(self.leaves, pulled, strict=True))
 
@@ -167,78 +148,3 @@ class GraphRun:
             return torch.zeros_like(unreached)
         like = next(iter(self.leaves.values()))
         return like.new_zeros(self.calls[self.edges.index(unreached)].shape)
-
-
-class FunctionRun:
-    """The run built from ``torch.func.vjp``, for use inside other transforms."""
-
-    def __init__(self, evaluation: Any):
-        self._hessian = self._jacobian = None
-        self.calls: list[Call] = []
-        self.unrecorded: dict[str, str] = {}
-        if evaluation._taps:
-            # Only the shapes of the layers' outputs are used; a compiler removes this run.
-            with torch.no_grad():
-                _, _, capture = evaluation._forward(renamed(evaluation.params), lambda z: z)
-            self.calls, self.unrecorded = capture.calls, capture.unrecorded
-        like = next(iter(tree.leaves(evaluation.params)), torch.zeros(()))
-        self._zeros = [like.new_zeros(()).expand(c.shape) for c in self.calls]
-        calls = len(self.calls)
-
-        def f(params, zeros):
-            rest = iter(zeros)
-            tap = (lambda z: z + next(rest)) if evaluation._taps else None
-            outputs, buffers, capture = evaluation._forward(renamed(params), tap)
-            if len(capture.calls) != calls:
-                # Without this check a call missed here would have a gradient of zero, silently.
-                msg = (
-                    f"{calls} layer calls were seen in one run and {len(capture.calls)} in another"
-                )
-                raise RuntimeError(msg)
-            return outputs, (buffers, capture.inputs)
-
-        self.outputs, self._vjp, (self.buffers, self.layer_inputs) = vjp(  # pyright: ignore
-            f, evaluation.params, self._zeros, has_aux=True
-        )
-        example_count(self.outputs)
-        self.loss, self._loss_vjp = vjp(  # pyright: ignore
-            lambda x: evaluation.problem.loss(x, evaluation.targets), self.outputs
-        )
-
-    @opened_once
-    def grads(self):
-        return self._vjp(self._loss_vjp(torch.ones_like(self.loss))[0])
-
-    def pull(self, cotangents, keep):
-        return self._vjp(cotangents)[0]
-
-    def pull_layers(self, cotangents, keep):
-        return self._vjp(cotangents)[1]
-
-    def hvp(self, evaluation, vector, keep):
-        if self._hessian is None:
-            self._hessian = vjp(grad(lambda p: evaluation._loss(p)[0]), evaluation.params)[1]
-        return self._hessian(vector)[0]
-
-    def jvp(self, evaluation, vector, keep):
-        if self._jacobian is None:
-            # A pull-back of its own: the one with zeros would be transposed together with them.
-            pull = vjp(lambda p: evaluation._forward(p, None)[0], evaluation.params)[1]
-            zeros = tree.map(torch.zeros_like, self.outputs)
-            self._jacobian = vjp(lambda u: pull(u)[0], zeros)[1]
-        return self._jacobian(vector)[0]
-
-
-class ForwardRun:
-    """The run alone: its outputs, and what the layers were given."""
-
-    def __init__(self, evaluation: Any):
-        params = renamed(evaluation.params)
-        self.outputs, self.buffers, capture = evaluation._forward(params, lambda z: z)
-        self.calls, self.unrecorded = capture.calls, capture.unrecorded
-        self.layer_inputs = capture.inputs
-
-
-def renamed(params: Params) -> Params:
-    """The same values as tensors made here, whose identities a compiler does not guard on."""
-    return {k: p.view_as(p) for k, p in params.items()}

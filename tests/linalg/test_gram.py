@@ -4,7 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from funcprecond.layers.input_moments import MANY, NARROW, WIDE, bordered, gram, patch_gram
+from funcprecond.layers.patches import NARROW, patch_gram
+from funcprecond.linalg.gram import MANY, WIDE, bordered, gram
 from tests.equality import assert_close
 from tests.problems import normal
 
@@ -35,7 +36,7 @@ def patches(x, kernel, stride, padding, dilation, groups):
 @pytest.fixture(params=[0, NARROW], ids=["row by row", "example by example"])
 def narrow(request, monkeypatch):
     """Both ways to the moments of patches, whatever their size."""
-    monkeypatch.setattr("funcprecond.layers.input_moments.NARROW", request.param)
+    monkeypatch.setattr("funcprecond.layers.patches.NARROW", request.param)
 
 
 @pytest.mark.parametrize("shape", [(7, 3), (8200, 65), (1300, 162), (2, 860, 199)])

@@ -1,0 +1,60 @@
+"""The one table of torch functions that get other derivatives here, and the mode that looks there.
+
+Every replacement computes what torch's function computes. Some are there because torch's second
+derivative is slow or not implemented, some because it is wrong. Where a transform, a compiler or
+forward mode traces the call, a replacement is torch's own function, unless that is wrong.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch.overrides import TorchFunctionMode
+
+from funcprecond.autodiff.rules.backward import Spared
+from funcprecond.autodiff.rules.convolution import convolve
+from funcprecond.autodiff.rules.gelu import gelu
+from funcprecond.autodiff.rules.layer_norm import layer_norm
+from funcprecond.autodiff.rules.linear import linear
+from funcprecond.autodiff.rules.max_pool import max_pool2d
+from funcprecond.autodiff.rules.relu import relu
+from funcprecond.autodiff.rules.weight_norm import weight_norm
+
+__all__ = ["RULES", "DifferentiatedTwice", "replaced"]
+
+_AFFINE: dict[Callable[..., Any], Callable[..., Any]] = {
+    F.linear: linear,
+    **{f: functools.partial(convolve, f) for f in (F.conv1d, F.conv2d, F.conv3d)},
+}
+RULES: dict[Callable[..., Any], Callable[..., Any]] = {
+    **_AFFINE,
+    **dict.fromkeys((F.relu, torch.relu, torch.Tensor.relu), relu),
+    F.gelu: gelu,
+    **dict.fromkeys((F.max_pool2d, torch.max_pool2d), max_pool2d),
+    F.layer_norm: layer_norm,
+    torch._weight_norm: weight_norm,
+}
+
+
+def replaced(function: Callable[..., Any], spared: Spared | None = None) -> Callable[..., Any]:
+    """What stands in for a torch function in a run that is differentiated twice.
+
+    Args:
+        function: torch's.
+        spared: the parameters whose gradients may be left without a value.
+
+    Returns:
+        A function of the same arguments; ``function`` itself where the table has no other.
+    """
+    if function in _AFFINE:
+        return functools.partial(_AFFINE[function], spared=spared)
+    return RULES.get(function, function)
+
+
+class DifferentiatedTwice(TorchFunctionMode):
+    """The mode that a user's function runs under where it is differentiated twice."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        return replaced(func)(*args, **(kwargs or {}))

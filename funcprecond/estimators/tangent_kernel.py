@@ -1,0 +1,116 @@
+"""The empirical neural tangent kernel: the inner products of the rows of the model's Jacobian."""
+
+import dataclasses
+from typing import Any, Literal
+
+import torch
+from einops import rearrange
+from torch import Tensor
+
+from funcprecond.autodiff.examples import refuse_coupling
+from funcprecond.curvature.layer_statistics import LayerStatistics
+from funcprecond.evidence import observe
+from funcprecond.losses import MSE, Loss
+from funcprecond.problems import Problem
+from funcprecond.representation.gram import Gram
+from funcprecond.tree import Params
+
+__all__ = ["ntk"]
+
+ENTRIES = LayerStatistics("exact", others="rows", per_sample=True)
+
+
+def ntk(
+    problem: Problem,
+    params: Params,
+    batch: Any,
+    other: Any = None,
+    *,
+    kind: Literal["full", "sum"] = "full",
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """The empirical neural tangent kernel ``J J^T`` of a model whose output is one tensor.
+
+    Args:
+        problem, params, batch: whose kernel, and where. The loss does not matter.
+        other: a second batch of M examples, for the kernel between the two; the first by default.
+        kind: "full", or "sum" for the trace over an output's entries.
+        generator: draws dropout masks.
+
+    Returns:
+        (N, O, M, O) over all O entries of an output, or (N, M) with "sum". Costs a pull-back to the
+        layers for each of the O entries, and for each layer the smaller of two products, of
+        positions or of rows: O of these for "sum", O² for "full". The Jacobian is not formed; in
+        memory are O times the layers' output gradients. Parameters in no layer have their rows
+        formed.
+
+    Raises:
+        ValueError: the model couples the examples of a batch, or ``kind`` is unknown.
+        TypeError: the model's output is not one tensor.
+
+    Example:
+        >>> import torch, funcprecond as fp
+        >>> problem = fp.problem(torch.nn.Linear(4, 3), fp.losses.cross_entropy)
+        >>> batch = torch.rand(8, 4), torch.zeros(8, dtype=torch.int64)
+        >>> fp.ntk(problem, problem.params, batch, kind="sum").shape
+        torch.Size([8, 8])
+    """
+    if kind not in ("full", "sum"):
+        msg = f"kind must be 'full' or 'sum', not {kind!r}"
+        raise ValueError(msg)
+    left = _jacobian(problem, params, batch, generator)
+    right = left if other is None else _jacobian(problem, params, other, generator)
+    entries = left[1]
+    if kind == "sum":
+        each = ((_entry(*left, v), _entry(*right, v)) for v in range(entries))
+        return torch.stack([_inner(a, b) for a, b in each]).sum(0)
+    kernel = _inner(left[0], right[0])
+    return rearrange(kernel, "(o n) (q m) -> n o m q", o=entries, q=entries)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Outputs(Loss):
+    """Each entry of an output by itself: the rows of its "exact" Fisher matrix are those of J."""
+
+    def __call__(self, outputs: Any, targets: Any) -> Tensor:
+        if not isinstance(outputs, Tensor):
+            msg = "the tangent kernel is defined for a model with one tensor as its output"
+            raise TypeError(msg)
+        return outputs.sum()
+
+    def constant(self, outputs: Tensor, targets: Any) -> Tensor:
+        return outputs.new_ones(())
+
+    def exact(self, outputs: Tensor, targets: Any):
+        return MSE().exact(outputs, targets)
+
+
+def _jacobian(problem, params, batch, generator) -> tuple[Gram, int]:
+    """The outputs' Jacobian, rows (o, n), as layers' inputs and output gradients; and O."""
+    problem = dataclasses.replace(problem, loss=_Outputs())
+    refuse_coupling(problem)
+    found = observe(problem, params, batch, (ENTRIES,), generator=generator)
+    return Gram.from_layers(found[ENTRIES], params), found.outputs[0].numel()
+
+
+def _entry(gram: Gram, entries: int, v: int) -> Gram:
+    """The rows of one entry of the outputs."""
+    layers = tuple(dataclasses.replace(x, grads=x.grads[:, v : v + 1]) for x in gram.layers)
+    others = {k: x.unflatten(0, (entries, -1))[v] for k, x in gram.others.items()}
+    return dataclasses.replace(gram, layers=layers, others=others)
+
+
+def _inner(a: Gram, b: Gram) -> Tensor:
+    """The inner products of two sets of rows."""
+    left, right = ({x.weight: x for x in gram.layers} for gram in (a, b))
+    shared = left.keys() & right.keys()
+    terms = [left[k].gram(right[k]) for k in shared]
+    # What is a layer on one batch only has its rows formed.
+    rows = [
+        gram.others
+        | {k: x for p in gram.layers if p.weight not in shared for k, x in p.rows().items()}
+        for gram in (a, b)
+    ]
+    ours, theirs = ({k: x.reshape(len(x), -1) for k, x in each.items()} for each in rows)
+    terms += [x @ theirs[k].mT for k, x in ours.items()]
+    return torch.stack(terms).sum(0)

@@ -1,0 +1,28 @@
+"""The kinds of layers. A new one is a file beside these, and a line in the table here."""
+
+from collections.abc import Callable
+from typing import Any
+
+from funcprecond.layers.kinds.added import Added
+from funcprecond.layers.kinds.base import LayerCall
+from funcprecond.layers.kinds.bilinear import Bilinear
+from funcprecond.layers.kinds.convolution import Convolution
+from funcprecond.layers.kinds.embedding import Embedding
+from funcprecond.layers.kinds.linear import Linear
+from funcprecond.layers.kinds.scale import Scale
+from funcprecond.layers.kinds.transposed_convolution import TransposedConvolution
+
+__all__ = ["KINDS", "KINDS_OF_FUNCTION"]
+
+KINDS: tuple[type[LayerCall], ...] = (
+    Linear,
+    Bilinear,
+    Convolution,
+    TransposedConvolution,
+    Embedding,
+    Scale,
+    Added,
+)
+KINDS_OF_FUNCTION: dict[Callable[..., Any], type[LayerCall]] = {
+    function: kind for kind in KINDS for function in kind.functions
+}

@@ -1,0 +1,37 @@
+"""Parameters that are added to something: ``x + b`` outside of any layer.
+
+Such a use tells what the parameter adds to the run, so that products with a Fisher matrix need not
+run the model; it has no block of its own.
+"""
+
+import dataclasses
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from funcprecond.layers.kinds.base import FunctionCall, LayerCall, Names, Recognized
+from funcprecond.tree import Params
+
+__all__ = ["Added"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Added(LayerCall):
+    """A use of a parameter that is broadcast and added."""
+
+    functions = (torch.add, torch.Tensor.add, torch.Tensor.__add__, torch.Tensor.__radd__)
+    has_block: ClassVar[bool] = False
+
+    @classmethod
+    def recognize(cls, call: FunctionCall, names: Names) -> list[Recognized]:
+        if len(call.args) != 2 or call.kwargs:
+            return []
+        own = [x for x in call.args if names.of(x)]
+        if len(own) != 1:
+            return []
+        # The other summand is no input: nothing about the parameter depends on it.
+        return [Recognized(cls(weight=names.of(own[0]) or ""), own[0])]
+
+    def apply(self, params: Params, x: Tensor) -> Tensor:
+        return params[self.weight].expand(self.shape)

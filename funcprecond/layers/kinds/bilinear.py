@@ -1,0 +1,34 @@
+r"""Bilinear layers: ``z_o = x^T W_o y + b_o``, affine in the products of two inputs' entries."""
+
+import dataclasses
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from funcprecond.layers.kinds.affine import AffineCall
+from funcprecond.layers.kinds.base import FunctionCall, Names, Recognized
+from funcprecond.tree import Params
+
+__all__ = ["Bilinear"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Bilinear(AffineCall):
+    """A use of an (o, p, q) weight; its rows are the outer products of two inputs, ``p q`` long."""
+
+    functions = (F.bilinear, torch.bilinear)
+
+    @classmethod
+    def recognize(cls, call: FunctionCall, names: Names) -> list[Recognized]:
+        x, y = call.argument(0, "input1"), call.argument(1, "input2")
+        weight = names.of(call.argument(2, "weight"))
+        if not weight:
+            return []
+        products = x.unsqueeze(-1) * y.unsqueeze(-2)
+        found = cls(weight=weight, bias=names.of(call.argument(3, "bias")))
+        return [Recognized(found, products.flatten(-2))]
+
+    def apply(self, params: Params, x: Tensor) -> Tensor:
+        bias = None if self.bias is None else params[self.bias]
+        return F.linear(x, params[self.weight].flatten(1), bias)

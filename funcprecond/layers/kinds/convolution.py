@@ -1,0 +1,120 @@
+"""Convolutions of one to three axes, with any stride, padding, dilation and number of groups."""
+
+import dataclasses
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor
+
+from funcprecond.layers.kinds.affine import AffineCall
+from funcprecond.layers.kinds.base import FunctionCall, LayerUse, Names, Recognized, Sharing
+from funcprecond.layers.patches import patch_gram, unfold
+from funcprecond.linalg.gram import bordered
+from funcprecond.linalg.precision import factor_dtype
+from funcprecond.tree import Params
+
+__all__ = ["CONVOLUTIONS", "Convolution", "per_axis"]
+
+# By their number of axes.
+CONVOLUTIONS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Convolution(AffineCall):
+    """A use of an (o, i / J, *kernel) weight; its input rows are patches.
+
+    Attributes:
+        kernel, stride, padding, dilation: one number for each axis; the padding may be a string.
+        channel_groups: J.
+    """
+
+    kernel: tuple[int, ...]
+    stride: tuple[int, ...]
+    padding: tuple[int, ...] | str
+    dilation: tuple[int, ...]
+    channel_groups: int
+
+    functions = tuple(CONVOLUTIONS.values())
+
+    @classmethod
+    def recognize(cls, call: FunctionCall, names: Names) -> list[Recognized]:
+        kernel = call.argument(1, "weight")
+        weight = names.of(kernel)
+        if not weight:
+            return []
+        dims = kernel.ndim - 2
+        options = (call.argument(3, "stride", 1), call.argument(4, "padding", 0))
+        stride, padding, dilation = (
+            per_axis(option, dims) for option in (*options, call.argument(5, "dilation", 1))
+        )
+        found = cls(
+            weight=weight,
+            bias=names.of(call.argument(2, "bias")),
+            kernel=tuple(kernel.shape[2:]),
+            stride=stride,
+            padding=padding,
+            dilation=dilation,
+            channel_groups=call.argument(6, "groups", 1),
+        )
+        return [Recognized(found, call.argument(0, "input"))]
+
+    def apply(self, params: Params, x: Tensor) -> Tensor:
+        convolve = CONVOLUTIONS[len(self.kernel)]
+        bias = None if self.bias is None else params[self.bias]
+        options = (self.stride, self.padding, self.dilation, self.channel_groups)
+        return convolve(x, params[self.weight], bias, *options)  # pyright: ignore
+
+    @property
+    def groups(self) -> int:
+        return self.channel_groups
+
+    @property
+    def fan_out(self) -> int:
+        return self.shape[1] // self.groups
+
+    def fan_in(self, x: Tensor) -> int:
+        return x.shape[1] // self.groups * math.prod(self.kernel)
+
+    def input_rows(self, x: Tensor) -> Tensor:
+        patches = unfold(x, self.kernel, self.stride, self.padding, self.dilation)
+        if self.groups == 1:
+            return patches.mT
+        return rearrange(patches, "n (j c) t -> j n t c", j=self.groups)
+
+    def grad_rows(self, g: Tensor, x: Tensor) -> Tensor:
+        g = g.flatten(3)
+        return g.mT if self.groups == 1 else rearrange(g, "v n (j o) t -> j v n t o", j=self.groups)
+
+    def positions(self, x: Tensor, sharing: Sharing) -> int:
+        return self.shape[0] if sharing == "reduce" else math.prod(self.shape) // self.shape[1]
+
+    def input_moment(
+        self, use: LayerUse, bias: bool, sharing: Sharing, dtype: torch.dtype, thin: bool
+    ) -> Tensor:
+        positions = self.positions(use.inputs, sharing)
+        if sharing == "reduce" or positions <= self.fan_in(use.inputs):
+            return super().input_moment(use, bias, sharing, dtype, thin)
+        geometry = (self.kernel, self.stride, self.padding, self.dilation, self.groups)
+        moment, sums = patch_gram(use.inputs.to(dtype), *geometry)
+        moment = bordered(moment, sums, positions) if bias else moment
+        return moment.squeeze(0) if self.groups == 1 else moment
+
+    def output_moment(self, use: LayerUse, sharing: Sharing) -> Tensor | None:
+        outputs, positions = self.fan_out, math.prod(self.shape[2:])
+        if sharing == "reduce" or outputs > positions:
+            return None
+        # No larger than the gradients themselves, which need not be moved for it.
+        g = use.grads.to(factor_dtype(use.grads)).flatten(3)
+        g = rearrange(g, "v n (j o) t -> (v n) j o t", j=self.groups)
+        moment = (g @ g.mT).sum(0)
+        return moment.squeeze(0) if self.groups == 1 else moment
+
+
+def per_axis(option: Any, dims: int) -> Any:
+    """An option as one number for each axis; a string as it is."""
+    if isinstance(option, str):
+        return option
+    return tuple(option) if isinstance(option, (tuple, list)) else (option,) * dims

@@ -1,0 +1,130 @@
+"""Element-wise scales: ``z = x * w + b`` with one number, or two, for each unit.
+
+They are what a normalisation layer does to its normalised input, unit by unit. A unit has so few
+parameters that its block of the curvature matrix is exact.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from funcprecond.layers.kinds.base import FunctionCall, LayerCall, LayerUse, Names, Recognized
+from funcprecond.linalg.precision import factor_dtype
+from funcprecond.tree import Params
+
+__all__ = ["Scale"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Scale(LayerCall):
+    """A use of a scale, and maybe a bias.
+
+    Attributes:
+        trailing: how many of the last axes the weight has; 0 stands for the channels, axis 1.
+    """
+
+    trailing: int = 0
+
+    functions = (F.layer_norm, F.rms_norm, F.group_norm, F.batch_norm, F.instance_norm)
+
+    @classmethod
+    def recognize(cls, call: FunctionCall, names: Names) -> list[Recognized]:
+        scale, bias, trailing, normalise = _NORMS[call.function](call)
+        weight = names.of(scale)
+        if not weight:
+            return []
+        found = cls(weight=weight, bias=names.of(bias), trailing=trailing)
+        # The normalised input itself: recovered from the output, it would be lost where the scale
+        # is zero.
+        return [Recognized(found, normalise(call.argument(0, "input")))]
+
+    def apply(self, params: Params, x: Tensor) -> Tensor:
+        weight = params[self.weight]
+        bias = None if self.bias is None else params[self.bias]
+        if not self.trailing:
+            shape = (-1, *[1] * (x.ndim - 2))
+            weight, bias = weight.reshape(shape), None if bias is None else bias.reshape(shape)
+        return x * weight if bias is None else x * weight + bias
+
+    def rows(self, x: Tensor, lead: int) -> Tensor:
+        """(*lead, T, U): the units last, all axes beyond the leading ones flattened."""
+        if self.trailing:
+            units = x.shape[x.ndim - self.trailing :].numel()
+            return x.reshape(*x.shape[:lead], -1, units)
+        return x.movedim(lead, -1).reshape(*x.shape[:lead], -1, x.shape[lead])
+
+    def unit_gradients(self, uses: Sequence[LayerUse], bias: bool) -> Tensor:
+        """(V, N, U, 1), or (V, N, U, 2) with a bias: each example's gradient, unit by unit."""
+        terms = []
+        for use in uses:
+            g = self.rows(use.grads, 2)
+            g = g.to(factor_dtype(g))
+            parts = [(g * self.rows(use.inputs, 1)).sum(-2)] + ([g.sum(-2)] if bias else [])
+            terms.append(torch.stack(parts, -1))
+        return functools.reduce(torch.add, terms)
+
+    def unit_blocks(self, uses: Sequence[LayerUse], bias: bool, scale: Tensor) -> Tensor:
+        """(U, 2, 2), or (U, 1, 1): the exact curvature block of each unit's scale and bias."""
+        gradients = self.unit_gradients(uses, bias)
+        return torch.einsum("vnup,vnuq->upq", gradients, gradients) * scale.to(gradients.dtype)
+
+    def example_gradients(self, uses: Sequence[LayerUse], params: Params) -> dict[str, Tensor]:
+        gradients = self.unit_gradients(uses, self.bias is not None).flatten(0, 1)
+        names = [self.weight] + ([] if self.bias is None else [self.bias])
+        return {
+            k: gradients[..., j].reshape(-1, *params[k].shape)
+            for j, k in enumerate(names)
+            if k in params
+        }
+
+
+# ---------------------------------------------------------------------------- normalisation layers
+# (scale, bias, the axes of the scale, the normalisation without them) of a call.
+Norm = tuple[Any, Any, int, Callable[[Tensor], Tensor]]
+
+
+def _layer_norm(call: FunctionCall) -> Norm:
+    shape, epsilon = call.argument(1, "normalized_shape"), call.argument(4, "eps", 1e-5)
+    scale, bias = call.argument(2, "weight"), call.argument(3, "bias")
+    return scale, bias, len(shape), lambda x: F.layer_norm(x, shape, None, None, epsilon)
+
+
+def _rms_norm(call: FunctionCall) -> Norm:
+    shape, epsilon = call.argument(1, "normalized_shape"), call.argument(3, "eps")
+    scale = call.argument(2, "weight")
+    return scale, None, len(shape), lambda x: F.rms_norm(x, shape, None, epsilon)
+
+
+def _group_norm(call: FunctionCall) -> Norm:
+    groups, epsilon = call.argument(1, "num_groups"), call.argument(4, "eps", 1e-5)
+    scale, bias = call.argument(2, "weight"), call.argument(3, "bias")
+    return scale, bias, 0, lambda x: F.group_norm(x, groups, None, None, epsilon)
+
+
+def _statistics_norm(flag: str, call: FunctionCall) -> Norm:
+    """Batch and instance norm, whose flag says whether they take the batch's own statistics."""
+    mean, variance = call.argument(1, "running_mean"), call.argument(2, "running_var")
+    if call.argument(5, flag, False) or mean is None:
+        # Without them, so that the running statistics are updated once, by the model's own call.
+        mean = variance = None
+    scale, bias = call.argument(3, "weight"), call.argument(4, "bias")
+    epsilon = call.argument(7, "eps", 1e-5)
+
+    def normalise(x: Tensor) -> Tensor:
+        return call.function(x, mean, variance, None, None, mean is None, 0.0, epsilon)
+
+    return scale, bias, 0, normalise
+
+
+_NORMS: dict[Callable, Callable[[FunctionCall], Norm]] = {
+    F.layer_norm: _layer_norm,
+    F.rms_norm: _rms_norm,
+    F.group_norm: _group_norm,
+    F.batch_norm: functools.partial(_statistics_norm, "training"),
+    F.instance_norm: functools.partial(_statistics_norm, "use_input_stats"),
+}

@@ -1,0 +1,103 @@
+"""Vectors shaped like the parameters: dicts of tensors with the parameters' names and shapes."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from funcprecond.linalg.precision import factor_dtype, wide_dtype
+from funcprecond.tracing import in_transform
+from funcprecond.tree import Params
+
+__all__ = [
+    "add",
+    "cast",
+    "dot",
+    "fill",
+    "mul",
+    "norm",
+    "ravel",
+    "sub",
+    "unravel",
+    "wide_dot",
+    "zeros_like",
+]
+
+
+def add(x: Params, y: Params, alpha: float | Tensor = 1.0) -> Params:
+    """``x + alpha * y`` over two dicts with the same keys."""
+    if isinstance(alpha, Tensor):
+        return {k: v + alpha * y[k] for k, v in x.items()}
+    return _foreach("add", x, [y[k] for k in x], alpha=alpha)
+
+
+def sub(x: Params, y: Params) -> Params:
+    """``x - y`` over two dicts with the same keys."""
+    return _foreach("sub", x, [y[k] for k in x])
+
+
+def mul(x: Params, factor: float | Tensor) -> Params:
+    """``factor * x``; the factor is a float or a 0-d tensor."""
+    return _foreach("mul", x, factor)
+
+
+def cast(x: Params, like: Params) -> Params:
+    """``x`` in the keys, their order and the dtypes of ``like``; it may have more entries."""
+    # Not ``to`` alone: in a small step even the calls that return their input would be felt.
+    return {k: x[k] if x[k].dtype == v.dtype else x[k].to(v.dtype) for k, v in like.items()}
+
+
+def fill(x: Params, like: Params) -> Params:
+    """``x`` with the keys and dtypes of ``like``, zero where it has no entry."""
+    return {k: x[k].to(v.dtype) if k in x else torch.zeros_like(v) for k, v in like.items()}
+
+
+def zeros_like(params: Params) -> Params:
+    """Zeros shaped like the parameters, in float32 or wider: what a method's statistics start as."""
+    return {k: torch.zeros_like(p, dtype=factor_dtype(p)) for k, p in params.items()}
+
+
+def dot(x: Params, y: Params) -> Tensor:
+    """The inner product over all entries, a 0-d tensor, accumulated in float32 or wider."""
+    parts = [_lift(x[k]).reshape(-1).dot(_lift(y[k]).reshape(-1)) for k in x]
+    return torch.stack(parts).sum() if parts else torch.zeros(())
+
+
+def wide_dot(x: Params, y: Params) -> Tensor:
+    """The inner product, a 0-d tensor, of products summed in :func:`precision.wide_dtype`."""
+    return torch.stack([(x[k] * y[k]).sum(dtype=wide_dtype(x[k])) for k in x]).sum()
+
+
+def norm(x: Params) -> Tensor:
+    """The Euclidean norm over all entries, a 0-d tensor."""
+    return dot(x, x).sqrt()
+
+
+def ravel(x: Mapping[str, Tensor]) -> Tensor:
+    """All entries as one vector, in the order of the keys."""
+    return torch.cat([v.reshape(-1) for v in x.values()]) if x else torch.zeros(0)
+
+
+def unravel(vector: Tensor, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The inverse of :func:`ravel`: a dict of tensors shaped as in ``like``."""
+    parts = vector.split([v.numel() for v in like.values()])
+    return {k: p.reshape(v.shape) for (k, v), p in zip(like.items(), parts, strict=True)}
+
+
+def _foreach(name: str, x: Params, other: Any, **kwargs: Any) -> Params:
+    if not x:
+        return {}
+    tensors = list(x.values())
+    if in_transform():
+        # vmap has no rule for the multi-tensor operations.
+        others = other if isinstance(other, list) else [other] * len(tensors)
+        single = getattr(torch, name)
+        values = [single(v, o, **kwargs) for v, o in zip(tensors, others, strict=True)]
+    else:
+        values = getattr(torch, f"_foreach_{name}")(tensors, other, **kwargs)
+    return dict(zip(x, values, strict=True))
+
+
+def _lift(x: Tensor) -> Tensor:
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
