@@ -39,7 +39,7 @@ from funcprecond.methods.hessian_free import hessian_free
 from funcprecond.methods.kfac import kfac, kflr
 from funcprecond.methods.kl_shampoo import kl_shampoo
 from funcprecond.methods.lbfgs import lbfgs
-from funcprecond.methods.muon import muon, muon_rules
+from funcprecond.methods.muon import muon
 from funcprecond.methods.one_sided_shampoo import one_sided_shampoo
 from funcprecond.methods.sgd import sgd
 from funcprecond.methods.shampoo import shampoo
@@ -55,13 +55,15 @@ from funcprecond.operators.nystrom_sketch import nystrom, nystrom_cg
 from funcprecond.operators.operator import Operator
 from funcprecond.problems import Problem, problem
 from funcprecond.representation.average import RisingDecay
-from funcprecond.transform import Transform, apply, chain, make_step, make_update
+from funcprecond.step import make_step, make_update
+from funcprecond.transform import Transform, apply, chain
 from funcprecond.transforms.accumulate import accumulate
 from funcprecond.transforms.clip import clip_norm
 from funcprecond.transforms.graft import graft
 from funcprecond.transforms.kl_clip import kl_clip
 from funcprecond.transforms.momentum import momentum
 from funcprecond.transforms.partition import assign, partition
+from funcprecond.transforms.routing import muon_rules
 from funcprecond.transforms.scale import scale
 from funcprecond.transforms.skip_nonfinite import skip_nonfinite
 from funcprecond.transforms.weight_decay import weight_decay

@@ -8,6 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import funcprecond as fp
+from funcprecond.representation.average import Average
+from funcprecond.representation.kronecker_dim import KroneckerDim
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,3 +146,9 @@ def update(toy: Toy, opt: fp.Transform, steps: int = 1, params=None):
         evidence = fp.observe(toy.problem, params, toy.at(t), opt.needs(t), generator=seeded(t))
         state, direction = opt.update(state, evidence.grads, evidence)
     return state, direction, evidence
+
+
+def kronecker_dim(*factors: Tensor) -> KroneckerDim:
+    """The statistics of one parameter ``"w"``, measured once."""
+    total = {"factors": {"w": factors}, "diagonals": {}}
+    return KroneckerDim(Average(total, torch.ones((), dtype=torch.float64)))

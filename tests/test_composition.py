@@ -3,7 +3,6 @@ import torch
 
 import funcprecond as fp
 from funcprecond.composition import Composed, NoSolver
-from funcprecond.curvature.ggn import GGNOperator
 from funcprecond.curvature.gradient import BatchGradient
 from funcprecond.curvature.hessian import HessianProbes
 from funcprecond.curvature.per_sample import PerSampleGrads
@@ -93,8 +92,8 @@ def test_the_current_measurement_is_inside_its_own_preconditioner(randn):
 
 def test_without_evidence_the_missing_curvature_is_named(randn):
     g = {"w": randn(4)}
-    opt = fp.compose(GGNOperator(), Diagonal, Divide())
-    with pytest.raises(fp.MissingEvidence, match="GGNOperator"):
+    opt = fp.compose(PerSampleGrads(), Diagonal, Divide())
+    with pytest.raises(fp.MissingEvidence, match="PerSampleGrads"):
         opt.update(opt.init(g), g)
 
 

@@ -20,10 +20,12 @@ def test_the_code_runs_from_top_to_bottom():
     assert namespace["evidence"].loss.shape == (3,)
 
 
-def test_the_table_is_the_generated_one():
-    shown = re.search(r"<!-- methods -->\n(.*?)\n<!-- /methods -->", README, re.S)
+@pytest.mark.parametrize(("marker", "works"), [("methods", True), ("planned", False)])
+def test_the_tables_are_the_generated_ones(marker, works):
+    shown = re.search(rf"<!-- {marker} -->\n(.*?)\n<!-- /{marker} -->", README, re.S)
     assert shown is not None, "the markers of the table are gone"
-    assert shown[1] == table(), "run: python -m funcprecond list-methods, and paste its output"
+    expected = table(works=works)
+    assert shown[1] == expected, "run: python -m funcprecond list-methods, and paste its output"
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "tutorials").glob("*.py")), ids=lambda p: p.stem)

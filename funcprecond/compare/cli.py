@@ -10,7 +10,8 @@ import torch
 
 from funcprecond.compare.arguments import check_device, check_names, names, numbers
 from funcprecond.compare.tasks import TASKS
-from funcprecond.methods.table import CARDS, table
+from funcprecond.methods.card import CARDS
+from funcprecond.methods.table import table
 
 MISSING = "The comparison needs {name}, which is not installed: pip install 'funcprecond[compare]'."
 

@@ -10,7 +10,7 @@ from funcprecond.compare.plan import Setting
 from funcprecond.compare.store import Store
 from funcprecond.compare.sweep import best, next_exponent, rate
 from funcprecond.compare.train import train
-from funcprecond.methods.table import CARDS
+from funcprecond.methods.card import CARDS
 
 Result = dict[str, Any]
 

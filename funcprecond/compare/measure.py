@@ -18,7 +18,7 @@ from funcprecond.compare.plan import Setting
 from funcprecond.compare.recipe import options, recipe
 from funcprecond.compare.tasks import TASKS
 from funcprecond.compare.train import clock
-from funcprecond.methods.table import CARDS
+from funcprecond.methods.card import CARDS
 
 ROUNDS = 25
 SECONDS = 1.0  # no new round is begun after this long, once there are five

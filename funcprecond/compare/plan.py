@@ -13,7 +13,7 @@ import torch
 import funcprecond as fp
 from funcprecond.compare.recipe import momentum, options
 from funcprecond.compare.tasks import Task
-from funcprecond.methods.table import CARDS
+from funcprecond.methods.card import CARDS
 
 # Changing how results look must not throw results away.
 PRESENTATION = {"compare/report", "compare/cli.py", "compare/progress.py", "compare/summary.py"}
@@ -78,7 +78,7 @@ def settings(
         Setting(task.name, method, batch_size, interval, steps, device, threads)
         for method in methods
         for batch_size in batch_sizes
-        for interval in (intervals if CARDS[method].intervals else [None])
+        for interval in (intervals if CARDS[method].has_intervals else [None])
     ]
 
 

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import funcprecond as fp
-from funcprecond.methods.table import CARDS
+from funcprecond.methods.card import CARDS
 from funcprecond.transform import Transform
 
 MOMENTUM = 0.9
@@ -41,7 +41,7 @@ def builder(method: str) -> Callable[..., Transform]:
 
 def momentum(method: str) -> float:
     """Momentum that the comparison puts after a method; 0 for none."""
-    return 0.0 if CARDS[method].momentum or method in WITHOUT_MOMENTUM else MOMENTUM
+    return 0.0 if CARDS[method].carries_momentum or method in WITHOUT_MOMENTUM else MOMENTUM
 
 
 def options(method: str, interval: int | None) -> dict[str, Any]:

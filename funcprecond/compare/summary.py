@@ -9,7 +9,7 @@ from funcprecond.compare.engine import Engine
 from funcprecond.compare.plan import Setting
 from funcprecond.compare.sweep import rate
 from funcprecond.compare.tasks import TASKS, Task
-from funcprecond.methods.table import CARDS
+from funcprecond.methods.card import CARDS
 
 
 @dataclass(frozen=True)

@@ -5,20 +5,15 @@ Adam, Shampoo and CASPR take the root of.
 """
 
 import dataclasses
+from typing import ClassVar
 
 import torch
-from torch import Tensor
 
 from funcprecond.linalg.precision import factor_dtype
 from funcprecond.need import Need
 from funcprecond.tree import Params, state
 
-__all__ = ["BatchGradient", "OuterProduct", "unfold_mode"]
-
-
-@dataclasses.dataclass(frozen=True)
-class BatchGradient(Need):
-    """The gradient that ``update`` was given, as a curvature matrix: nothing is measured."""
+__all__ = ["BatchGradient", "OuterProduct"]
 
 
 @state
@@ -41,6 +36,8 @@ class OuterProduct:
         return {k: torch.outer(g, g) for k, g in flat.items()}
 
 
-def unfold_mode(tensor: Tensor, axis: int) -> Tensor:
-    """(n_axis, N / n_axis): the slices along ``axis`` as rows."""
-    return tensor.movedim(axis, 0).reshape(tensor.shape[axis], -1)
+@dataclasses.dataclass(frozen=True)
+class BatchGradient(Need):
+    """The gradient that ``update`` was given, as a curvature matrix: nothing is measured."""
+
+    gives: ClassVar[type] = OuterProduct

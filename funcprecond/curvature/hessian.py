@@ -95,6 +95,7 @@ class HessianProbes(Need):
     n: int = 1
     distribution: Distribution = "rademacher"
     twice: ClassVar[bool] = True
+    gives: ClassVar[type] = Probes
 
     def __post_init__(self):
         if self.n < 1 or self.distribution not in ("rademacher", "normal"):

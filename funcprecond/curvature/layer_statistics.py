@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from funcprecond.autodiff.evaluation import Evaluation
+from funcprecond.autodiff.examples import refuse_coupling
 from funcprecond.evidence import observe
 from funcprecond.layers.blocks import Layers, split_block
 from funcprecond.layers.kinds.base import LayerUse, Sharing
@@ -27,7 +28,7 @@ from funcprecond.need import Need
 from funcprecond.problems import Problem
 from funcprecond.tree import Params
 
-__all__ = ["LayerStatistics", "layer_statistics", "layer_uses"]
+__all__ = ["ExampleRows", "LayerStatistics", "layer_statistics", "layer_uses"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,6 +124,21 @@ class LayerStatistics(Need):
             _warn_of_diagonals(names, evaluation)
             others = {k: r.square().sum((0, 1)) for k, r in others.items()}
         return Layers(uses, others, scale, self.sharing)
+
+
+@dataclasses.dataclass(frozen=True)
+class ExampleRows(LayerStatistics):
+    """Layer statistics that tell the examples apart, and rows for everything else.
+
+    They are all that the Gram matrix of per-sample gradients is made of.
+    """
+
+    others: Literal["diagonal", "rows", "none"] = "rows"
+    per_sample: bool = True
+
+    def measure(self, evaluation: Evaluation, noise: Any) -> Layers:
+        refuse_coupling(evaluation.problem)
+        return super().measure(evaluation, noise)
 
 
 def layer_statistics(

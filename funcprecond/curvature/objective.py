@@ -1,7 +1,7 @@
 """The loss and its gradient at other points of the batch that is being observed."""
 
 import dataclasses
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -13,7 +13,10 @@ __all__ = ["Objective", "ObjectiveFunctions"]
 
 
 class ObjectiveFunctions:
-    """The loss, and its gradient, as functions: the same batch, the same dropout masks."""
+    """The loss, and its gradient, as functions on one batch, with the same dropout masks.
+
+    They live for one step.
+    """
 
     def __init__(self, evaluation: Evaluation):
         self._evaluation = evaluation
@@ -26,10 +29,25 @@ class ObjectiveFunctions:
         """The loss and its gradient at ``params``."""
         return self._evaluation.objective(params)
 
+    def loss_after(self, step: Params) -> Tensor:
+        """The loss at ``params + step``, for a step that may leave out parameters."""
+        return self.loss(self.moved(step))
+
+    def gradient_after(self, step: Params) -> tuple[Tensor, Params]:
+        """The loss and its gradient at ``params + step``."""
+        return self.gradient(self.moved(step))
+
+    def moved(self, step: Params) -> Params:
+        """``params + step``, in the parameters' dtypes; those that the step leaves out stay."""
+        params = self._evaluation.params
+        return {**params, **{k: (params[k] + s).to(params[k].dtype) for k, s in step.items()}}
+
 
 @dataclasses.dataclass(frozen=True)
 class Objective(Need):
-    """The objective as functions of the parameters. They live for one step."""
+    """The objective as functions of the parameters, :class:`ObjectiveFunctions`."""
+
+    gives: ClassVar[type] = ObjectiveFunctions
 
     def measure(self, evaluation: Evaluation, noise: Any) -> ObjectiveFunctions:
         return ObjectiveFunctions(evaluation)

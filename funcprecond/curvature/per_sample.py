@@ -55,6 +55,7 @@ class PerSampleGrads(Need):
 
     chunk_size: int | None = None
     layers: ClassVar[bool] = True
+    gives: ClassVar[type] = PerSample
 
     def measure(self, evaluation: Evaluation, noise: Any) -> PerSample:
         layers = _LAYERS.measure(evaluation, ())

@@ -6,12 +6,12 @@ gradient.
 """
 
 import dataclasses
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
-from torch import Tensor
 
 from funcprecond.autodiff.evaluation import Evaluation
+from funcprecond.checks import at_least, one_of
 from funcprecond.need import Need
 from funcprecond.problems import Problem
 from funcprecond.tree import Params, state
@@ -21,15 +21,13 @@ __all__ = ["SampledGradient", "SampledGradients"]
 
 @state
 class SampledGradients:
-    """Gradients whose outer products sum to an estimate of ``c F``.
+    """Gradients whose outer products sum to an estimate of a Fisher matrix.
 
     Attributes:
         grads: (samples, *shape) for each parameter.
-        constant: the loss's reduction constant ``c``, 1 / N for a mean over examples; 0-d.
     """
 
     grads: Params
-    constant: Tensor
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,18 +38,19 @@ class SampledGradient(Need):
         labels: sampled from the model's prediction ("mc"), or the data's own ("empirical"): then it
             is the training gradient itself, at no cost.
         samples: how many gradients, with "mc"; each carries ``1 / sqrt(samples)``.
+        per_sample: divide by the root of the loss's reduction constant c, so that the outer
+            products estimate the Fisher matrix F. Without, they estimate c F, which is the
+            covariance of the mini-batch's gradient.
     """
 
     labels: Literal["mc", "empirical"] = "mc"
     samples: int = 1
+    per_sample: bool = False
+    gives: ClassVar[type] = SampledGradients
 
     def __post_init__(self):
-        if self.labels not in ("mc", "empirical"):
-            msg = f"labels must be 'mc' or 'empirical', not {self.labels!r}"
-            raise ValueError(msg)
-        if self.samples < 1:
-            msg = f"samples must be at least 1, not {self.samples}"
-            raise ValueError(msg)
+        one_of(("mc", "empirical"), labels=self.labels)
+        at_least(1, samples=self.samples)
 
     def draw(
         self, problem: Problem, params: Params, batch: Any, generator: torch.Generator | None
@@ -68,4 +67,6 @@ class SampledGradient(Need):
             cotangents = evaluation.cotangents("mc", noise)
             rows = [evaluation.pull(constant.to(u.dtype) * u) for u in cotangents]
         stacked = {k: torch.stack([row[k] for row in rows]) for k in evaluation.params}
-        return SampledGradients(stacked, constant)
+        if self.per_sample:
+            stacked = {k: g * constant.rsqrt().to(g.dtype) for k, g in stacked.items()}
+        return SampledGradients(stacked)

@@ -14,7 +14,16 @@ from torch import Tensor
 
 from funcprecond.tracing import multi_tensor
 
-__all__ = ["grams", "multiply", "symmetric"]
+__all__ = [
+    "along",
+    "axes_below",
+    "axes_of",
+    "grams",
+    "mode_gram",
+    "mode_product",
+    "multiply",
+    "symmetric",
+]
 
 # Neighbours up to this many entries together are cheaper as one axis than one after another.
 TOGETHER = 32
@@ -52,6 +61,36 @@ def multiply(matrices: Sequence[Tensor], x: Tensor, axes: Sequence[int]) -> Tens
         # Few rows are written several times faster than few columns, and a copy is less than that.
         y = (matrix @ y).mT if len(y) <= TOGETHER else y.mT @ matrix.mT
     return y.reshape(x.shape).contiguous()
+
+
+def mode_product(matrix: Tensor, x: Tensor, axis: int) -> Tensor:
+    """Contract ``axis`` of ``x`` with axis 1 of ``matrix``; the axis stays in place."""
+    if x.ndim == 2:
+        return matrix @ x if axis == 0 else x @ matrix.mT
+    product = torch.tensordot(matrix, x, ([1], [axis]))  # pyright: ignore[reportArgumentType]
+    return product.movedim(0, axis)
+
+
+def mode_gram(tensor: Tensor, axis: int) -> Tensor:
+    """(n_axis, n_axis): the Gram matrix of the slices along ``axis``."""
+    return grams(tensor, (axis,))[0]
+
+
+def axes_of(shape: torch.Size) -> tuple[int, ...]:
+    """The axes that have a factor: those longer than 1, if there are two and no axis is empty.
+
+    An axis of length 1 would waste an exponent: an (n, 1) matrix is a vector.
+    """
+    axes = tuple(i for i, n in enumerate(shape) if n > 1)
+    return axes if len(axes) > 1 and 0 not in shape else ()
+
+
+def axes_below(shape: torch.Size, max_dim: int) -> tuple[int, ...]:
+    """The axes with a factor: those longer than 1, if there are two, and not above ``max_dim``.
+
+    0 is no limit.
+    """
+    return tuple(i for i in axes_of(shape) if not max_dim or shape[i] <= max_dim)
 
 
 def symmetric(rows: Tensor) -> Tensor:
@@ -98,3 +137,11 @@ def _partial_traces(gram: Tensor, sizes: Sequence[int]) -> list[Tensor]:
         torch.einsum(both, [*range(k), *(k if j == i else j for j in range(k))], [i, k])
         for i in range(k)
     ]
+
+
+def along(vectors: tuple[Tensor, ...], axes: tuple[int, ...], like: Tensor) -> Tensor:
+    """The outer product of vectors along some axes of a tensor, in a shape to be broadcast."""
+    product = torch.ones((), dtype=like.dtype, device=like.device)
+    for v, axis in zip(vectors, axes, strict=True):
+        product = product * v.reshape([-1 if i == axis else 1 for i in range(like.ndim)])
+    return product

@@ -3,22 +3,41 @@
 Axes of length 1 carry nothing and are dropped; small neighbouring axes can be merged, so that the
 3 x 3 kernel of a convolution is not two tiny factors; and long axes can be cut into blocks, each
 preconditioned as if it were a parameter of its own, which bounds the cost of a factor.
-:func:`in_blocks` does that to any method.
+:func:`funcprecond.transforms.in_blocks.in_blocks` does that to any method.
 """
 
 import dataclasses
+import functools
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from funcprecond.evidence import Evidence
-from funcprecond.transform import Transform
-from funcprecond.tree import Params
+from funcprecond.checks import at_least, one_of
 
-__all__ = ["Blocking", "in_blocks", "merged"]
+__all__ = ["Blocking", "Side", "merged"]
+
+Shape = tuple[int, ...]
+Side = Literal["all", "shortest", "first", "last"]
+
+
+class _Layout(NamedTuple):
+    """What becomes of parameters of one shape.
+
+    Attributes:
+        view: the shape after dropping and merging axes.
+        places: the slices of each block, by its place; None for a single block.
+        counts: the number of blocks along each axis of the view.
+        has_factors: whether any block has a factor.
+    """
+
+    view: Shape
+    places: Mapping[str, tuple[slice, ...]] | None
+    counts: Shape
+    has_factors: bool
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,26 +50,31 @@ class Blocking:
         block: longer axes are cut into pieces of this length, the last one shorter; 0 for never.
         max_dim: longer axes, after that, have no factor: the identity stands for it; 0 for no
             limit.
+        side: which axes of a block have a factor: all of them, or the shortest, the first or the
+            last alone.
     """
 
     merge: int = 0
     block: int = 0
     max_dim: int = 0
+    side: Side = "all"
 
     def __post_init__(self):
-        for name, value in dataclasses.asdict(self).items():
-            if value < 0:
-                msg = f"{name} must be a length, or 0 for none, not {value}"
-                raise ValueError(msg)
+        at_least(0, merge=self.merge, block=self.block, max_dim=self.max_dim)
+        one_of(("all", "shortest", "first", "last"), side=self.side)
 
-    def shape(self, shape: Sequence[int]) -> tuple[int, ...]:
+    def shape(self, shape: Sequence[int]) -> Shape:
         """The parameter's shape after dropping and merging axes."""
-        kept = [n for n in shape if n != 1]
-        return tuple(merged(kept, self.merge)) if self.merge else tuple(kept)
+        return self._layout(shape).view
 
-    def axes(self, shape: Sequence[int]) -> tuple[int, ...]:
+    def axes(self, shape: Sequence[int]) -> Shape:
         """The axes of a block that have a factor."""
-        return tuple(i for i, n in enumerate(shape) if not self.max_dim or n <= self.max_dim)
+        axes = tuple(i for i, n in enumerate(shape) if not self.max_dim or n <= self.max_dim)
+        if self.side == "all" or not axes:
+            return axes
+        if self.side == "shortest":
+            return (min(axes, key=lambda i: shape[i]),)
+        return axes[:1] if self.side == "first" else axes[-1:]
 
     def has_factors(self, shape: Sequence[int]) -> bool:
         """Whether a parameter of this shape has any factor.
@@ -58,63 +82,50 @@ class Blocking:
         Vectors and scalars have none, and neither has a parameter all of whose axes are too long:
         the diagonal of the second moment stands in.
         """
-        view = self.shape(shape)
-        pieces = [min(n, self.block) if self.block else n for n in view]
-        return 0 not in view and len(view) > 1 and len(self.axes(pieces)) > 0
+        return self._layout(shape).has_factors
 
     def split(self, name: str, tensor: Tensor) -> dict[str, Tensor]:
         """The parameter's blocks by name: its own, with the block's place if there are several."""
-        view = tensor.reshape(self.shape(tensor.shape))
-        places = self._places(view.shape)
-        if len(places) == 1:
+        layout = self._layout(tensor.shape)
+        view = tensor if layout.view == tensor.shape else tensor.reshape(layout.view)
+        if layout.places is None:
             return {name: view}
-        return {f"{name}[{key}]": view[place] for key, place in places.items()}
+        return {f"{name}[{key}]": view[place] for key, place in layout.places.items()}
 
-    def join(self, name: str, blocks: dict[str, Tensor], like: Tensor) -> Tensor:
+    def join(self, name: str, blocks: Mapping[str, Tensor], like: Tensor) -> Tensor:
         """The inverse of :meth:`split`, shaped like ``like``."""
-        shape = self.shape(like.shape)
-        places = self._places(shape)
-        if len(places) == 1:
+        layout = self._layout(like.shape)
+        if layout.places is None:
             return blocks[name].reshape(like.shape)
-        rows = iter([blocks[f"{name}[{key}]"] for key in places])
-        counts = [len(self._pieces(n)) for n in shape]
-        return _assemble(rows, counts, 0).reshape(like.shape)
+        parts = iter([blocks[f"{name}[{key}]"] for key in layout.places])
+        return _assembled(parts, layout.counts, 0).reshape(like.shape)
 
-    def _pieces(self, n: int) -> list[slice]:
-        step = self.block if self.block and n > self.block else max(n, 1)
-        return [slice(i, min(i + step, n)) for i in range(0, max(n, 1), step)]
+    def _layout(self, shape: Sequence[int]) -> _Layout:
+        # Remembered, because it is asked for at every step; a compiler traces it once anyway.
+        of = _layout.__wrapped__ if torch.compiler.is_compiling() else _layout
+        return of(self, tuple(shape))
 
-    def _places(self, shape: Sequence[int]) -> dict[str, tuple[slice, ...]]:
-        pieces = [list(enumerate(self._pieces(n))) for n in shape]
-        return {
+
+@functools.lru_cache(maxsize=4096)
+def _layout(blocking: Blocking, shape: Shape) -> _Layout:
+    kept = [n for n in shape if n != 1]
+    view = tuple(merged(kept, blocking.merge)) if blocking.merge else tuple(kept)
+    pieces = [list(enumerate(_pieces(n, blocking.block))) for n in view]
+    counts = tuple(len(p) for p in pieces)
+    places = None
+    if math.prod(counts) != 1:
+        places = {
             ",".join(str(i) for i, _ in place): tuple(s for _, s in place)
             for place in itertools.product(*pieces)
         }
+    lengths = [min(n, blocking.block) if blocking.block else n for n in view]
+    has_factors = 0 not in view and len(view) > 1 and len(blocking.axes(lengths)) > 0
+    return _Layout(view, places, counts, has_factors)
 
 
-def in_blocks(inner: Transform, blocking: Blocking) -> Transform:
-    """A method on the blocks of parameters with at least two axes, as if they were parameters.
-
-    Args:
-        inner: a method that looks at the gradient and its intervals only. Its state is by block.
-        blocking: the layout; ``max_dim`` is left to the method.
-    """
-
-    def split(params: Params) -> Params:
-        blocks = {}
-        for name, p in params.items():
-            blocks |= blocking.split(name, p) if blocking.has_factors(p.shape) else {name: p}
-        return blocks
-
-    def update(state, grads: Params, evidence: Evidence | None = None):
-        state, found = inner.update(state, split(grads), evidence)
-        direction = {
-            k: blocking.join(k, found, g) if blocking.has_factors(g.shape) else found[k]
-            for k, g in grads.items()
-        }
-        return state, direction
-
-    return Transform(lambda params: inner.init(split(params)), update, inner.needs)
+def _pieces(n: int, block: int) -> list[slice]:
+    step = block if block and n > block else max(n, 1)
+    return [slice(i, min(i + step, n)) for i in range(0, max(n, 1), step)]
 
 
 def merged(shape: Sequence[int], limit: int) -> list[int]:
@@ -133,10 +144,9 @@ def merged(shape: Sequence[int], limit: int) -> list[int]:
     return result or [math.prod(shape)]
 
 
-def _assemble(blocks, counts: Sequence[int], axis: int) -> Tensor:
-
-    parts = [
-        next(blocks) if axis == len(counts) - 1 else _assemble(blocks, counts, axis + 1)
-        for _ in range(counts[axis])
+def _assembled(parts: Iterator[Tensor], counts: Sequence[int], axis: int) -> Tensor:
+    inner = axis + 1 < len(counts)
+    along = [
+        _assembled(parts, counts, axis + 1) if inner else next(parts) for _ in range(counts[axis])
     ]
-    return torch.cat(parts, axis) if len(parts) > 1 else parts[0]
+    return torch.cat(along, axis) if len(along) > 1 else along[0]

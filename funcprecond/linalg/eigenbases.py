@@ -14,9 +14,8 @@ from torch.nn.functional import pad
 from funcprecond.linalg.axes import multiply
 from funcprecond.linalg.batching import by_shape
 from funcprecond.linalg.precision import decomposition_dtype
-from funcprecond.representation.kronecker_dim import axes_of
 
-__all__ = ["axes_below", "eigenvectors", "identities", "orthogonal_step", "rotate", "rotate_back"]
+__all__ = ["eigenvectors", "identities", "orthogonal_step", "rotate", "rotate_back"]
 
 Bases = dict[str, tuple[Tensor, ...]]
 
@@ -128,14 +127,6 @@ def identities(p: Tensor, axes: tuple[int, ...], dtype: torch.dtype) -> tuple[Te
     return tuple(torch.eye(p.shape[i], dtype=dtype, device=p.device) for i in axes)
 
 
-def axes_below(shape: torch.Size, max_dim: int) -> tuple[int, ...]:
-    """The axes with a factor: those longer than 1, if there are two, and not above ``max_dim``.
-
-    0 is no limit.
-    """
-    return tuple(i for i in axes_of(shape) if not max_dim or shape[i] <= max_dim)
-
-
 def rotate(x: Tensor, bases: tuple[Tensor, ...], axes: tuple[int, ...]) -> Tensor:
     """The coordinates of x in the bases: ``x ×_i Q_i^T``."""
     return multiply([q.mT for q in bases], x, axes)
@@ -160,6 +151,25 @@ def rotate_over(
             x = multiply([n.mT], multiply([q], x, (i,)), (i,))
     kept = [(q, n, i) for q, n, i, one in zip(old, new, axes, short, strict=True) if one]
     return multiply([n.mT @ q for q, n, _ in kept], x, [i for *_, i in kept])
+
+
+def eigenvalues_in(statistics: tuple[Tensor, ...], bases: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """The diagonals ``q_i^T S q_i``, of each axis by the columns of its basis."""
+    return tuple((q * (s @ q)).sum(-2) for s, q in zip(statistics, bases, strict=True))
+
+
+def turned_eigenvalues(
+    values: tuple[Tensor, ...], old: tuple[Tensor, ...], new: tuple[Tensor, ...]
+) -> tuple[Tensor, ...]:
+    """The diagonals, in the new bases, of the matrices that are ``diag(values)`` in the old ones."""
+    return tuple(x.square() @ v for x, v in zip(turns(old, new), values, strict=True))
+
+
+def turned_squares(
+    v: Tensor, old: tuple[Tensor, ...], new: tuple[Tensor, ...], axes: tuple[int, ...]
+) -> Tensor:
+    """The diagonal, in the new bases, of the matrix that is ``diag(v)`` in the old ones."""
+    return multiply([x.square() for x in turns(old, new)], v, axes)
 
 
 def turns(old: tuple[Tensor, ...], new: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

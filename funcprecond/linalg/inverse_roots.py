@@ -12,12 +12,14 @@ import torch
 from torch import Tensor
 
 from funcprecond.linalg.axes import symmetric
-from funcprecond.linalg.precision import decomposition_dtype, wide
+from funcprecond.linalg.eigh import eigh
+from funcprecond.linalg.precision import decomposition_dtype
 from funcprecond.linalg.root_iterations import coupled_newton, norm_bound, polar_express
 
-__all__ = ["Method", "chosen", "eigen_root", "inverse_root"]
+__all__ = ["Method", "Ridge", "chosen", "eigen_root", "inverse_root"]
 
 Method = Literal["auto", "eigh", "polar_express", "coupled_newton"]
+Ridge = Literal["inner", "outer"]
 
 
 def inverse_root(
@@ -27,6 +29,7 @@ def inverse_root(
     epsilon: float | Tensor,
     method: Method = "auto",
     dtype: torch.dtype | None = None,
+    ridge: Ridge = "inner",
 ) -> tuple[Tensor, Tensor]:
     """``(A + epsilon lambda_max I)^(-1/p)`` of each matrix of a stack.
 
@@ -38,15 +41,22 @@ def inverse_root(
         method: "eigh", "polar_express", "coupled_newton"; "auto" is eigh on a CPU, and elsewhere
             the first of Polar Express, coupled Newton and eigh that can take this p.
         dtype: what to compute in; for eigh on a CPU float64, float32 otherwise by default.
+        ridge: where it is added: "inner" as above, or "outer" for ``(A^(1/p) + epsilon
+            lambda_max^(1/p) I)^-1``, which takes eigh.
 
     Returns:
         The roots, in the dtype of ``matrices``, and (...,) booleans: False where the matrix was
         zero or not finite or the method did not converge, and the root is meaningless.
     """
+    if ridge == "outer" and method == "auto":
+        method = "eigh"
     method = chosen(method, p, matrices.device)
+    if ridge == "outer" and method != "eigh":
+        msg = f"a ridge outside of the root takes method='eigh', not {method!r}"
+        raise ValueError(msg)
     if method == "eigh":
         vectors, values, ok = eigen_root(
-            matrices, 2 * p, epsilon=epsilon, dtype=dtype, as_computed=True
+            matrices, 2 * p, epsilon=epsilon, dtype=dtype, as_computed=True, ridge=ridge
         )
         half = vectors * values.unsqueeze(-2)
         return symmetric(half).to(matrices.dtype), ok
@@ -65,11 +75,13 @@ def eigen_root(
     epsilon: float | Tensor,
     dtype: torch.dtype | None = None,
     as_computed: bool = False,
+    ridge: Ridge = "inner",
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The same root in two parts: the eigenvectors, and each eigenvalue's root.
 
     Args:
-        matrices, p, epsilon, dtype: see :func:`inverse_root`.
+        matrices, p, epsilon, dtype, ridge: see :func:`inverse_root`; the ridge is that of half the
+            root, so that its square has the one of the whole.
         as_computed: return them in the dtype that they were computed in.
 
     Returns:
@@ -79,8 +91,13 @@ def eigen_root(
     if dtype is None:
         dtype = decomposition_dtype(matrices)
     a, scale, ok = _scaled(matrices, dtype)
-    eigenvalues, vectors, converged = _eigh(a)
-    values = (eigenvalues.clamp_min(0.0) + epsilon * eigenvalues[..., -1:]) ** (-1.0 / p)
+    eigenvalues, vectors, converged = eigh(a)
+    eigenvalues = eigenvalues.clamp_min(0.0)
+    if ridge == "inner":
+        values = (eigenvalues + epsilon * eigenvalues[..., -1:]) ** (-1.0 / p)
+    else:
+        roots = eigenvalues ** (2.0 / p)
+        values = (roots + epsilon * roots[..., -1:]).rsqrt()
     values = values * (scale ** (-1.0 / p)).unsqueeze(-1)
     if not as_computed:
         vectors, values = vectors.to(matrices.dtype), values.to(matrices.dtype)
@@ -116,16 +133,3 @@ def chosen(method: Method, p: float | Tensor, device: torch.device) -> Method:
         msg = f"method must be auto, eigh, polar_express or coupled_newton, not {method!r}"
         raise ValueError(msg)
     return method
-
-
-def _eigh(a: Tensor) -> tuple[Tensor, Tensor, bool]:
-    """Eigenvalues, vectors, and whether they were found, in ``a``'s dtype or a :func:`wide` one."""
-    try:
-        return *torch.linalg.eigh(a), True
-    except torch.linalg.LinAlgError:
-        pass
-    try:
-        values, vectors = torch.linalg.eigh(wide(a))
-        return values.to(a.dtype), vectors.to(a.dtype), True
-    except torch.linalg.LinAlgError:
-        return torch.ones_like(a[..., 0]), torch.zeros_like(a), False

@@ -1,16 +1,21 @@
 """How far to go along a step: Armijo's condition, strong Wolfe, and CG backtracking.
 
 Pure functions of a loss along a line, or of a table of losses. All candidates are tried in order
-and ``where`` keeps the first that is accepted; with ``plain``, where nothing watches, the search
+and ``where`` keeps the first that is accepted; with ``eager``, where nothing traces, the search
 ends there.
 """
 
 from collections.abc import Callable
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-__all__ = ["armijo", "backtrack", "wolfe"]
+from funcprecond.linalg import treemath
+from funcprecond.linalg.conjugate_gradients import CGResult
+from funcprecond.tree import Params
+
+__all__ = ["armijo", "backtrack", "best_iterate", "search", "wolfe"]
 
 
 def armijo(
@@ -21,7 +26,8 @@ def armijo(
     c1: float = 1e-4,
     shrink: float = 0.5,
     trials: int = 20,
-    plain: bool = False,
+    first: Tensor | None = None,
+    eager: bool = False,
 ) -> Tensor:
     """The first of ``1, shrink, shrink^2, ...`` with ``f(a) <= f(0) + c1 a slope``, else 0.
 
@@ -30,14 +36,16 @@ def armijo(
         loss: its value at 0.
         slope: its derivative there; unless it is negative the answer is 0.
         c1, shrink, trials: how much descent is enough, the ratio of two candidates, how many.
-        plain: end at the first success, by one host read a trial.
+        first: the loss at 1, if it is known.
+        eager: end at the first success, by one host read for each trial.
     """
     factor, found = torch.ones_like(loss), ~(slope < 0)
     result = torch.zeros_like(loss)
-    for _ in range(trials):
-        if plain and bool(found):
+    for i in range(trials):
+        if eager and bool(found):
             break
-        accepted = ~found & (loss_at(factor) <= loss + c1 * factor * slope)
+        value = loss_at(factor) if i or first is None else first
+        accepted = ~found & (value <= loss + c1 * factor * slope)
         result = torch.where(accepted, factor, result)
         found = found | accepted
         factor = factor * shrink
@@ -52,7 +60,7 @@ def wolfe(
     c1: float = 1e-4,
     c2: float = 0.9,
     trials: int = 20,
-    plain: bool = False,
+    eager: bool = False,
 ) -> Tensor:
     """A factor with Armijo's condition and ``|f'(a)| <= c2 |f'(0)|``, by doubling and bisection.
 
@@ -64,13 +72,13 @@ def wolfe(
         evaluate: (loss, derivative) as functions of the 0-d factor ``a``; 1 is tried first.
         loss, slope: the two at 0; unless the slope is negative the answer is 0.
         c1, c2, trials: how much descent, how flat, how many evaluations.
-        plain: end at the first success, by one host read a trial.
+        eager: end at the first success, by one host read for each trial.
     """
     low, high = torch.zeros_like(loss), torch.full_like(loss, torch.inf)
     factor, found = torch.ones_like(loss), ~(slope < 0)
     result = torch.zeros_like(loss)
     for _ in range(trials):
-        if plain and bool(found):
+        if eager and bool(found):
             break
         value, derivative = evaluate(factor)
         descends = value <= loss + c1 * factor * slope
@@ -86,8 +94,37 @@ def wolfe(
     return torch.where(result > 0, result, low)
 
 
+def search(
+    objective: Any,
+    loss: Tensor,
+    slope: Tensor,
+    step: Params,
+    *,
+    rule: Literal["armijo", "wolfe"],
+    trials: int = 20,
+    eager: bool = False,
+) -> Tensor:
+    """A factor of a step, by :func:`armijo` or :func:`wolfe` with their defaults.
+
+    Args:
+        objective: :class:`funcprecond.curvature.ObjectiveFunctions`.
+        loss, slope: the loss, and its derivative along the step, where the step begins.
+        step: shaped like some of the parameters.
+        rule, trials, eager: which rule, and its options.
+    """
+    options = {"trials": trials, "eager": eager}
+    if rule == "armijo":
+        return armijo(lambda a: objective.loss_after(treemath.mul(step, a)), loss, slope, **options)
+
+    def evaluate(factor: Tensor) -> tuple[Tensor, Tensor]:
+        value, there = objective.gradient_after(treemath.mul(step, factor))
+        return value, treemath.dot({k: there[k] for k in step}, step)
+
+    return wolfe(evaluate, loss, slope, **options)
+
+
 def backtrack(
-    loss_at: Callable[[int], Tensor], counts: Tensor, last: Tensor, *, plain: bool = False
+    loss_at: Callable[[int], Tensor], counts: Tensor, last: Tensor, *, eager: bool = False
 ) -> tuple[Tensor, Tensor]:
     """Martens' CG backtracking: from the last candidate backwards while the loss decreases.
 
@@ -95,7 +132,7 @@ def backtrack(
         loss_at: the loss of candidate ``j``.
         counts: (n,) booleans, which candidates count; the others are passed over.
         last: the loss of what comes after candidate ``n - 1``, the start of the search.
-        plain: end at the first that is not better, by one host read a candidate.
+        eager: end at the first that is not better, by one host read for each candidate.
 
     Returns:
         The index of the best, ``n`` for the start itself, a 0-d integer; and its loss.
@@ -104,9 +141,9 @@ def backtrack(
     best, index = last, torch.full_like(last, n, dtype=torch.int64)
     going = torch.ones_like(last, dtype=torch.bool)
     for j in reversed(range(n)):
-        if plain and not bool(going):
+        if eager and not bool(going):
             break
-        if plain and not bool(counts[j]):
+        if eager and not bool(counts[j]):
             continue
         loss = loss_at(j)
         # A loss that is not finite is worse than any, as a start too.
@@ -116,3 +153,30 @@ def backtrack(
         best, index = torch.where(better, loss, best), torch.where(better, j, index)
         going = going & (better | ~counts[j] | ~torch.isfinite(best))
     return index, best
+
+
+def best_iterate(
+    loss_after: Callable[[Params], Tensor], found: CGResult, last: Tensor, *, eager: bool = False
+) -> tuple[Params, Tensor]:
+    """:func:`backtrack` through the stored iterates of conjugate gradients.
+
+    Args:
+        loss_after: the loss after a step.
+        found: what CG returned; its stored iterates are the candidates.
+        last: the loss after its solution.
+        eager: see :func:`backtrack`.
+
+    Returns:
+        The chosen iterate and its loss.
+    """
+
+    def iterate(j: int) -> Params:
+        return {k: s[j] for k, s in found.stored.items()}
+
+    # The last iterate, if stored, is not its own alternative.
+    counts = (found.stored_at > 0) & (found.stored_at < found.iterations)
+    index, loss = backtrack(lambda j: loss_after(iterate(j)), counts, last, eager=eager)
+    step = found.solution
+    for j in range(counts.shape[-1]):
+        step = {k: torch.where(index == j, x, step[k]) for k, x in iterate(j).items()}
+    return step, loss

@@ -1,5 +1,6 @@
 """Vectors shaped like the parameters: dicts of tensors with the parameters' names and shapes."""
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,11 +14,14 @@ from funcprecond.tree import Params
 __all__ = [
     "add",
     "cast",
+    "div",
     "dot",
     "fill",
     "mul",
     "norm",
     "ravel",
+    "ravel_wide",
+    "scalar_like",
     "sub",
     "unravel",
     "wide_dot",
@@ -42,6 +46,11 @@ def mul(x: Params, factor: float | Tensor) -> Params:
     return _foreach("mul", x, factor)
 
 
+def div(x: Params, y: Params) -> Params:
+    """``x / y``, entry by entry, over two dicts with the same keys."""
+    return {k: v / y[k] for k, v in x.items()}
+
+
 def cast(x: Params, like: Params) -> Params:
     """``x`` in the keys, their order and the dtypes of ``like``; it may have more entries."""
     # Not ``to`` alone: in a small step even the calls that return their input would be felt.
@@ -56,6 +65,12 @@ def fill(x: Params, like: Params) -> Params:
 def zeros_like(params: Params) -> Params:
     """Zeros shaped like the parameters, in float32 or wider: what a method's statistics start as."""
     return {k: torch.zeros_like(p, dtype=factor_dtype(p)) for k, p in params.items()}
+
+
+def scalar_like(params: Params, value: float | Tensor = 0.0) -> Tensor:
+    """A 0-d tensor on the parameters' device, in float32 or wider."""
+    first = next(iter(params.values()), torch.zeros(()))
+    return first.new_zeros((), dtype=factor_dtype(first)) + value
 
 
 def dot(x: Params, y: Params) -> Tensor:
@@ -77,6 +92,13 @@ def norm(x: Params) -> Tensor:
 def ravel(x: Mapping[str, Tensor]) -> Tensor:
     """All entries as one vector, in the order of the keys."""
     return torch.cat([v.reshape(-1) for v in x.values()]) if x else torch.zeros(0)
+
+
+def ravel_wide(x: Params) -> Tensor:
+    """All entries as one vector, in the widest of their dtypes and float32."""
+    dtypes = (v.dtype for v in x.values())
+    dtype = functools.reduce(torch.promote_types, dtypes, torch.float32)
+    return ravel({k: v.to(dtype) for k, v in x.items()})
 
 
 def unravel(vector: Tensor, like: Mapping[str, Tensor]) -> dict[str, Tensor]:

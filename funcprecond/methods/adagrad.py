@@ -1,21 +1,11 @@
-"""AdaGrad, diagonal and full-matrix: the root of the sum of all gradients' outer products.
-
-Rows: (F̂_emp^batch)^½; element, division; and full, dense, eigendecomposition. Duchi, Hazan &
-Singer, JMLR 2011. With S (elementwise) and H = sum g gᵀ (a matrix for each parameter tensor)::
-
-    d = g / (sqrt(S) + damping)              diagonal
-    d = (H + epsilon λ_max(H) I)^(-1/2) g    full
-
-Needs the gradient only. One copy of the parameters; (n, n) for each tensor of n entries and an
-eigendecomposition at each refresh. The full matrix is the ideal that Shampoo and CASPR approximate.
-"""
+"""AdaGrad, diagonal and full-matrix: the root of the sum of all gradients' outer products."""
 
 import torch
 from torch import Tensor
 
 from funcprecond.composition import compose
 from funcprecond.curvature.gradient import BatchGradient
-from funcprecond.methods.table import Card
+from funcprecond.methods.card import card
 from funcprecond.representation.average import Decay
 from funcprecond.representation.dense import Dense
 from funcprecond.representation.diagonal import Diagonal
@@ -26,16 +16,47 @@ from funcprecond.transform import Transform
 __all__ = ["adagrad", "adagrad_full"]
 
 
+@card(
+    "AdaGrad (Duchi 2011)",
+    curvature="(F̂_emp^batch)^½",
+    representation="element",
+    solver="G direct, division",
+    learning_rate=0.03,
+)
 def adagrad(*, damping: float | Tensor = 1e-10, decay: Decay = "sum") -> Transform:
-    """Diagonal AdaGrad's direction.
+    """Diagonal AdaGrad (Duchi, Hazan & Singer, JMLR 2011).
+
+    With the operations entry by entry::
+
+        S <- S + g²
+        d  = g / (sqrt(S) + damping)
 
     Args:
         damping: added to the root, as in ``torch.optim.Adagrad``.
         decay: "sum", or the weight of the old value of a bias-corrected moving average (RMSprop).
+
+    Returns:
+        A method that needs the gradient only. It keeps two copies of the parameters.
+
+    Raises:
+        ValueError: the decay is out of range.
+
+    Example:
+        >>> import torch, funcprecond as fp
+        >>> opt, grads = fp.adagrad(), {"w": torch.tensor([3.0, -4.0])}
+        >>> opt.update(opt.init(grads), grads)[1]["w"]
+        tensor([ 1., -1.])
     """
     return compose(BatchGradient(), Diagonal, Divide(damping, power=0.5), decay=decay)
 
 
+@card(
+    "AdaGrad, full matrix (Duchi 2011)",
+    curvature="(F̂_emp^batch)^½",
+    representation="full, dense",
+    solver="G direct, eigendecomposition",
+    learning_rate=0.1,
+)
 def adagrad_full(
     *,
     epsilon: float | Tensor = 1e-6,
@@ -45,44 +66,42 @@ def adagrad_full(
     start: int = 0,
     dtype: torch.dtype | None = None,
 ) -> Transform:
-    """Full-matrix AdaGrad's direction, for tensors of at most 4096 entries.
+    """Full-matrix AdaGrad (Duchi, Hazan & Singer, JMLR 2011), for tensors of up to 4096 entries.
+
+    For each parameter as a vector g of n entries, with an (n, n) matrix H::
+
+        H <- H + g gᵀ
+        d  = (H + epsilon λ_max(H) I)^(-1/2) g
+
+    It is the ideal that Shampoo and CASPR approximate.
 
     Args:
         epsilon: the ridge, relative to each matrix's largest eigenvalue.
-        decay: "sum", or the weight of the old value of a moving average.
-        every, refresh_every, start: the intervals, see :func:`funcprecond.composition`.
+        decay: "sum", or the weight of the old value of a bias-corrected moving average.
+        every, refresh_every, start: the intervals of the statistics and of the roots, see
+            :func:`funcprecond.compose`.
         dtype: what the decomposition runs in, see :mod:`funcprecond.linalg.inverse_roots`.
+
+    Returns:
+        A method that needs the gradient only. It keeps two (n, n) matrices for each parameter; a
+        refresh is an eigendecomposition of each, a step a product with it.
+
+    Raises:
+        ValueError: an interval or the decay is out of range; or, by ``init``, a parameter has more
+            than 4096 entries.
+
+    Example:
+        >>> import torch, funcprecond as fp
+        >>> opt, grads = fp.adagrad_full(), {"w": torch.tensor([3.0, -4.0])}
+        >>> opt.update(opt.init(grads), grads)[1]["w"]
+        tensor([ 0.6000, -0.8000])
     """
-    solver = InverseRoot(epsilon, dtype=dtype)
     return compose(
         BatchGradient(),
         Dense,
-        solver,
+        InverseRoot(epsilon, dtype=dtype),
         decay=decay,
         every=every,
         refresh_every=refresh_every,
         start=start,
     )
-
-
-CARDS = (
-    Card(
-        "adagrad",
-        "AdaGrad (Duchi 2011)",
-        "(F̂_emp^batch)^½",
-        "element",
-        "G direct, division",
-        adagrad,
-        learning_rate=0.03,
-    ),
-    Card(
-        "adagrad_full",
-        "AdaGrad, full matrix (Duchi 2011)",
-        "(F̂_emp^batch)^½",
-        "full, dense",
-        "G direct, eigendecomposition",
-        adagrad_full,
-        learning_rate=0.1,
-        intervals=True,
-    ),
-)

@@ -1,33 +1,23 @@
-"""AdaHessian: Adam with the Hessian's diagonal in place of the gradient's square.
-
-Row: |H|, element, division. Yao, Gholami, Shen, Keutzer & Mahoney, arXiv 2006.00719. With a vector
-z of random signs, t counted from 1 and s the number of measurements so far::
-
-    D  = z ⊙ H z,  averaged in absolute value over the kernel of each convolution
-    m <- b1 m + (1 - b1) g        v <- b2 v + (1 - b2) D²
-    d  = (m / (1 - b1^t)) / ((v / (1 - b2^s))^(power/2) + damping)
-
-Needs Hessian probes: one product, 1.3 to 2.6 gradients, each ``every`` steps. Two copies of the
-parameters. ``E |z ⊙ H z|`` exceeds ``|diag H|`` wherever H is not diagonal.
-"""
+"""AdaHessian: Adam with the Hessian's diagonal in place of the gradient's square."""
 
 from collections.abc import Mapping
 from typing import Literal
 
-import torch
 from torch import Tensor
 
+from funcprecond.checks import one_of
 from funcprecond.curvature.hessian import HessianProbes
 from funcprecond.evidence import Evidence, MissingEvidence
-from funcprecond.linalg.precision import factor_dtype, wide
-from funcprecond.methods.table import Card
+from funcprecond.linalg import treemath
+from funcprecond.linalg.block_mean import Block, block_mean
+from funcprecond.linalg.precision import wide
+from funcprecond.methods.card import card
 from funcprecond.need import Every, Need
 from funcprecond.transform import Transform, counter
 from funcprecond.tree import Params, state
 
-__all__ = ["AdaHessianState", "adahessian", "spatial_average"]
+__all__ = ["AdaHessianState", "adahessian"]
 
-Block = Literal["kernel", "row"] | int
 KERNELS: Mapping[int, Block] = {3: "kernel", 4: "kernel", 5: "kernel"}
 
 
@@ -47,6 +37,14 @@ class AdaHessianState:
     measured: Tensor
 
 
+@card(
+    "AdaHessian (Yao 2020)",
+    curvature="|H|",
+    representation="element",
+    solver="G direct, element-wise division",
+    learning_rate=0.15,
+    carries_momentum=True,
+)
 def adahessian(
     *,
     betas: tuple[float | Tensor, float | Tensor] = (0.9, 0.999),
@@ -57,7 +55,16 @@ def adahessian(
     every: int = 1,
     samples: int = 1,
 ) -> Transform:
-    """AdaHessian's direction.
+    """AdaHessian (Yao, Gholami, Shen, Keutzer & Mahoney, arXiv 2006.00719).
+
+    With a vector z of random signs, t counted from 1 and s the number of measurements so far, entry
+    by entry::
+
+        D  = z ⊙ H z,  averaged in absolute value over the kernel of each convolution
+        m <- b1 m + (1 - b1) g        v <- b2 v + (1 - b2) D²
+        d  = (m / (1 - b1^t)) / ((v / (1 - b2^s))^(power/2) + damping)
+
+    ``E |z ⊙ H z|`` exceeds ``|diag H|`` wherever H is not diagonal.
 
     Args:
         betas: the weights of the old mean and of the old second moment.
@@ -65,18 +72,23 @@ def adahessian(
         power: the Hessian power, 1 for a Newton-like step, down to 0 for momentum SGD.
         average: what is averaged over a block: absolute values, as all public code does, or the
             signed diagonal, as the paper writes.
-        block: what is averaged by a parameter's number of axes: "kernel" is all axes from the third
-            on, "row" all from the second on, a number n is n consecutive entries of a row (the last
-            of a row may be shorter). Axes not named have no averaging.
+        block: what is averaged by a parameter's number of axes, see
+            :func:`funcprecond.linalg.block_mean.block_mean`; axes not named have no averaging.
         every: the diagonal is measured each so many steps.
         samples: probes for one measurement; their signed mean is Hutchinson's estimate.
 
+    Returns:
+        A method that needs Hessian probes: one product, 1.3 to 2.6 gradients, each ``every`` steps.
+        It keeps two copies of the parameters.
+
     Raises:
         ValueError: an option is out of range.
+
+    Example:
+        >>> import funcprecond as fp
+        >>> opt = fp.chain(fp.adahessian(every=2), fp.scale(0.15))
     """
-    if average not in ("abs", "signed"):
-        msg = f"average must be 'abs' or 'signed', not {average!r}"
-        raise ValueError(msg)
+    one_of(("abs", "signed"), average=average)
     if bad := [b for b in block.values() if b not in ("kernel", "row") and not _positive(b)]:
         msg = f"a block must be 'kernel', 'row' or a number of entries, not {bad[0]!r}"
         raise ValueError(msg)
@@ -84,10 +96,8 @@ def adahessian(
     need, measure = HessianProbes(samples), Every("measure", every)
 
     def init(params: Params) -> AdaHessianState:
-        def zeros() -> Params:
-            return {k: torch.zeros_like(p, dtype=factor_dtype(p)) for k, p in params.items()}
-
-        return AdaHessianState(zeros(), zeros(), counter(params), counter(params))
+        m, v = treemath.zeros_like(params), treemath.zeros_like(params)
+        return AdaHessianState(m, v, counter(params), counter(params))
 
     def update(
         state: AdaHessianState, grads: Params, evidence: Evidence | None = None
@@ -111,8 +121,7 @@ def adahessian(
         return AdaHessianState(m, v, step, measured), direction
 
     def squared(d: Tensor) -> Tensor:
-        kind = block.get(d.ndim)
-        return spatial_average(d.abs() if average == "abs" else d, kind).square()
+        return block_mean(d.abs() if average == "abs" else d, block.get(d.ndim)).square()
 
     def needs(t: int) -> tuple[Need, ...]:
         due = measure.due(t)
@@ -121,31 +130,5 @@ def adahessian(
     return Transform(init, update, needs)
 
 
-def spatial_average(diagonal: Tensor, block: Block | None) -> Tensor:
-    """Each entry's mean over its block, shaped like ``diagonal``; see :func:`adahessian`."""
-    if block is None or diagonal.numel() == 0:
-        return diagonal
-    if isinstance(block, str):
-        axes = tuple(range(2 if block == "kernel" else 1, diagonal.ndim))
-        return diagonal.mean(axes, keepdim=True).expand_as(diagonal) if axes else diagonal
-    rows = diagonal.reshape(diagonal.shape[0] if diagonal.ndim > 1 else 1, -1)
-    means = [part.mean(1, keepdim=True).expand_as(part) for part in rows.split(block, 1)]
-    return torch.cat(means, 1).reshape(diagonal.shape)
-
-
 def _positive(block: object) -> bool:
     return isinstance(block, int) and not isinstance(block, bool) and block > 0
-
-
-CARDS = (
-    Card(
-        "adahessian",
-        "AdaHessian (Yao 2020)",
-        r"\|H\|",
-        "element",
-        "G direct, element-wise division",
-        adahessian,
-        learning_rate=0.15,
-        momentum=True,
-    ),
-)

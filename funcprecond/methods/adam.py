@@ -1,13 +1,4 @@
-"""Adam and AdamW: a running mean of the gradient over the root of a running mean of its square.
-
-Row: (F̂_emp^batch)^½, element, division. Kingma & Ba, arXiv 1412.6980; Loshchilov & Hutter, arXiv
-1711.05101. With t counted from 1::
-
-    m <- b1 m + (1 - b1) g        v <- b2 v + (1 - b2) g²
-    d  = (m / (1 - b1^t)) / (sqrt(v / (1 - b2^t)) + damping)
-
-Needs the gradient only. Two copies of the parameters; about ten operations an entry.
-"""
+"""Adam and AdamW: a running mean of the gradient over the root of a running mean of its square."""
 
 import math
 
@@ -15,8 +6,9 @@ import torch
 from torch import Tensor
 
 from funcprecond.evidence import Evidence
-from funcprecond.linalg.precision import factor_dtype, wide
-from funcprecond.methods.table import Card
+from funcprecond.linalg import adam_step, treemath
+from funcprecond.linalg.precision import wide
+from funcprecond.methods.card import card
 from funcprecond.tracing import multi_tensor
 from funcprecond.transform import Transform, counter
 from funcprecond.transforms.weight_decay import parameters
@@ -34,44 +26,83 @@ class AdamState:
     step: Tensor
 
 
+@card(
+    "Adam (Kingma & Ba 2015)",
+    curvature="(F̂_emp^batch)^½",
+    representation="element",
+    solver="G direct, division",
+    learning_rate=3e-3,
+    carries_momentum=True,
+)
 def adam(
     *,
     betas: tuple[float | Tensor, float | Tensor] = (0.9, 0.999),
     damping: float | Tensor = 1e-8,
 ) -> Transform:
-    """Adam's direction.
+    """Adam (Kingma & Ba, arXiv 1412.6980).
+
+    With t counted from 1, entry by entry::
+
+        m <- b1 m + (1 - b1) g        v <- b2 v + (1 - b2) g²
+        d  = (m / (1 - b1^t)) / (sqrt(v / (1 - b2^t)) + damping)
 
     Args:
         betas: the weights of the old mean and of the old second moment.
         damping: added to the bias-corrected root, as in the paper and in ``torch.optim``.
+
+    Returns:
+        A method that needs the gradient only. It keeps two copies of the parameters.
+
+    Example:
+        >>> import torch, funcprecond as fp
+        >>> opt, grads = fp.adam(), {"w": torch.tensor([3.0, -4.0])}
+        >>> state, direction = opt.update(opt.init(grads), grads)
+        >>> direction["w"]
+        tensor([ 1., -1.])
     """
     return _adam(betas, damping, None)
 
 
+@card(
+    "AdamW (Loshchilov 2019)",
+    curvature="(F̂_emp^batch)^½",
+    representation="element",
+    solver="G direct, division",
+    learning_rate=3e-3,
+    carries_momentum=True,
+)
 def adamw(
     *,
     betas: tuple[float | Tensor, float | Tensor] = (0.9, 0.999),
     damping: float | Tensor = 1e-8,
-    decay_rate: float | Tensor = 0.01,
+    weight_decay: float | Tensor = 0.01,
 ) -> Transform:
-    """Adam with decoupled weight decay, ``chain(adam(...), weight_decay(decay_rate))`` in one pass.
+    """Adam with decoupled weight decay (Loshchilov & Hutter, arXiv 1711.05101).
+
+    It is ``chain(adam(...), weight_decay(...))`` in one pass.
 
     Args:
-        betas, damping: as for :func:`adam`.
-        decay_rate: as for :func:`funcprecond.weight_decay`.
+        betas, damping: as for :func:`funcprecond.adam`.
+        weight_decay: what the parameters are multiplied by before they are added to the direction.
+
+    Returns:
+        A method that needs the parameters, which are in the evidence, beside the gradient. It keeps
+        two copies of the parameters.
+
+    Example:
+        >>> import funcprecond as fp
+        >>> opt = fp.chain(fp.adamw(weight_decay=0.1), fp.scale(1e-3))
     """
-    return _adam(betas, damping, decay_rate)
+    return _adam(betas, damping, weight_decay)
 
 
-def _adam(betas, damping, decay_rate) -> Transform:
+def _adam(betas, damping, weight_decay) -> Transform:
     b1, b2 = betas
-    numbers = not any(isinstance(x, Tensor) for x in (b1, b2, damping, decay_rate))
+    numbers = not any(isinstance(x, Tensor) for x in (b1, b2, damping, weight_decay))
 
     def init(params: Params) -> AdamState:
-        def zeros() -> Params:
-            return {k: torch.zeros_like(p, dtype=factor_dtype(p)) for k, p in params.items()}
-
-        return AdamState(zeros(), zeros(), counter(params))
+        m, v = treemath.zeros_like(params), treemath.zeros_like(params)
+        return AdamState(m, v, counter(params))
 
     def update(
         state: AdamState, grads: Params, evidence: Evidence | None = None
@@ -79,7 +110,7 @@ def _adam(betas, damping, decay_rate) -> Transform:
         names, step = list(grads), state.step + 1
         m, v = [state.mean[k] for k in names], [state.second_moment[k] for k in names]
         g = [grads[k].to(m_.dtype) for k, m_ in zip(names, m, strict=True)]
-        decayed = None if decay_rate is None else parameters(evidence)
+        decayed = None if weight_decay is None else parameters(evidence)
         p = [] if decayed is None else [decayed[k] for k in names]
         # Wide, whatever torch's default is: in float32 the first of these is off by 1e-5.
         correct1 = 1 - _power(b1, wide(step))
@@ -88,42 +119,16 @@ def _adam(betas, damping, decay_rate) -> Transform:
         ratio, shift = correct1 / correct2, correct1 * damping
         if numbers and multi_tensor(g, m, v, p):
             alone = g[0].device.type == "cpu" and not torch.compiler.is_compiling()
-            m, v, d = (one_by_one if alone else together)(m, v, g, p, ratio, shift)
+            run = adam_step.one_by_one if alone else adam_step.together
+            m, v, d = run(m, v, g, p, b1, b2, ratio, shift, weight_decay)
         else:
             m = [b1 * m_ + (1 - b1) * g_ for m_, g_ in zip(m, g, strict=True)]
             v = [b2 * v_ + (1 - b2) * g_ * g_ for v_, g_ in zip(v, g, strict=True)]
             d = [m_ / (ratio * v_.sqrt() + shift) for m_, v_ in zip(m, v, strict=True)]
-            if p and decay_rate is not None:
-                d = [d_ + decay_rate * p_ for d_, p_ in zip(d, p, strict=True)]
+            if p and weight_decay is not None:
+                d = [d_ + weight_decay * p_ for d_, p_ in zip(d, p, strict=True)]
         new = AdamState(dict(zip(names, m, strict=True)), dict(zip(names, v, strict=True)), step)
         return new, {k: d_.to(grads[k].dtype) for k, d_ in zip(names, d, strict=True)}
-
-    def together(m, v, g, p, ratio, shift):
-        # Three new copies, changed in place from there: half the time.
-        m = torch._foreach_lerp(m, g, 1 - b1)
-        v = torch._foreach_mul(v, b2)
-        torch._foreach_addcmul_(v, g, g, 1 - b2)
-        d = torch._foreach_sqrt(v)
-        torch._foreach_mul_(d, ratio)
-        # With alpha it is a sum with a tensor; without, the host would read the tensor first.
-        torch._foreach_add_(d, shift, alpha=1)
-        torch._foreach_reciprocal_(d)
-        torch._foreach_mul_(d, m)
-        if p:
-            torch._foreach_add_(d, p, alpha=decay_rate)
-        return m, v, d
-
-    def one_by_one(m, v, g, p, ratio, shift):
-        # The same where a launch costs nothing: two passes fewer, and a tensor stays in the cache.
-        ratio, new_m, new_v, directions = float(ratio), [], [], []
-        for i, g_ in enumerate(g):
-            new_m.append(torch.lerp(m[i], g_, 1 - b1))
-            new_v.append(torch.mul(v[i], b2).addcmul_(g_, g_, value=1 - b2))
-            d = torch.sqrt(new_v[i])
-            torch.add(shift, d, alpha=ratio, out=d)
-            torch.div(new_m[i], d, out=d)
-            directions.append(d.add_(p[i], alpha=decay_rate) if p else d)
-        return new_m, new_v, directions
 
     return Transform(init, update)
 
@@ -133,10 +138,3 @@ def _power(beta: float | Tensor, t: Tensor) -> Tensor:
         return beta**t
     # The compiler takes an exponential once for all parameters, but a power again for every entry.
     return torch.exp(t * (math.log(beta) if beta else -math.inf))
-
-
-_ROW = ("(F̂_emp^batch)^½", "element", "G direct, division")
-CARDS = (
-    Card("adam", "Adam (Kingma & Ba 2015)", *_ROW, adam, learning_rate=3e-3, momentum=True),
-    Card("adamw", "AdamW (Loshchilov 2019)", *_ROW, adamw, learning_rate=3e-3, momentum=True),
-)

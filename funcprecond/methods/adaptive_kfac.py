@@ -1,23 +1,10 @@
-"""Adaptive K-FAC: the whole algorithm of the K-FAC paper, with no learning rate to choose.
+"""Adaptive K-FAC: the whole algorithm of the K-FAC paper, with no learning rate to choose."""
 
-Row: F̂_nmc, with exact F for lengths; layer, KF-io; Cholesky inverse. Martens & Grosse, arXiv
-1503.05671, sections 6 and 7. K-FAC gives a direction Δ; the step combines it with the last step δ₀
-as the quadratic model of this batch says, whose curvature is the exact Fisher matrix::
-
-    Δ = -(B + γ/π I)^-1 [∇W | ∇b] (A + γ π I)^-1
-    q(δ) = ∇ᵀδ + δᵀ (F + (λ + η) I) δ / 2
-    δ = α Δ + μ δ₀,   (α, μ) = argmin q;   d = -δ
-    every T₁:  ρ = (h(θ + δ) - h(θ)) / q(δ);  λ <- ω₁ λ if ρ > 3/4,  λ / ω₁ if ρ < 1/4
-    every T₂:  γ <- the one of γ, ω₂ γ, γ / ω₂ whose q(δ) is least
-
-Needs layer statistics, a push of Δ and δ₀ through the model (of four vectors every T₂), and a loss
-every T₁. State: that of K-FAC, one copy of the parameters, λ and γ. The learning rate is 1.
-"""
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from funcprecond import tree
 from funcprecond.curvature.layer_statistics import LayerStatistics
 from funcprecond.curvature.objective import Objective
 from funcprecond.curvature.quadratic_form import GGNForm
@@ -25,10 +12,10 @@ from funcprecond.evidence import Evidence, MissingEvidence
 from funcprecond.layers.kinds.base import Sharing
 from funcprecond.linalg import treemath
 from funcprecond.linalg.levenberg_marquardt import levenberg_marquardt, reduction_ratio
-from funcprecond.linalg.precision import factor_dtype
+from funcprecond.linalg.quadratic_model import gram, least, least_in_plane
 from funcprecond.losses.base import Labels
-from funcprecond.methods.table import Card
-from funcprecond.need import Every
+from funcprecond.methods.card import card
+from funcprecond.need import Every, Need
 from funcprecond.representation.average import Decay, RisingDecay, check_decay
 from funcprecond.representation.kronecker_io import KroneckerIO
 from funcprecond.solver.cholesky import Cholesky, CholeskyFactor
@@ -58,14 +45,15 @@ class AdaptiveKFACState:
     gamma: Tensor
 
 
-@state
-class _Attempt:
-    value: Tensor
-    gamma: Tensor
-    factor: CholeskyFactor
-    step: Params
-
-
+@card(
+    "K-FAC, adaptive (Martens & Grosse 2015)",
+    curvature="F̂_nmc; F for the length",
+    representation="layer, KF-io",
+    solver="L/G direct, Cholesky inverse",
+    learning_rate=1.0,
+    carries_momentum=True,
+    options={"damping": 1.0},
+)
 def adaptive_kfac(
     *,
     damping: float | Tensor = 150.0,
@@ -80,7 +68,16 @@ def adaptive_kfac(
     gamma_every: int = 20,
     start: int = 3,
 ) -> Transform:
-    """The step of the K-FAC paper, as a direction for the learning rate 1.
+    """The K-FAC paper's algorithm (Martens & Grosse, arXiv 1503.05671, sections 6 and 7).
+
+    K-FAC gives a direction Δ; the step combines it with the last step δ₀ as the quadratic model of
+    this batch says, whose curvature is the exact Fisher matrix F::
+
+        Δ = -(B + γ/π I)^-1 [∇W | ∇b] (A + γ π I)^-1
+        q(δ) = ∇ᵀδ + δᵀ (F + (λ + η) I) δ / 2
+        δ = α Δ + μ δ₀,   (α, μ) = argmin q;   d = -δ
+        every T₁:  ρ = (h(θ + δ) - h(θ)) / q(δ);  λ <- ω₁ λ if ρ > 3/4,  λ / ω₁ if ρ < 1/4
+        every T₂:  γ <- the one of γ, ω₂ γ, γ / ω₂ whose q(δ) is least
 
     Args:
         damping: λ to start from, in the loss's units; γ starts from ``sqrt(λ + η)``. The paper's
@@ -88,14 +85,21 @@ def adaptive_kfac(
         l2: η; ``η/2 |θ|²`` is added to what is minimised. The paper's is 1e-5.
         labels, samples, sharing: see :func:`funcprecond.kfac`.
         decay: of the factors, see :class:`funcprecond.RisingDecay`.
-        every: the factors' interval.
-        refresh_every: the inverses' interval, T₃.
+        every, refresh_every, start: the intervals of the factors and of their inverses, T₃.
         damping_every: λ's interval T₁, with ``ω₁ = 0.95^T₁``.
         gamma_every: γ's interval T₂, with ``ω₂ = 0.95^(T₂ / 2)``.
-        start: before this step factors and inverses are always due.
+
+    Returns:
+        A method whose learning rate is 1. It needs layer statistics, a push of Δ and δ₀ through the
+        model (of four vectors every T₂) and a loss every T₁; it keeps what K-FAC keeps, and one
+        copy of the parameters.
 
     Raises:
         ValueError: an interval or the decay is out of range.
+
+    Example:
+        >>> import funcprecond as fp
+        >>> opt = fp.adaptive_kfac(damping=1.0)
     """
     check_decay(decay)
     curvature = LayerStatistics(labels, samples, sharing=sharing, tied=True)
@@ -105,9 +109,8 @@ def adaptive_kfac(
     omega1, omega2 = 0.95**damping_every, 0.95 ** (gamma_every / 2)
 
     def init(params: Params) -> AdaptiveKFACState:
-        rep = KroneckerIO.init(params)
-        step = {k: torch.zeros_like(p, dtype=factor_dtype(p)) for k, p in params.items()}
-        lam = torch.zeros_like(rep.weight) + damping
+        rep, lam = KroneckerIO.init(params), treemath.scalar_like(params, damping)
+        step = treemath.zeros_like(params)
         return AdaptiveKFACState(rep, Cholesky().init(rep), step, lam, (lam + l2).sqrt())
 
     def update(
@@ -124,80 +127,31 @@ def adaptive_kfac(
         widths = (1.0, omega2, 1 / omega2) if search in evidence else (1.0,)
         due = refresh in evidence or search in evidence
 
-        def attempt(gamma: Tensor) -> _Attempt:
+        def attempt(gamma: Tensor) -> Any:
             solver = Cholesky(gamma.square(), "pi", invert=refresh_every > 4)
             factor = solver.prepare(rep, state.factor) if due else state.factor
-            vectors = [treemath.mul(solver.apply(factor, g), -1.0), state.step]
-            alpha, mu, value = _least(
-                evidence[form](vectors) + ridge * _gram(vectors, vectors),
-                _gram(vectors, [g]).squeeze(-1),
-            )
-            step = treemath.add(treemath.mul(vectors[0], alpha), vectors[1], mu)
-            return _Attempt(value, gamma, factor, step)
+            pair = [treemath.mul(solver.apply(factor, g), -1.0), state.step]
+            model = evidence[form](pair) + ridge * gram(pair, pair)
+            alpha, mu, value = least_in_plane(model, gram(pair, [g]).squeeze(-1))
+            step = treemath.add(treemath.mul(pair[0], alpha), pair[1], mu)
+            return value, gamma, factor, step
 
-        best = _best([attempt(state.gamma * w) for w in widths])
-        lam = follow(state.damping, here, best, evidence) if adapt in evidence else state.damping
-        direction = {k: -x.to(grads[k].dtype) for k, x in best.step.items()}
-        return AdaptiveKFACState(rep, best.factor, best.step, lam, best.gamma), direction
+        value, gamma, factor, step = least([attempt(state.gamma * w) for w in widths])
+        lam = state.damping
+        if adapt in evidence:
+            there = treemath.add(here, step)
+            change = evidence[objective].loss_after(step) - evidence.loss
+            change = change + l2 / 2 * (treemath.dot(there, there) - treemath.dot(here, here))
+            ratio = reduction_ratio(change, value)
+            # A gradient of zero predicts nothing, and tells nothing of the model.
+            new = levenberg_marquardt(lam, ratio, up=1 / omega1, down=omega1)
+            lam = torch.where(value == 0, lam, new)
+        direction = {k: -x.to(grads[k].dtype) for k, x in step.items()}
+        return AdaptiveKFACState(rep, factor, step, lam, gamma), direction
 
-    def follow(lam: Tensor, here: Params, best: "_Attempt", evidence: Evidence) -> Tensor:
-        there = treemath.add(here, best.step)
-        moved = {k: p.to(evidence.params[k].dtype) for k, p in there.items()}
-        change = evidence[objective].loss({**evidence.params, **moved}) - evidence.loss
-        change = change + l2 / 2 * (treemath.dot(there, there) - treemath.dot(here, here))
-        ratio = reduction_ratio(change, best.value)
-        new = levenberg_marquardt(lam, ratio, up=1 / omega1, down=omega1)
-        # A gradient of zero predicts nothing, and tells nothing of the model.
-        return torch.where(best.value == 0, lam, new)
-
-    def needs(t: int) -> tuple:
+    def needs(t: int) -> tuple[Need, ...]:
         due = measure.due(t)
         wanted = (form, *((curvature,) if due else ()), *((objective,) if adapt.due(t) else ()))
         return (*wanted, *due, *refresh.due(t), *adapt.due(t), *search.due(t))
 
     return Transform(init, update, needs)
-
-
-def _least(model: Tensor, slopes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """α, μ and the value where ``cᵀ model c / 2 + slopesᵀ c`` is least, c = (α, μ).
-
-    The second direction counts only if it is another than the first, as far as the dtype can tell;
-    at the first step it is zero.
-    """
-    a, b, c = model[0, 0], model[0, 1], model[1, 1]
-    determinant = a * c - b * b
-    two = determinant > 10 * torch.finfo(model.dtype).eps * a * c
-    safe, first = torch.where(two, determinant, 1), torch.where(a > 0, a, 1)
-    alpha = torch.where(two, (b * slopes[1] - c * slopes[0]) / safe, -slopes[0] / first)
-    mu = torch.where(two, (b * slopes[0] - a * slopes[1]) / safe, 0)
-    # At the least point the quadratic term is half of the linear one, with the other sign.
-    return alpha, mu, (alpha * slopes[0] + mu * slopes[1]) / 2
-
-
-def _best(attempts: list[_Attempt]) -> _Attempt:
-    """The one of least value; a NaN is worse than any."""
-    best = attempts[0]
-    for other in attempts[1:]:
-        better = (other.value < best.value) | best.value.isnan()
-        best = tree.map(lambda x, y, c=better: torch.where(c, x, y), other, best)
-    return best
-
-
-def _gram(xs: list[Params], ys: list[Params]) -> Tensor:
-    return torch.stack([torch.stack([treemath.dot(x, y) for y in ys]) for x in xs])
-
-
-CARDS = (
-    Card(
-        "adaptive_kfac",
-        "K-FAC, adaptive (Martens & Grosse 2015)",
-        "F̂_nmc; F for the length",
-        "layer, KF-io",
-        "L/G direct, Cholesky inverse",
-        adaptive_kfac,
-        learning_rate=1.0,
-        intervals=True,
-        momentum=True,
-        options={"damping": 1.0},
-    ),
-)

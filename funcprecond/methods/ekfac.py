@@ -1,29 +1,15 @@
-"""EKFAC: K-FAC's eigenbasis with the exact second moments along its axes.
+"""EKFAC: K-FAC's eigenbasis with the exact second moments along its axes."""
 
-Row: F̂_nmc, F̂_emp; layer, KF-io; eigendecomposition. George et al., arXiv 1806.03884. With Ub, Ua
-the eigenvectors of K-FAC's factors B and A, and G_n the gradient of example n in ``[W | b]``::
-
-    s = c Σ_n (Ubᵀ G_n Ua)²          entry by entry, summed over positions before squaring
-    d = Ub ( (Ubᵀ [∇W | ∇b] Ua) / (s + λ) ) Uaᵀ
-
-s is the best diagonal in that basis, so the approximation is never worse than K-FAC's. Needs layer
-statistics that tell the examples apart. K-FAC's memory and one more copy of the parameters; the
-bases are refreshed now and then, s at every measurement.
-"""
-
-import torch
 from torch import Tensor
 
 from funcprecond.curvature.layer_statistics import LayerStatistics
 from funcprecond.evidence import Evidence, MissingEvidence
-from funcprecond.layers.blocks import Layers, split_block
 from funcprecond.losses.base import Labels
-from funcprecond.methods.table import Card
-from funcprecond.need import Every
-from funcprecond.representation import average
+from funcprecond.methods.card import card
+from funcprecond.need import Every, Need
 from funcprecond.representation.average import Decay, check_decay
-from funcprecond.representation.kronecker_io import KroneckerIO
-from funcprecond.solver.eigen import eigenbases, groups_of, rotate, rotate_back
+from funcprecond.representation.eigenbasis_moments import EigenbasisMoments
+from funcprecond.solver.eigen import groups_of, rotate, rotate_back
 from funcprecond.solver.layer_gradient import (
     GRADIENT_ROWS,
     BlockShape,
@@ -33,29 +19,19 @@ from funcprecond.solver.layer_gradient import (
     unit_inverses,
 )
 from funcprecond.transform import Transform
-from funcprecond.tree import Params, state
+from funcprecond.tree import Params
 
-__all__ = ["EKFACState", "ekfac"]
-
-
-@state
-class EKFACState:
-    """What EKFAC keeps; all but ``factors`` by block, empty until the first measurement.
-
-    Attributes:
-        factors: K-FAC's.
-        left, right: the eigenvectors; an embedding has no left ones.
-        moments: (o, i + 1), totals of s; divided by ``weight`` the second moments.
-        weight: 0-d, restarts when the bases are refreshed.
-    """
-
-    factors: KroneckerIO
-    left: dict[str, Tensor]
-    right: dict[str, Tensor]
-    moments: dict[str, Tensor]
-    weight: Tensor
+__all__ = ["ekfac"]
 
 
+@card(
+    "EKFAC (George 2018)",
+    curvature="F̂_nmc, F̂_emp",
+    representation="layer, KF-io",
+    solver="L/G direct, eigendecomposition",
+    learning_rate=0.03,
+    options={"damping": 0.1},
+)
 def ekfac(
     *,
     damping: float | Tensor = 1e-3,
@@ -66,7 +42,15 @@ def ekfac(
     refresh_every: int = 50,
     start: int = 10,
 ) -> Transform:
-    """EKFAC's direction.
+    """EKFAC (George et al., arXiv 1806.03884).
+
+    With U_B, U_A the eigenvectors of K-FAC's factors B and A, and G_n the gradient of example n in
+    ``[W | b]``, and c the loss's reduction constant::
+
+        s = c Σ_n (U_Bᵀ G_n U_A)²        entry by entry, summed over positions before squaring
+        d = U_B ( (U_Bᵀ [∇W | ∇b] U_A) / (s + λ) ) U_Aᵀ
+
+    s is the best diagonal in that basis, so that the approximation is never worse than K-FAC's.
 
     Args:
         damping: λ, added to the second moments, in the loss's units.
@@ -74,8 +58,20 @@ def ekfac(
         decay: of the factors and the second moments: None for the newest batch alone, or the weight
             of the old value. After a refresh the moments start anew: they are numbers in the basis.
         every, refresh_every, start: the intervals of the measurement and of the bases, see
-            :func:`funcprecond.composition`. A refresh needs a measurement: ``refresh_every`` must be a
-            multiple of ``every``.
+            :func:`funcprecond.compose`. A refresh needs a measurement, so that ``refresh_every``
+            must be a multiple of ``every``.
+
+    Returns:
+        A method that needs layer statistics that tell the examples apart. It keeps K-FAC's factors
+        and one more copy of the parameters; the bases are refreshed now and then, s at every
+        measurement.
+
+    Raises:
+        ValueError: an option has a value that it cannot have.
+
+    Example:
+        >>> import funcprecond as fp
+        >>> opt = fp.chain(fp.ekfac(damping=0.1), fp.scale(0.03))
     """
     check_decay(decay)
     if refresh_every % every:
@@ -84,25 +80,21 @@ def ekfac(
     curvature = LayerStatistics(labels, samples, per_sample=True)
     measure, refresh = Every("measure", every, start), Every("refresh", refresh_every, start)
 
-    def init(params: Params) -> EKFACState:
-        factors = KroneckerIO.init(params)
-        return EKFACState(factors, {}, {}, {}, factors.weight.clone())
-
     def update(
-        state: EKFACState, grads: Params, evidence: Evidence | None = None
-    ) -> tuple[EKFACState, Params]:
+        state: EigenbasisMoments, grads: Params, evidence: Evidence | None = None
+    ) -> tuple[EigenbasisMoments, Params]:
         if evidence is None:
             msg = f"ekfac needs {curvature} too: pass the evidence of fp.observe to update"
             raise MissingEvidence(msg)
         if measure in evidence:
-            layers = evidence[curvature].restrict(state.factors.names)
-            state = _measured(state, layers, decay, refresh in evidence)
-        w = state.factors.weight
+            due = refresh in evidence
+            state = state.accumulate(evidence[curvature], decay, refresh=due)
+        factors = state.factors
 
         def solve(block: str, gradient: LayerGradient) -> LayerGradient:
             left, right = state.left.get(block), state.right[block]
-            moments = state.moments[block] / state.weight
-            return rotate_back(rotate(gradient, left, right) / (moments + damping), left, right)
+            s = state.moments[block] / state.normalizer
+            return rotate_back(rotate(gradient, left, right) / (s + damping), left, right)
 
         direction = apply_blocks(
             grads,
@@ -111,48 +103,15 @@ def ekfac(
                 for k, x in state.right.items()
             },
             solve,
-            unit_inverses({k: x / w for k, x in state.factors.units.items()}, damping),
-            {k: x / w for k, x in state.factors.others.items()},
+            unit_inverses({k: x / factors.normalizer for k, x in factors.units.items()}, damping),
+            {k: x / factors.normalizer for k, x in factors.others.items()},
             damping,
             gradient_rows(grads, evidence),
         )
         return state, direction
 
-    def needs(t: int) -> tuple:
+    def needs(t: int) -> tuple[Need, ...]:
         due = measure.due(t)
         return (GRADIENT_ROWS, *((curvature,) if due else ()), *due, *refresh.due(t))
 
-    return Transform(init, update, needs)
-
-
-def _measured(state: EKFACState, layers: Layers, decay: Decay, refresh: bool) -> EKFACState:
-    factors = state.factors.accumulate(layers, decay)
-    left, right, moments, old_weight = state.left, state.right, state.moments, state.weight
-    if refresh:
-        _, left = eigenbases({k: x for k, x in factors.left.items()})
-        _, right = eigenbases({k: x for k, x in factors.right.items()})
-        moments, old_weight = {}, torch.zeros_like(old_weight)
-    new = {
-        k: uses[0].call.second_moments(uses, split_block(k)[1] is not None, left.get(k), right[k])
-        * layers.scale
-        for k, uses in layers.uses.items()
-        if k in right
-    }
-    at = average.at(old_weight, decay)
-    moments = {k: average.accumulate(moments.get(k), x, at) for k, x in new.items()}
-    return EKFACState(factors, left, right, moments, average.weight(old_weight, at))
-
-
-CARDS = (
-    Card(
-        "ekfac",
-        "EKFAC (George 2018)",
-        "F̂_nmc, F̂_emp",
-        "layer, KF-io",
-        "L/G direct, eigendecomposition",
-        ekfac,
-        learning_rate=0.03,
-        intervals=True,
-        options={"damping": 0.1},
-    ),
-)
+    return Transform(EigenbasisMoments.init, update, needs)

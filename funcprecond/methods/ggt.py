@@ -1,25 +1,17 @@
-"""GGT: full-matrix AdaGrad over a window of gradients, by their Gram matrix.
-
-Row: (F̂_emp^batch)^½; full, Gram; eigendecomposition. Agarwal et al., ICML 2019, arXiv 1806.02958.
-For each parameter tensor as a vector, B (N, r) the last r gradients, ``b2^(age / 2)`` times each::
-
-    m <- b1 m + (1 - b1) g
-    Bᵀ B = V diag(s²) Vᵀ,    U = B V diag(1 / s)                       of s² > ε max s²
-    d = U diag(1 / (s + λ)) Uᵀ m                                       outside="zero"
-    d = that + (m - U Uᵀ m) / λ = [ (B Bᵀ)^½ + λ I ]^(-1) m            outside="sgd", the paper's
-
-U is never formed: ``B V f(s) Vᵀ Bᵀ m``. Needs the gradient only. The window is r copies of the
-parameters, the real limit; each step three passes over it and an eigendecomposition of r x r.
-"""
+"""GGT: full-matrix AdaGrad over a window of gradients, by their Gram matrix."""
 
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from funcprecond.checks import at_least, one_of
+from funcprecond.linalg import treemath
 from funcprecond.linalg.batching import by_shape
-from funcprecond.linalg.precision import decomposition_dtype, factor_dtype, wide
-from funcprecond.methods.table import Card
+from funcprecond.linalg.gram_root import inverse_root_coefficients
+from funcprecond.linalg.precision import factor_dtype, wide
+from funcprecond.methods.card import card
+from funcprecond.representation.average import accumulate
 from funcprecond.transform import Transform, counter, gradient_only
 from funcprecond.tree import Params, state
 
@@ -44,6 +36,15 @@ class GGTState:
     step: Tensor
 
 
+@card(
+    "GGT (Agarwal 2019)",
+    curvature="(F̂_emp^batch)^½",
+    representation="full, Gram",
+    solver="G direct, eigendecomposition",
+    learning_rate=0.3,
+    carries_momentum=True,
+    options={"window": 20},
+)
 def ggt(
     *,
     window: int = 100,
@@ -53,7 +54,17 @@ def ggt(
     outside: Literal["zero", "sgd"] = "zero",
     epsilon: float | Tensor = 1e-6,
 ) -> Transform:
-    """GGT's direction.
+    """GGT (Agarwal et al., ICML 2019, arXiv 1806.02958).
+
+    For each parameter tensor as a vector, B (N, r) the last r gradients, ``b2^(age / 2)`` times
+    each::
+
+        m <- b1 m + (1 - b1) g
+        Bᵀ B = V diag(s²) Vᵀ,    U = B V diag(1 / s)                   of s² > ε max s²
+        d = U diag(1 / (s + λ)) Uᵀ m                                   outside="zero"
+        d = that + (m - U Uᵀ m) / λ = [ (B Bᵀ)^½ + λ I ]^(-1) m        outside="sgd", the paper's
+
+    U is never formed.
 
     Args:
         window: r, how many gradients. The paper's 200 is for a GPU's memory full of them.
@@ -65,99 +76,62 @@ def ggt(
         epsilon: what is taken for the span, relative to the largest eigenvalue of the Gram matrix,
             which in float32 is not known below 1e-7.
 
+    Returns:
+        A method that needs the gradient only. Its window is r copies of the parameters, which is
+        the real limit; each step takes three passes over it and an eigendecomposition of r x r.
+
     Raises:
         ValueError: an option has a value that it cannot have.
+
+    Example:
+        >>> import funcprecond as fp
+        >>> opt = fp.chain(fp.ggt(window=20), fp.scale(0.3))
     """
-    if window < 1 or outside not in ("zero", "sgd"):
-        msg = f"window={window} must be at least 1, and outside={outside!r} 'zero' or 'sgd'"
-        raise ValueError(msg)
+    at_least(1, window=window)
+    one_of(("zero", "sgd"), outside=outside)
     if outside == "sgd" and not isinstance(damping, Tensor) and damping <= 0:
         msg = f"outside='sgd' takes steps of 1 / damping: it must be positive, not {damping}"
         raise ValueError(msg)
 
     def init(params: Params) -> GGTState:
-        dtypes = {k: factor_dtype(p) for k, p in params.items()}
+        def zeros(*shape: int) -> Params:
+            shapes = {k: shape or (window, p.numel()) for k, p in params.items()}
+            return {k: p.new_zeros(shapes[k], dtype=factor_dtype(p)) for k, p in params.items()}
+
         return GGTState(
-            {k: p.new_zeros((window, p.numel()), dtype=dtypes[k]) for k, p in params.items()},
-            {k: p.new_zeros((window, window), dtype=dtypes[k]) for k, p in params.items()},
-            {k: torch.zeros_like(p, dtype=dtypes[k]) for k, p in params.items()},
-            counter(params),
+            zeros(), zeros(window, window), treemath.zeros_like(params), counter(params)
         )
 
     def update(state: GGTState, grads: Params) -> tuple[GGTState, Params]:
         rows = torch.arange(window, device=state.step.device)
         newest = state.step % window
         here, age = rows == newest, (newest - rows) % window
-        windows, grams, mean = {}, {}, {}
-        for name, old in state.mean.items():
-            g = grads[name].to(old.dtype)
-            mean[name] = momentum * old + (1 - momentum) * g
-            w = torch.where(here.unsqueeze(1), g.reshape(1, -1), state.window[name])
-            products = w @ g.reshape(-1)
+        windows, grams = {}, {}
+        mean = {k: accumulate(m, grads[k], momentum) for k, m in state.mean.items()}
+        for name, m in mean.items():
+            g = grads[name].to(m.dtype).reshape(-1)
+            w = torch.where(here.unsqueeze(1), g.unsqueeze(0), state.window[name])
+            products = w @ g
             gram = torch.where(here.unsqueeze(1), products, state.gram[name])
             grams[name] = torch.where(here, products.unsqueeze(1), gram)
             windows[name] = w
-        names = list(mean)
-        # D gram D, the Gram matrix of the decayed vectors; decaying the stored one in place is not.
-        # Wide: in float32 the exponent alone is off by 1e-7 an epoch of the window.
+        # D gram D is the Gram matrix of the decayed vectors, which are not decayed in place. Wide:
+        # in float32 the exponent alone is off by 1e-7 an epoch of the window.
         weights = decay ** (wide(age) / 2)
         scaled = {k: weights.to(x.dtype) for k, x in grams.items()}
-        decayed = [grams[k] * scaled[k] * scaled[k].unsqueeze(1) for k in names]
-        seen = [(windows[k] @ mean[k].reshape(-1)) * scaled[k] for k in names]
-
-        def coefficients(gram: Tensor, y: Tensor, _) -> Tensor:
-            return _solve(gram, y, damping, outside == "sgd", epsilon)
-
-        found = by_shape(coefficients, decayed, seen, static=[None] * len(names))
+        found = by_shape(
+            lambda gram, y, _: inverse_root_coefficients(
+                gram, y, damping=damping, epsilon=epsilon, outside=outside == "sgd"
+            ),
+            [x * scaled[k] * scaled[k].unsqueeze(1) for k, x in grams.items()],
+            [(windows[k] @ m.reshape(-1)) * scaled[k] for k, m in mean.items()],
+            static=[None] * len(mean),
+        )
         direction = {}
-        for name, z in zip(names, found, strict=True):
-            d = ((z * scaled[name]) @ windows[name]).reshape(mean[name].shape)
-            if outside == "sgd":
-                d = d + mean[name] / damping
-            direction[name] = d.to(grads[name].dtype)
+        for (name, m), z in zip(mean.items(), found, strict=True):
+            d = ((z * scaled[name]) @ windows[name]).reshape(m.shape)
+            direction[name] = d + m / damping if outside == "sgd" else d
         new = GGTState(windows, grams, mean, state.step + 1)
-        return new, {k: direction[k] for k in grads}
+        return new, treemath.cast(direction, grads)
 
     return gradient_only(init, update)
-
-
-def _solve(gram: Tensor, y: Tensor, damping, sgd: bool, epsilon) -> Tensor:
-    """``V f(s) V^T y``: what the window is to be multiplied by.
-
-    Args:
-        gram: (..., r, r).
-        y: (..., r), the window's products with the mean.
-        damping, epsilon: λ and ε.
-        sgd: subtract what ``m / λ`` puts into the span.
-    """
-    dtype = decomposition_dtype(gram)
-    a = (gram + gram.mT).to(dtype) / 2
-    scale = a.diagonal(dim1=-2, dim2=-1).amax(-1)
-    ok = torch.isfinite(a).all(-1).all(-1) & (scale > 0)
-    eye = torch.eye(a.shape[-1], dtype=dtype, device=a.device)
-    scale = torch.where(ok, scale, 1.0).unsqueeze(-1)
-    a = torch.where(ok[..., None, None], a / scale.unsqueeze(-1), eye)
-    squares, vectors = torch.linalg.eigh(a)
-    kept = squares > epsilon * squares[..., -1:]
-    squares = torch.where(kept, squares, 1.0) * scale
-    f = 1 / (squares.sqrt() + damping)
-    f = torch.where(kept, (f - 1 / damping if sgd else f) / squares, 0.0)
-    z = vectors @ (f.unsqueeze(-1) * (vectors.mT @ y.to(dtype).unsqueeze(-1)))
-    # Of a window that is no number the direction is none either; of one of zeros y is zero.
-    finite = torch.isfinite(gram).all(-1).all(-1).unsqueeze(-1)
-    return torch.where(finite, z.squeeze(-1), torch.nan).to(y.dtype)
-
-
-CARDS = (
-    Card(
-        "ggt",
-        "GGT (Agarwal 2019)",
-        "(F̂_emp^batch)^½",
-        "full, Gram",
-        "G direct, eigendecomposition",
-        ggt,
-        learning_rate=0.3,
-        momentum=True,
-        options={"window": 20},
-    ),
-)

@@ -1,31 +1,19 @@
-"""L-BFGS: an inverse Hessian from the last m steps and the changes of the gradient along them.
-
-Row: Ĥ_bfgs, full, matrix-free, BFGS. Liu & Nocedal, Math. Prog. 45 (1989); Schraudolph, Yu & Günter
-(2007) for pairs on one batch; Byrd, Hansen, Nocedal & Singer, arXiv 1401.7020, for pairs by
-Hessian products. With pairs (s, y) kept in two (m, P) windows, ρ = 1 / s.y and γ = s.y / y.y::
-
-    s = θ_t - θ_{t-1}        y = ∇L_t(θ_t) - ∇L_t(θ_{t-1})        kept if s.y >= min_curvature |s|²
-    d = H_m g,   H_i = (I - ρ s yᵀ) H_{i-1} (I - ρ y sᵀ) + ρ s sᵀ,   H_0 = γ I
-
-Needs the objective of this batch at the last step's point: one more gradient a step. 2 m P numbers
-and 4 m P operations. A non-finite gradient leaves the history alone; its own direction is not
-finite.
-"""
+"""L-BFGS: an inverse Hessian from the last m steps and the changes of the gradient along them."""
 
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from funcprecond.checks import at_least, one_of
 from funcprecond.curvature.hessian import HessianOperator
 from funcprecond.curvature.objective import Objective
 from funcprecond.evidence import Evidence, MissingEvidence
 from funcprecond.linalg import treemath
 from funcprecond.linalg.bfgs import History, powell
 from funcprecond.linalg.conjugate_gradients import within
-from funcprecond.linalg.line_search import armijo, wolfe
-from funcprecond.linalg.precision import factor_dtype
-from funcprecond.methods.table import Card
+from funcprecond.linalg.line_search import search
+from funcprecond.methods.card import card
 from funcprecond.need import Every, Need
 from funcprecond.tracing import is_eager
 from funcprecond.transform import Transform, counter
@@ -53,6 +41,15 @@ class LBFGSState:
     count: Tensor
 
 
+@card(
+    "L-BFGS (Liu & Nocedal 1989)",
+    curvature="Ĥ_bfgs",
+    representation="full, matrix-free",
+    solver="G iter, BFGS",
+    learning_rate=0.3,
+    carries_momentum=True,
+    options={"curvature_fix": "powell"},
+)
 def lbfgs(
     *,
     history: int = 10,
@@ -63,47 +60,51 @@ def lbfgs(
     line_search: Literal["none", "armijo", "wolfe"] = "none",
     trials: int = 20,
 ) -> Transform:
-    """L-BFGS's direction.
+    """L-BFGS (Liu & Nocedal, Mathematical Programming 45, 1989).
 
-    Until there is a pair it is the gradient, scaled to a 1-norm of at most 1.
+    With pairs (s, y) kept in two (m, P) windows, ρ = 1 / s.y and γ = s.y / y.y of the newest::
+
+        s = θ_t - θ_{t-1}        y = ∇L_t(θ_t) - ∇L_t(θ_{t-1})        kept if s.y >= min_curvature |s|²
+        d = H_m g,   H_i = (I - ρ s yᵀ) H_{i-1} (I - ρ y sᵀ) + ρ s sᵀ,   H_0 = γ I
+
+    Until there is a pair, d is the gradient, scaled to a 1-norm of at most 1. A non-finite gradient
+    leaves the history alone, and its own direction is not finite.
 
     Args:
         history: m, how many pairs are kept.
-        pairs: where they come from: "same_batch" takes both gradients on this step's batch
-            (oLBFGS), "successive" the gradients of two steps, for full batches (they need no
-            further gradient, and on different batches they measure noise); "hvp" takes the
-            Hessian's product with the difference of two means of iterates (SQN), each ``every``
-            steps.
+        pairs: "same_batch" takes both gradients on this step's batch (Schraudolph, Yu & Günter,
+            2007), "successive" the gradients of two steps, for full batches, because on different
+            batches they measure noise; "hvp" takes the Hessian's product with the difference of two
+            means of iterates, each ``every`` steps (Byrd et al., arXiv 1401.7020).
         curvature_fix: "powell" mixes a ``y`` with little curvature with ``s / γ`` until
             ``s.y >= 0.2 s.s / γ``, where "none" leaves the pair to ``min_curvature``.
-        min_curvature: a pair with ``s.y`` below this times ``|s|²`` is not kept, which bounds γ by
-            its inverse. In the loss's units.
+        min_curvature: it bounds γ by its inverse. In the loss's units.
         every: the steps from one pair to the next, with "hvp" pairs.
-        line_search: "armijo" (c1 1e-4, halving; a loss a trial) or strong "wolfe" (c2 0.9; a
-            gradient a trial), on this step's batch; a direction without an accepted point is 0.
-            Both are for a learning rate of 1.
+        line_search: "armijo" (c1 1e-4, halving; a loss for each trial) or strong "wolfe" (c2 0.9; a
+            gradient for each trial), on this step's batch; a direction without an accepted point
+            is 0. Both are for a learning rate of 1.
         trials: at most so many points on a line.
+
+    Returns:
+        A method that needs one more gradient for each step with "same_batch" pairs. It keeps 2 m P
+        numbers; each step takes 4 m P operations.
 
     Raises:
         ValueError: an option is out of range.
+
+    Example:
+        >>> import funcprecond as fp
+        >>> opt = fp.lbfgs(history=5, line_search="wolfe")
     """
-    for value, valid in (
-        (pairs, ("same_batch", "successive", "hvp")),
-        (curvature_fix, ("none", "powell")),
-        (line_search, ("none", "armijo", "wolfe")),
-    ):
-        if value not in valid:
-            msg = f"{value!r} is not one of {', '.join(map(repr, valid))}"
-            raise ValueError(msg)
-    if history < 1:
-        msg = f"history must be at least 1, not {history}"
-        raise ValueError(msg)
+    one_of(("same_batch", "successive", "hvp"), pairs=pairs)
+    one_of(("none", "powell"), curvature_fix=curvature_fix)
+    one_of(("none", "armijo", "wolfe"), line_search=line_search)
+    at_least(1, history=history, trials=trials)
     objective, operator, due = Objective(), HessianOperator(), Every("pair", every)
 
     def init(params: Params) -> LBFGSState:
-        dtype = _dtype(params)
         return LBFGSState(
-            History.init(history, _flat(params, dtype)),
+            History.init(history, treemath.ravel_wide(params)),
             {k: p.clone() for k, p in params.items()},
             _zeros(params) if pairs == "successive" else {},
             _zeros(params) if pairs == "hvp" else {},
@@ -114,28 +115,29 @@ def lbfgs(
         state: LBFGSState, grads: Params, evidence: Evidence | None = None
     ) -> tuple[LBFGSState, Params]:
         if evidence is None:
-            msg = (
-                "lbfgs needs to know the parameters beside the gradient: pass fp.observe's evidence"
-            )
+            msg = "lbfgs needs to know the parameters too: pass fp.observe's evidence to update"
             raise MissingEvidence(msg)
         state = take_pair(state, grads, evidence)
-        dtype = state.history.steps.dtype
-        g = _flat(grads, dtype)
+        g = treemath.ravel_wide(grads)
         d = state.history.apply(g)
         first = (1 / g.abs().sum()).clamp_max(1.0)
         d = d * torch.where(state.history.filled() == 0, first, 1.0)
         direction = treemath.unravel(d, grads)
         if line_search != "none":
-            direction = treemath.mul(direction, search(direction, -d.dot(g), evidence))
-        return state, {k: x.to(grads[k].dtype) for k, x in direction.items()}
+            step, slope = treemath.mul(direction, -1.0), -d.dot(g)
+            eager = is_eager((evidence.params, direction))
+            options = {"rule": line_search, "trials": trials, "eager": eager}
+            alpha = search(evidence[objective], evidence.loss, slope, step, **options)
+            direction = treemath.mul(direction, alpha)
+        return state, treemath.cast(direction, grads)
 
     def take_pair(state: LBFGSState, grads: Params, evidence: Evidence) -> LBFGSState:
         point = {k: evidence.params[k] for k in grads}
         if pairs == "same_batch":
             _, before = evidence[objective].gradient({**evidence.params, **state.point})
             s = treemath.sub(point, state.point)
-            y = {k: evidence.grads[k] - before[k] for k in grads}
-            return LBFGSState(pushed(state.history, s, y), point, {}, {}, state.count + 1)
+            new = pushed(state.history, s, {k: evidence.grads[k] - before[k] for k in grads})
+            return LBFGSState(new, point, {}, {}, state.count + 1)
         if pairs == "successive":
             s = treemath.mul(treemath.sub(point, state.point), state.count > 0)
             new = pushed(state.history, s, treemath.sub(grads, state.grads))
@@ -145,35 +147,14 @@ def lbfgs(
             return LBFGSState(state.history, state.point, {}, total, count)
         mean = {k: (x / count).to(x.dtype) for k, x in total.items()}
         s = treemath.sub(mean, state.point)
-        y = within(evidence[operator], evidence.params, list(grads))(s)
-        new = pushed(state.history, s, y)
+        new = pushed(state.history, s, within(evidence[operator], evidence.params, list(grads))(s))
         return LBFGSState(new, mean, {}, _zeros(total), torch.zeros_like(count))
 
     def pushed(old: History, s: Params, y: Params) -> History:
-        dtype = old.steps.dtype
-        flat_s, flat_y = _flat(s, dtype), _flat(y, dtype)
+        flat_s, flat_y = treemath.ravel_wide(s), treemath.ravel_wide(y)
         if curvature_fix == "powell":
-            flat_y = powell(flat_s, flat_y, flat_s / old.gamma.to(dtype))
+            flat_y = powell(flat_s, flat_y, flat_s / old.gamma.to(flat_s.dtype))
         return old.push(flat_s, flat_y, min_curvature=min_curvature)
-
-    def search(direction: Params, slope: Tensor, evidence: Evidence) -> Tensor:
-        functions, params = evidence[objective], evidence.params
-        plain = is_eager((params, direction))
-
-        def at(factor: Tensor) -> Params:
-            return {
-                **params,
-                **{k: (params[k] - factor * d).to(params[k].dtype) for k, d in direction.items()},
-            }
-
-        def evaluate(factor: Tensor) -> tuple[Tensor, Tensor]:
-            loss, there = functions.gradient(at(factor))
-            return loss, -treemath.dot({k: there[k] for k in direction}, direction)
-
-        options = {"trials": trials, "plain": plain}
-        if line_search == "armijo":
-            return armijo(lambda a: functions.loss(at(a)), evidence.loss, slope, **options)
-        return wolfe(evaluate, evidence.loss, slope, **options)
 
     def needs(t: int) -> tuple[Need, ...]:
         wanted = (objective,) if pairs == "same_batch" or line_search != "none" else ()
@@ -183,31 +164,5 @@ def lbfgs(
     return Transform(init, update, needs)
 
 
-def _flat(values: Params, dtype: torch.dtype) -> Tensor:
-    return treemath.ravel({k: v.to(dtype) for k, v in values.items()})
-
-
-def _dtype(params: Params) -> torch.dtype:
-    widest = torch.float32
-    for p in params.values():
-        widest = torch.promote_types(widest, factor_dtype(p))
-    return widest
-
-
 def _zeros(params: Params) -> Params:
     return {k: torch.zeros_like(p) for k, p in params.items()}
-
-
-CARDS = (
-    Card(
-        "lbfgs",
-        "L-BFGS (Liu & Nocedal 1989)",
-        "Ĥ_bfgs",
-        "full, matrix-free",
-        "G iter, BFGS",
-        lbfgs,
-        learning_rate=0.3,
-        momentum=True,
-        options={"curvature_fix": "powell"},
-    ),
-)

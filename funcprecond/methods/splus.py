@@ -1,43 +1,19 @@
-"""SPlus: the signs of the momentum in the eigenbasis of Shampoo's factors.
-
-Row: (F̂_emp^batch)^½; layer, KF-dim eigenbasis; sign. Frans, Levine & Abbeel, arXiv 2506.07254.
-For a parameter with k axes longer than 1, of n_i entries, Q_i the basis of its factor S_i::
-
-    m <- b1 m + (1 - b1) G
-    d  = k / (Σ n_i) · sign(m ×_i Q_iᵀ) ×_i Q_i        2 / (n_1 + n_2) for a matrix
-    S_i <- b2 S_i + (1 - b2) C_i(G)
-    now and then  Q_i <- eigenvectors of S_i
-
-The bases are turned after the step. Eigenvalues are not used: the sign is what dividing by the
-current magnitudes gives, and the direction's length depends on the shape alone. Vectors and scalars
-get ``0.001 sign(m)``. Needs the gradient only; 2 Σ n_i² numbers and one copy a parameter; each step
-three products an axis, each refresh a decomposition.
-
-The authors train at a high learning rate and evaluate at a running mean of the weights (of rate
-0.999), which is the training loop's.
-"""
+"""SPlus: the signs of the momentum in the eigenbasis of Shampoo's factors."""
 
 import torch
 from torch import Tensor
 
 from funcprecond.evidence import Evidence
-from funcprecond.linalg.axes import grams
-from funcprecond.linalg.blocking import Blocking, in_blocks
-from funcprecond.linalg.eigenbases import (
-    Bases,
-    axes_below,
-    decomposed,
-    identities,
-    rotate,
-    rotate_back,
-)
-from funcprecond.linalg.precision import factor_dtype
-from funcprecond.methods.table import Card
-from funcprecond.need import Every, Need
+from funcprecond.linalg import treemath
+from funcprecond.linalg.axes import axes_of
+from funcprecond.linalg.blocking import Blocking
+from funcprecond.linalg.eigenbases import Bases, rotate, rotate_back
+from funcprecond.methods.card import card
 from funcprecond.representation.average import accumulate
-from funcprecond.representation.kronecker_dim import axes_of
+from funcprecond.solver.followed_eigenbases import FollowedEigenbases
 from funcprecond.transform import Transform
-from funcprecond.tree import Params, state
+from funcprecond.transforms.in_blocks import in_blocks
+from funcprecond.tree import Params, map, state
 
 __all__ = ["SPlusState", "splus"]
 
@@ -53,7 +29,7 @@ class SPlusState:
 
     Attributes:
         mean: m, shaped like the parameters.
-        statistics, bases: for each parameter a tuple of S_i and one of Q_i, one an axis.
+        statistics, bases: for each parameter a tuple of S_i and one of Q_i, by axis.
     """
 
     mean: Params
@@ -61,6 +37,14 @@ class SPlusState:
     bases: Bases
 
 
+@card(
+    "SPlus (Frans 2025)",
+    curvature="(F̂_emp^batch)^½",
+    representation="layer, KF-dim eigenbasis",
+    solver="G direct, sign",
+    learning_rate=0.2,
+    carries_momentum=True,
+)
 def splus(
     *,
     momentum: float | Tensor = 0.9,
@@ -72,7 +56,19 @@ def splus(
     refresh_every: int = 100,
     start: int = 0,
 ) -> Transform:
-    """SPlus's direction.
+    """SPlus (Frans, Levine & Abbeel, arXiv 2506.07254).
+
+    For a parameter with k axes longer than 1, of n_i entries, Q_i the basis of its factor S_i::
+
+        m <- b1 m + (1 - b1) G
+        d  = k / (Σ n_i) · sign(m ×_i Q_iᵀ) ×_i Q_i        2 / (n_1 + n_2) for a matrix
+        S_i <- b2 S_i + (1 - b2) C_i(G)
+        now and then  Q_i <- eigenvectors of S_i
+
+    The bases are turned after the step. Eigenvalues are not used: the sign is what dividing by the
+    current magnitudes gives, and the direction's length depends on the shape alone. Vectors and
+    scalars get ``0.001 sign(m)``. The authors train at a high learning rate and evaluate at a
+    running mean of the weights (of rate 0.999), which is left to the training loop.
 
     Args:
         momentum: b1, the weight of the old mean.
@@ -81,46 +77,44 @@ def splus(
             :class:`funcprecond.linalg.blocking.Blocking`; by default they are whole.
         max_dim: a longer axis has no basis: the sign is taken along it as it is.
         every, refresh_every, start: the intervals of the statistics and of the bases, see
-            :func:`funcprecond.composition`. The first step, before any basis, is sign descent.
+            :func:`funcprecond.compose`. The first step, before any basis, is sign descent.
+
+    Returns:
+        A method that needs the gradient only. It keeps 2 Σ n_i² numbers and one copy for a
+        parameter; each step takes three products for each axis, each refresh a decomposition.
+
+    Raises:
+        ValueError: an option has a value that it cannot have.
+
+    Example:
+        >>> import torch, funcprecond as fp
+        >>> opt, grads = fp.splus(), {"w": torch.tensor([[3.0, -4.0], [5.0, 1.0]])}
+        >>> opt.update(opt.init(grads), grads)[1]["w"]
+        tensor([[ 0.5000, -0.5000],
+                [ 0.5000,  0.5000]])
     """
-    measure, refresh = Every("measure", every, start), Every("refresh", refresh_every, start)
+    basis = FollowedEigenbases(every, refresh_every, start, "eigh", max_dim=max_dim)
 
     def init(params: Params) -> SPlusState:
-        eyes = {
-            k: identities(p, axes_below(p.shape, max_dim), factor_dtype(p))
-            for k, p in params.items()
-        }
-        return SPlusState(
-            {k: torch.zeros_like(p, dtype=factor_dtype(p)) for k, p in params.items()},
-            {k: tuple(torch.zeros_like(x) for x in e) for k, e in eyes.items()},
-            eyes,
-        )
+        eyes = basis.identities(params)
+        return SPlusState(treemath.zeros_like(params), map(torch.zeros_like, eyes), eyes)
 
     def update(
         state: SPlusState, grads: Params, evidence: Evidence | None = None
     ) -> tuple[SPlusState, Params]:
         mean, statistics, direction = {}, {}, {}
         for name, old in state.mean.items():
-            bases, axes = state.bases[name], axes_below(old.shape, max_dim)
+            bases, axes = state.bases[name], basis.axes(old.shape)
             g = grads[name].to(old.dtype)
             mean[name] = accumulate(old, g, momentum)
             signs = _sign(rotate(mean[name], bases, axes))
             d = _scale(old.shape) * rotate_back(signs, bases, axes)
             direction[name] = d.to(grads[name].dtype)
-            factors = state.statistics[name]
-            if evidence is None or measure in evidence:
-                found = zip(factors, grams(g, axes), strict=True)
-                factors = tuple(accumulate(s, c, decay) for s, c in found)
-            statistics[name] = factors
-        bases = state.bases
-        if evidence is None or refresh in evidence:
-            bases = decomposed(statistics, bases)
+            statistics[name] = basis.statistics(state.statistics[name], g, decay, evidence)
+        bases, _ = basis.refreshed(statistics, state.bases, evidence)
         return SPlusState(mean, statistics, bases), {k: direction[k] for k in grads}
 
-    def needs(t: int) -> tuple[Need, ...]:
-        return (*measure.due(t), *refresh.due(t))
-
-    return in_blocks(Transform(init, update, needs), Blocking(merge, block))
+    return in_blocks(Transform(init, update, basis.needs), Blocking(merge, block))
 
 
 def _sign(x: Tensor) -> Tensor:
@@ -132,18 +126,3 @@ def _sign(x: Tensor) -> Tensor:
 def _scale(shape: torch.Size) -> float:
     axes = axes_of(shape)
     return len(axes) / sum(shape[i] for i in axes) if axes else VECTOR
-
-
-CARDS = (
-    Card(
-        "splus",
-        "SPlus (Frans 2025)",
-        "(F̂_emp^batch)^½",
-        "layer, KF-dim eigenbasis",
-        "G direct, sign",
-        splus,
-        learning_rate=0.2,
-        intervals=True,
-        momentum=True,
-    ),
-)

@@ -1,58 +1,19 @@
-"""The table of methods, generated from the method files.
+r"""The table of methods, generated from the cards; rows that are planned stand here.
 
-Every file of :mod:`funcprecond.methods` says in a :class:`Card` which row it is: the curvature
-matrix, its representation and the solver. Rows that have no file yet stand here, so that the table
-is whole.
+``C`` is the curvature matrix: H the Hessian, ``|H|`` with absolute eigenvalues, G Gauss-Newton, F
+the Fisher matrix, F̂_nmc its estimate from sampled labels, F̂_emp from the data's labels, F̂_emp^batch
+from mini-batch gradients.
 """
 
-import dataclasses
-import importlib
-import pkgutil
-from collections.abc import Callable, Mapping
-from functools import cache
-from typing import Any
+from funcprecond.methods.card import CARDS, Card
 
-from funcprecond.transform import Transform
+__all__ = ["PLANNED", "rows", "table"]
 
-__all__ = ["CARDS", "Card", "table"]
-
-
-@dataclasses.dataclass(frozen=True)
-class Card:
-    """One row of the table.
-
-    Attributes:
-        name: what users write, the builder's name.
-        title: the method, with authors and year.
-        curvature: which matrix C.
-        representation: how it is stored.
-        solver: how ``P g`` is computed; L local, G global.
-        build: the builder, with keyword-only hyperparameters.
-        learning_rate: a sensible scale for this method's direction.
-        intervals: whether the builder takes ``every`` and ``refresh_every``.
-        momentum: whether the direction already carries momentum.
-        options: hyperparameters for small problems, where the defaults are for large ones.
-        starred: analysed in ASDL's case studies.
-    """
-
-    name: str
-    title: str
-    curvature: str
-    representation: str
-    solver: str
-    build: Callable[..., Transform] | None = None
-    learning_rate: float = 0.1
-    intervals: bool = False
-    momentum: bool = False
-    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    starred: bool = False
-
-
-# The rows in the order of the literature's table: a bare name is a method file's own row, the
-# others have no file yet.
+# The rows in the order of the literature's table: a bare name is a method's own card, the others
+# have none yet.
 _ROWS = r"""
 lissa | LiSSA (Agarwal 2017) | H | full, dense | G iter, Neumann series
-psgd | PSGD (Li 2018) | \|H\| | full, dense | G iter, triangular solve & SGD
+psgd | PSGD (Li 2018) | |H| | full, dense | G iter, triangular solve & SGD
 neumann | Neumann optimizer (Krishnan 2017) | H | full, matrix-free | L iter, Neumann series
 hessian_free
 ksd | KSD (Vinyals & Povey 2011) | H, G | full, matrix-free | L iter, Krylov subspace
@@ -63,7 +24,7 @@ tonga | TONGA (Le Roux 2008) | F̂_emp | full or unit, Gram | G direct, SMW & ei
 mfac | M-FAC (Frantar 2021) | F̂_emp^batch | full, Gram | G direct, SMW solve
 ggt
 fang | FANG (Grosse & Salakhutdinov 2015) | F̂_nmc | full, sparse | L/G direct, incomplete Cholesky
-psgd_kron | ★ PSGD (KF) (Li 2018) | \|H\| | layer, KF-io | G iter, triangular solve & SGD
+psgd_kron | ★ PSGD (KF) (Li 2018) | |H| | layer, KF-io | G iter, triangular solve & SGD
 kbfgs | ★ K-BFGS (Goldfarb 2021) | Ĥ_bfgs | layer, KF-io | G iter, BFGS
 kfac
 adaptive_kfac
@@ -78,8 +39,8 @@ caspr
 one_sided_shampoo
 unit_ng | Unit-wise NG (Ollivier 2015) | F̂_nmc, F̂_emp | unit, dense | L/G direct, Cholesky inverse
 adahessian
-sfn | SFN (Dauphin 2014) | \|H\| | element; full, low-rank | L/G direct, division; L iter, Lanczos
-esgd | Equilibrated SGD (Dauphin 2015) | \|H\| | element | L/G direct, division
+sfn | SFN (Dauphin 2014) | |H| | element; full, low-rank | L/G direct, division; L iter, Lanczos
+esgd | Equilibrated SGD (Dauphin 2015) | |H| | element | L/G direct, division
 adagrad
 adagrad_full
 adam
@@ -97,60 +58,54 @@ sgd
 """
 
 
-@cache
-def _cards() -> dict[str, Card]:
-    package = importlib.import_module("funcprecond.methods")
-    found: dict[str, Card] = {}
-    for module in pkgutil.iter_modules(package.__path__):
-        if module.name == "table":
-            continue
-        for card in getattr(
-            importlib.import_module(f"{package.__name__}.{module.name}"), "CARDS", ()
-        ):
-            found[card.name] = card
-    return found
-
-
-class _Cards(Mapping[str, Card]):
-    """The cards of all method files, by name, read when first asked for."""
-
-    def __getitem__(self, name: str) -> Card:
-        return _cards()[name]
-
-    def __iter__(self):
-        return iter(_cards())
-
-    def __len__(self) -> int:
-        return len(_cards())
-
-
-CARDS: Mapping[str, Card] = _Cards()
-
-
-def table() -> str:
-    """The whole table in Markdown: what works today has its name in code type and a check mark."""
-    lines = [
-        "| | name | method | curvature C | representation | solver |",
-        "|---|---|---|---|---|---|",
-    ]
-    for card in _rows():
-        mark, name = ("✓", f"`{card.name}`") if card.build else ("", card.name)
-        star = "★ " if card.starred else ""
-        lines.append(
-            f"| {mark} | {name} | {star}{card.title} | {card.curvature} | {card.representation} | "
-            f"{card.solver} |"
-        )
-    return "\n".join(lines)
-
-
-def _rows() -> list[Card]:
-    rows = []
+def rows() -> list[Card]:
+    """The cards of all methods, those that are planned among them, in the table's order."""
+    found = []
     for line in _ROWS.strip().splitlines():
         name, *columns = (column.strip() for column in line.split(" | "))
         if name in CARDS:
-            rows.append(CARDS[name])
+            found.append(CARDS[name])
         else:
             title, curvature, representation, solver = columns
-            rows.append(Card(name, title, curvature, representation, solver))
-    listed = {card.name for card in rows}
-    return rows + [card for card in CARDS.values() if card.name not in listed]
+            starred = title.startswith("★ ")
+            found.append(
+                Card(
+                    name,
+                    title.removeprefix("★ "),
+                    curvature,
+                    representation,
+                    solver,
+                    starred=starred,
+                )
+            )
+    listed = {card.name for card in found}
+    return found + [card for card in CARDS.values() if card.name not in listed]
+
+
+def table(*, works: bool | None = None) -> str:
+    """The table in Markdown.
+
+    Args:
+        works: only the methods that work (True), or that are planned (False); all by default.
+
+    Returns:
+        One line a method, below two of header. What works has its name in code type.
+    """
+    lines = [
+        "| name | method | curvature C | representation | solver |",
+        "|---|---|---|---|---|",
+    ]
+    for card in rows():
+        if works in (None, card.build is not None):
+            name = f"`{card.name}`" if card.build else card.name
+            star = "★ " if card.starred else ""
+            curvature = card.curvature.replace("|", r"\|")
+            lines.append(
+                f"| {name} | {star}{card.title} | {curvature} | {card.representation} | "
+                f"{card.solver} |"
+            )
+    return "\n".join(lines)
+
+
+PLANNED = tuple(line.split(" | ")[0] for line in _ROWS.strip().splitlines() if " | " in line)
+"""The names of the methods that are planned."""

@@ -19,6 +19,7 @@ from funcprecond.layers.blocks import Layers, split_block
 from funcprecond.layers.kinds.base import LayerUse, Sharing
 from funcprecond.layers.kinds.scale import Scale
 from funcprecond.linalg.precision import factor_dtype
+from funcprecond.linalg.treemath import scalar_like
 from funcprecond.losses.base import Labels, check_labels
 from funcprecond.operators.data import (
     batch_weight,
@@ -30,7 +31,6 @@ from funcprecond.operators.data import (
 )
 from funcprecond.operators.layer_blocks import Factors, Layerwise, Rotated
 from funcprecond.problems import Problem
-from funcprecond.representation.diagonal import zero_weight
 from funcprecond.representation.kronecker_io import KroneckerIO
 from funcprecond.solver.cholesky import Cholesky
 from funcprecond.tree import Buffers, Params
@@ -206,8 +206,8 @@ def _factors(
     a, g = inputs.means(), outputs.means()
     left = {k: a[k] if inputs_left[k] else g[k] for k in a}
     right = {k: g[k] if inputs_left[k] else a[k] for k in a}
-    weight = torch.ones_like(zero_weight(params))
-    return KroneckerIO(left, right, units.means(), others.means(), weight, tuple(params))
+    one = scalar_like(params, 1.0)
+    return KroneckerIO(left, right, units.means(), others.means(), one, tuple(params))
 
 
 class _Mean:

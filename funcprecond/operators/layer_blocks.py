@@ -9,10 +9,10 @@ from torch import Tensor
 
 from funcprecond.layers.block_matrix import join, split
 from funcprecond.layers.blocks import split_block
+from funcprecond.linalg.eigh import eigenbases
 from funcprecond.linalg.gram import is_thin
 from funcprecond.linalg.precision import wide, wide_dtype
 from funcprecond.operators.operator import Operator
-from funcprecond.solver.eigen import eigenbases
 from funcprecond.tracing import multi_tensor
 from funcprecond.tree import Params, state
 

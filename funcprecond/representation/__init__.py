@@ -1,1 +1,30 @@
-"""Stage 2: how the matrix is stored. One immutable dataclass a file, with the same small verbs."""
+"""Stage 2: how the curvature matrix is stored. Each file has one immutable tree of tensors.
+
+:class:`Representation` is the contract: ``init(params)``, and ``accumulate(value, decay)``.
+"""
+
+from funcprecond.representation.average import Average, Decay, RisingDecay
+from funcprecond.representation.dense import Dense
+from funcprecond.representation.diagonal import Diagonal
+from funcprecond.representation.eigenbasis_moments import EigenbasisMoments
+from funcprecond.representation.gram import Gram
+from funcprecond.representation.kronecker_dim import KroneckerDim
+from funcprecond.representation.kronecker_io import KroneckerIO
+from funcprecond.representation.representation import Representation, WithDiagonal, WithMatrices
+from funcprecond.representation.tensor_normal import TensorNormal
+
+__all__ = [
+    "Average",
+    "Decay",
+    "Dense",
+    "Diagonal",
+    "EigenbasisMoments",
+    "Gram",
+    "KroneckerDim",
+    "KroneckerIO",
+    "Representation",
+    "RisingDecay",
+    "TensorNormal",
+    "WithDiagonal",
+    "WithMatrices",
+]

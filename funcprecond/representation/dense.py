@@ -1,13 +1,14 @@
-"""Full matrix, one for each parameter tensor."""
+"""A full matrix for each parameter tensor."""
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from funcprecond.linalg.precision import factor_dtype
-from funcprecond.representation import average
-from funcprecond.representation.diagonal import zero_weight
+from funcprecond.linalg.treemath import scalar_like
+from funcprecond.representation.average import Average, Decay
+from funcprecond.representation.representation import WithMatrices
 from funcprecond.tree import Params, state
 
 __all__ = ["Dense"]
@@ -20,12 +21,12 @@ class Dense:
     """A symmetric (n, n) matrix for each parameter of n entries.
 
     Attributes:
-        total: by parameter; divided by ``weight`` it is the matrix.
-        weight: 0-d, see :mod:`funcprecond.representation.average`.
+        average: over the measurements, by parameter.
     """
 
-    total: dict[str, Tensor]
-    weight: Tensor
+    average: Average
+
+    accepts: ClassVar[type] = WithMatrices
 
     @classmethod
     def init(cls, params: Params) -> "Dense":
@@ -45,17 +46,20 @@ class Dense:
         total = {
             k: p.new_zeros((p.numel(), p.numel()), dtype=factor_dtype(p)) for k, p in params.items()
         }
-        return cls(total, zero_weight(params))
+        return cls(Average(total, scalar_like(params)))
 
-    def accumulate(self, value: Any, decay: average.Decay) -> "Dense":
+    def accumulate(self, value: Any, decay: Decay) -> "Dense":
         """Take in a measurement, anything with a ``to_dense()`` by parameter."""
-        new, at = value.to_dense(), average.at(self.weight, decay)
-        total = {k: average.accumulate(t, new[k], at) for k, t in self.total.items()}
-        return Dense(total, average.weight(self.weight, at))
+        return Dense(self.average.include(value.to_dense(), decay))
+
+    @property
+    def normalizer(self) -> Tensor:
+        """What the totals are divided by, 0-d."""
+        return self.average.normalizer
 
     def matrices(self) -> dict[str, Tensor]:
         """The averaged matrix of each parameter."""
-        return {k: t / self.weight for k, t in self.total.items()}
+        return self.average.value()
 
     def matvec(self, vector: Params) -> Params:
         """The block-diagonal matrix times a vector shaped like the parameters."""

@@ -1,46 +1,47 @@
 """One factor for each dimension of a parameter tensor: the mode Grams of Shampoo's family."""
 
-from typing import Any
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from funcprecond.curvature.gradient import OuterProduct
 from funcprecond.linalg.axes import grams
 from funcprecond.linalg.batching import over_stacks
 from funcprecond.linalg.blocking import Blocking
 from funcprecond.linalg.precision import factor_dtype
-from funcprecond.representation import average
-from funcprecond.representation.diagonal import zero_weight
+from funcprecond.linalg.treemath import scalar_like
+from funcprecond.representation.average import Average, Decay
 from funcprecond.tree import Params, state, static
 
-__all__ = ["KroneckerDim", "axes_of"]
+__all__ = ["KroneckerDim"]
 
 
 @state
 class KroneckerDim:
-    """``S_i = sum unfold_i(G) unfold_i(G)^T`` for the axes i of every block of every parameter.
+    """``S_i = Σ unfold_i(G) unfold_i(G)^T`` for the axes i of every block of every parameter.
 
     Blocks and their axes follow from the shapes alone, see
-    :class:`funcprecond.linalg.blocking.Blocking`. A parameter without factors (a vector, a
-    scalar) keeps the diagonal of its second moment instead.
+    :class:`funcprecond.linalg.blocking.Blocking`. A parameter without factors (a vector, a scalar)
+    keeps the diagonal of its second moment instead.
 
     Attributes:
-        totals: for each block a tuple of (n_i, n_i) matrices; divided by ``weight``, the factors.
-        diagonals: for the other parameters the squares of the entries; divided by ``weight``.
-        weight: 0-d, see :mod:`funcprecond.representation.average`.
+        average: over the measurements, with two entries: ``factors``, for each block a tuple of
+            (n_i, n_i) matrices, and ``diagonals``, for the other parameters the squares of their
+            entries.
         blocking: how parameters are cut into blocks.
     """
 
-    totals: dict[str, tuple[Tensor, ...]]
-    diagonals: dict[str, Tensor]
-    weight: Tensor
+    average: Average
     blocking: Blocking = static(default=Blocking())
+
+    accepts: ClassVar[type] = OuterProduct
 
     @classmethod
     def init(cls, params: Params, blocking: Blocking | None = None) -> "KroneckerDim":
         """Zero."""
         blocking = Blocking() if blocking is None else blocking
-        totals, diagonals = {}, {}
+        factors, diagonals = {}, {}
         for name, p in params.items():
             dtype = factor_dtype(p)
             if not blocking.has_factors(p.shape):
@@ -48,48 +49,45 @@ class KroneckerDim:
                 continue
             for block, x in blocking.split(name, p).items():
                 sizes = [x.shape[i] for i in blocking.axes(x.shape)]
-                totals[block] = tuple(p.new_zeros((n, n), dtype=dtype) for n in sizes)
-        return cls(totals, diagonals, zero_weight(params), blocking)
+                factors[block] = tuple(p.new_zeros((n, n), dtype=dtype) for n in sizes)
+        return cls(
+            Average({"factors": factors, "diagonals": diagonals}, scalar_like(params)), blocking
+        )
 
-    def accumulate(self, value: Any, decay: average.Decay) -> "KroneckerDim":
-        """Take in a measurement that has ``grads`` (an outer product)."""
-        blocks, diagonals, at = {}, {}, average.at(self.weight, decay)
+    def accumulate(self, value: OuterProduct, decay: Decay) -> "KroneckerDim":
+        """Take in the outer product of a gradient with itself."""
+        blocks: Params = {}
+        diagonals: Params = {}
         for name, g in value.grads.items():
             # Upcast before the product: a Gram matrix in bfloat16 has lost its small eigenvalues.
             g = g.to(factor_dtype(g))
             if name in self.diagonals:
-                diagonals[name] = average.accumulate(self.diagonals[name], g.square(), at)
+                diagonals[name] = g.square()
             else:
                 blocks |= self.blocking.split(name, g)
-        names, layout = list(blocks), self.blocking
-        new = over_stacks(
+        found = over_stacks(
             grams,
-            [blocks[k] for k in names],
-            static=[layout.axes(blocks[k].shape) for k in names],
+            list(blocks.values()),
+            static=[self.blocking.axes(x.shape) for x in blocks.values()],
         )
-        totals = {
-            name: tuple(
-                average.accumulate(s, c, at) for s, c in zip(self.totals[name], found, strict=True)
-            )
-            for name, found in zip(names, new, strict=True)
-        }
-        weight = average.weight(self.weight, at)
-        return KroneckerDim(totals, diagonals, weight, self.blocking)
+        new = {"factors": dict(zip(blocks, found, strict=True)), "diagonals": diagonals}
+        return KroneckerDim(self.average.include(new, decay), self.blocking)
+
+    @property
+    def totals(self) -> dict[str, tuple[Tensor, ...]]:
+        """For each block the factors, times the normalizer."""
+        return self.average.total["factors"]
+
+    @property
+    def diagonals(self) -> Params:
+        """For the parameters without factors the second moment's diagonal, times the normalizer."""
+        return self.average.total["diagonals"]
+
+    @property
+    def normalizer(self) -> Tensor:
+        """What the totals are divided by, 0-d."""
+        return self.average.normalizer
 
     def factors(self) -> dict[str, tuple[Tensor, ...]]:
         """The averaged factors."""
-        return {k: tuple(s / self.weight for s in t) for k, t in self.totals.items()}
-
-
-def axes_of(shape: torch.Size) -> tuple[int, ...]:
-    """The axes that have a factor: those longer than 1, if there are two and no axis is empty.
-
-    An axis of length 1 would waste an exponent: an (n, 1) matrix is a vector.
-    """
-    axes = tuple(i for i, n in enumerate(shape) if n > 1)
-    return axes if len(axes) > 1 and 0 not in shape else ()
-
-
-def mode_gram(tensor: Tensor, axis: int) -> Tensor:
-    """(n_axis, n_axis): the Gram matrix of the slices along ``axis``."""
-    return grams(tensor, (axis,))[0]
+        return self.average.value()["factors"]

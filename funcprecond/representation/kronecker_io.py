@@ -18,8 +18,8 @@ from funcprecond.layers.kinds.base import LayerUse, Sharing
 from funcprecond.layers.kinds.scale import Scale
 from funcprecond.linalg.gram import is_thin, square
 from funcprecond.linalg.nearest_kronecker import nearest_kronecker
-from funcprecond.representation import average
-from funcprecond.representation.diagonal import zero_weight
+from funcprecond.linalg.treemath import scalar_like
+from funcprecond.representation.average import Decay, accumulate, normalizer_after, present
 from funcprecond.tree import Params, state, static
 
 __all__ = ["KroneckerIO"]
@@ -32,7 +32,7 @@ class KroneckerIO:
     """Kronecker factors of every layer, and what stands in where there is no such layer.
 
     The state is empty until the first measurement, since layers are found by running the model. All
-    fields but ``weight`` are totals: divided by it they are the averages.
+    fields but ``normalizer`` are totals: divided by it they are the averages.
 
     Attributes:
         left: for each block ``"weight+bias"`` (or ``"weight"``) the factor of the rows of its
@@ -43,7 +43,7 @@ class KroneckerIO:
         units: for a norm layer of U units the exact (U, 2, 2) blocks of scale and bias, (U, 1, 1)
             without bias.
         others: the diagonal for parameters that no layer covers.
-        weight: 0-d, see :mod:`funcprecond.representation.average`.
+        normalizer: 0-d, see :mod:`funcprecond.representation.average`.
         names: the parameters this state belongs to.
         thin: of a local measurement (``decay=None``), keep a factor of n rows and columns as the
             (r, n) rows that it is the product of, if these are fewer.
@@ -55,7 +55,7 @@ class KroneckerIO:
     right: dict[str, Tensor]
     units: dict[str, Tensor]
     others: dict[str, Tensor]
-    weight: Tensor
+    normalizer: Tensor
     names: tuple[str, ...] = static()
     thin: bool = static(default=False)
     max_dim: int = static(default=0)
@@ -65,18 +65,18 @@ class KroneckerIO:
     @classmethod
     def init(cls, params: Params, thin: bool = False, max_dim: int = 0) -> "KroneckerIO":
         """Empty."""
-        return cls({}, {}, {}, {}, zero_weight(params), tuple(params), thin, max_dim)
+        return cls({}, {}, {}, {}, scalar_like(params), tuple(params), thin, max_dim)
 
-    def accumulate(self, value: Layers, decay: average.Decay) -> "KroneckerIO":
+    def accumulate(self, value: Layers, decay: Decay) -> "KroneckerIO":
         """Take in a measurement of the layers."""
-        value, at = value.restrict(self.names), average.at(self.weight, decay)
+        value, now = value.restrict(self.names), present(self.normalizer, decay)
         empty = dataclasses.replace(
             self, left={}, right={}, units={}, others={}, thin=self.thin and decay is None
         )
         new = empty.with_cotangents(value).with_inputs(value.uses, value.sharing)
 
         def merge(old: dict[str, Tensor], new: dict[str, Tensor]) -> dict[str, Tensor]:
-            return {k: average.accumulate(old.get(k), x, at) for k, x in new.items()}
+            return {k: accumulate(old.get(k), x, now) for k, x in new.items()}
 
         return dataclasses.replace(
             self,
@@ -84,7 +84,7 @@ class KroneckerIO:
             right=merge(self.right, new.right),
             units=merge(self.units, new.units),
             others=merge(self.others, new.others),
-            weight=average.weight(self.weight, at),
+            normalizer=normalizer_after(self.normalizer, now),
         )
 
     def with_cotangents(self, value: Layers) -> "KroneckerIO":
@@ -120,12 +120,12 @@ class KroneckerIO:
                 side = left if call.inputs_first else right
                 bias = split_block(block)[1] is not None
                 side[block] = self._input_factor(uses, bias, sharing)
-        weight = torch.ones_like(self.weight)
-        return dataclasses.replace(self, left=left, right=right, weight=weight)
+        one = torch.ones_like(self.normalizer)
+        return dataclasses.replace(self, left=left, right=right, normalizer=one)
 
     def block(self, name: str) -> Tensor:
         """A layer's block as a dense matrix, in the order of its flattened ``[W | b]``."""
-        left, right = (square(x) / self.weight for x in (self.left[name], self.right[name]))
+        left, right = (square(x) / self.normalizer for x in (self.left[name], self.right[name]))
         left, right = (x.diag() if x.ndim == 1 else x for x in (left, right))
         if left.ndim == 2:
             return torch.kron(left.contiguous(), right.contiguous())

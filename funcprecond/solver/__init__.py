@@ -1,1 +1,27 @@
-"""Stage 3: how it is solved with. `prepare` is dear, `apply` is cheap."""
+"""Stage 3: how ``C^-1 g`` is computed. Each file has a frozen configuration with two functions.
+
+:class:`Solver` is the contract: ``prepare(representation, previous)`` is expensive and runs at an
+interval, ``apply(factor, grads)`` is cheap and runs at every step.
+"""
+
+from funcprecond.solver.axis_inverse import AxisInverse
+from funcprecond.solver.cholesky import Cholesky
+from funcprecond.solver.divide import Divide
+from funcprecond.solver.eigen import Eigen
+from funcprecond.solver.followed_eigenbases import FollowedEigenbases
+from funcprecond.solver.inverse_root import InverseRoot
+from funcprecond.solver.kronecker_sum import KroneckerSum
+from funcprecond.solver.smw import SMW
+from funcprecond.solver.solver import Solver
+
+__all__ = [
+    "SMW",
+    "AxisInverse",
+    "Cholesky",
+    "Divide",
+    "Eigen",
+    "FollowedEigenbases",
+    "InverseRoot",
+    "KroneckerSum",
+    "Solver",
+]

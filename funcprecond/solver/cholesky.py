@@ -6,16 +6,17 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from funcprecond.curvature.layer_statistics import LayerStatistics
-from funcprecond.layers.blocks import Layers
+from funcprecond.evidence import Evidence
 from funcprecond.linalg.batching import by_shape
 from funcprecond.linalg.gram import is_thin
+from funcprecond.need import Need
 from funcprecond.representation.kronecker_io import KroneckerIO
 from funcprecond.solver.layer_gradient import (
     GRADIENT_ROWS,
     BlockShape,
     LayerGradient,
     apply_blocks,
+    gradient_rows,
     unit_inverses,
 )
 from funcprecond.tree import Params, state
@@ -60,15 +61,16 @@ class Cholesky:
     split: Literal["pi", "equal"] = "pi"
     invert: bool = True
     accepts: ClassVar[tuple[type, ...]] = (KroneckerIO,)
-    rows: ClassVar[LayerStatistics] = GRADIENT_ROWS
+    needs: ClassVar[tuple[Need, ...]] = (GRADIENT_ROWS,)
+    staggers: ClassVar[bool] = False
 
     def init(self, representation: KroneckerIO) -> CholeskyFactor:
         """Empty, as the representation is."""
-        return CholeskyFactor({}, {}, {}, {}, torch.ones_like(representation.weight), {}, {})
+        return CholeskyFactor({}, {}, {}, {}, torch.ones_like(representation.normalizer), {}, {})
 
     def prepare(self, representation: KroneckerIO, previous: CholeskyFactor) -> CholeskyFactor:
         """One batched Cholesky decomposition for each size of factor."""
-        w = representation.weight
+        w = representation.normalizer
         gamma = self.damping**0.5
         blocks = list(representation.left)
         # Totals, not averages: the ridges are scaled instead of the matrices.
@@ -97,7 +99,9 @@ class Cholesky:
             dict(zip(blocks, ridges[len(blocks) :], strict=True)),
         )
 
-    def apply(self, factor: CholeskyFactor, grads: Params, rows: Layers | None = None) -> Params:
+    def apply(
+        self, factor: CholeskyFactor, grads: Params, evidence: Evidence | None = None
+    ) -> Params:
         """Two products or solves a layer, of the gradient or of the rows that it is made of."""
 
         def solve(block: str, gradient: LayerGradient) -> LayerGradient:
@@ -115,7 +119,7 @@ class Cholesky:
             factor.units,
             factor.others,
             self.damping,
-            rows,
+            gradient_rows(grads, evidence),
         )
 
     def _factor(self, matrices: Tensor, ridge: Tensor) -> Tensor:

@@ -6,6 +6,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from funcprecond.evidence import Evidence
+from funcprecond.need import Need
 from funcprecond.representation.diagonal import Diagonal
 from funcprecond.tracing import multi_tensor
 from funcprecond.tree import Params
@@ -25,10 +27,12 @@ class Divide:
     damping: float | Tensor = 1e-8
     power: float = 1.0
     accepts: ClassVar[tuple[type, ...]] = (Diagonal,)
+    needs: ClassVar[tuple[Need, ...]] = ()
+    staggers: ClassVar[bool] = False
 
     def init(self, representation: Diagonal) -> Params:
         """Zero: what a step before the first measurement divides by is the damping alone."""
-        return {k: torch.zeros_like(t) for k, t in representation.total.items()}
+        return {k: torch.zeros_like(t) for k, t in representation.average.total.items()}
 
     def prepare(self, representation: Diagonal, previous: Params) -> Params:
         """The power of the diagonal."""
@@ -38,7 +42,7 @@ class Divide:
             return {k: d.abs_().pow_(self.power) for k, d in new.items()}
         return {k: d.abs() ** self.power for k, d in new.items()}
 
-    def apply(self, factor: Params, grads: Params) -> Params:
+    def apply(self, factor: Params, grads: Params, evidence: Evidence | None = None) -> Params:
         """One division an entry."""
         direction = {}
         for name, g in grads.items():

@@ -3,23 +3,23 @@
 import dataclasses
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
-from funcprecond.curvature.layer_statistics import LayerStatistics
-from funcprecond.layers.blocks import Layers
-from funcprecond.linalg.batching import by_shape
+from funcprecond.evidence import Evidence
+from funcprecond.linalg.eigh import eigenbases
+from funcprecond.need import Need
 from funcprecond.representation.kronecker_io import KroneckerIO
 from funcprecond.solver.layer_gradient import (
     GRADIENT_ROWS,
     BlockShape,
     LayerGradient,
     apply_blocks,
+    gradient_rows,
     unit_inverses,
 )
 from funcprecond.tree import Params, state
 
-__all__ = ["Eigen", "EigenFactor", "eigenbases", "groups_of", "rotate", "rotate_back"]
+__all__ = ["Eigen", "EigenFactor", "groups_of", "rotate", "rotate_back"]
 
 
 @state
@@ -48,7 +48,8 @@ class Eigen:
 
     damping: float | Tensor = 1e-3
     accepts: ClassVar[tuple[type, ...]] = (KroneckerIO,)
-    rows: ClassVar[LayerStatistics] = GRADIENT_ROWS
+    needs: ClassVar[tuple[Need, ...]] = (GRADIENT_ROWS,)
+    staggers: ClassVar[bool] = False
 
     def init(self, representation: KroneckerIO) -> EigenFactor:
         """Empty, as the representation is."""
@@ -56,7 +57,7 @@ class Eigen:
 
     def prepare(self, representation: KroneckerIO, previous: EigenFactor) -> EigenFactor:
         """Decompose: one batched eigendecomposition for each size of factor."""
-        w = representation.weight
+        w = representation.normalizer
         left = {k: x / w for k, x in representation.left.items()}
         right = {k: x / w for k, x in representation.right.items()}
         left_values, left_vectors = eigenbases(left)
@@ -70,7 +71,7 @@ class Eigen:
             {k: x / w for k, x in representation.others.items()},
         )
 
-    def apply(self, factor: EigenFactor, grads: Params, rows: Layers | None = None) -> Params:
+    def apply(self, factor: EigenFactor, grads: Params, evidence: Evidence | None = None) -> Params:
         """Rotate, divide, rotate back: four products a layer, two of them maybe of rows only."""
 
         def solve(block: str, gradient: LayerGradient) -> LayerGradient:
@@ -91,32 +92,8 @@ class Eigen:
             unit_inverses(factor.units, self.damping),
             factor.others,
             self.damping,
-            rows,
+            gradient_rows(grads, evidence),
         )
-
-
-def eigenbases(factors: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """(eigenvalues, clamped at zero; eigenvectors) of each factor; no vectors for diagonal ones.
-
-    A factor that is not finite has the identity's decomposition times NaN values, so that the fault
-    shows in the direction instead of raising inside a compiled step.
-    """
-    values = {k: x.clamp_min(0.0) for k, x in factors.items() if x.ndim == 1}
-    names = [k for k, x in factors.items() if x.ndim > 1]
-
-    def decompose(stack: Tensor, _) -> Tensor:
-        symmetric = (stack + stack.mT) / 2
-        finite = torch.isfinite(symmetric).all(-1, keepdim=True).all(-2, keepdim=True)
-        eye = torch.eye(stack.shape[-1], dtype=stack.dtype, device=stack.device)
-        spectrum, vectors = torch.linalg.eigh(torch.where(finite, symmetric, eye))
-        spectrum = torch.where(finite.squeeze(-1), spectrum.clamp_min(0.0), torch.nan)
-        return torch.cat([spectrum.unsqueeze(-2), vectors], -2)
-
-    packed = by_shape(decompose, [factors[k] for k in names], static=[None] * len(names))
-    vectors = {}
-    for name, x in zip(names, packed, strict=True):
-        values[name], vectors[name] = x[..., 0, :], x[..., 1:, :]
-    return values, vectors
 
 
 def rotate(gradient: LayerGradient, left: Tensor | None, right: Tensor | None) -> Tensor:

@@ -10,17 +10,18 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from funcprecond.evidence import Evidence
 from funcprecond.linalg.axes import multiply
 from funcprecond.linalg.batching import by_shape, over_stacks
 from funcprecond.linalg.blocking import Blocking
-from funcprecond.linalg.inverse_roots import Method, inverse_root
+from funcprecond.linalg.inverse_roots import Method, Ridge, inverse_root
 from funcprecond.linalg.precision import factor_dtype
-from funcprecond.need import Turn
+from funcprecond.need import Need, Turn
 from funcprecond.representation.dense import Dense
 from funcprecond.representation.kronecker_dim import KroneckerDim
 from funcprecond.tree import Params, state, static
 
-__all__ = ["InverseRoot", "Roots", "diagonal_roots", "mode_product", "refreshed"]
+__all__ = ["InverseRoot", "Roots", "diagonal_roots", "refreshed"]
 
 
 # A dense matrix acts on the whole parameter as one axis.
@@ -55,14 +56,17 @@ class InverseRoot:
     Attributes:
         epsilon: the ridge, relative to each factor's largest eigenvalue.
         exponent: of each factor; by default 1/2 shared by the k axes, ``1 / (2 k)``.
-        dtype, method: see :func:`funcprecond.linalg.inverse_roots.inverse_root`.
+        dtype, method, ridge: see :func:`funcprecond.linalg.inverse_roots.inverse_root`.
     """
 
     epsilon: float | Tensor = 1e-6
     exponent: float | None = None
     dtype: torch.dtype | None = None
     method: Method = "auto"
+    ridge: Ridge = "inner"
     accepts: ClassVar[tuple[type, ...]] = (KroneckerDim, Dense)
+    needs: ClassVar[tuple[Need, ...]] = ()
+    staggers: ClassVar[bool] = True
 
     def init(self, representation: KroneckerDim | Dense) -> Roots:
         """Identity: what stays where no root can be taken yet."""
@@ -71,7 +75,7 @@ class InverseRoot:
             k: tuple(torch.eye(s.shape[-1], dtype=s.dtype, device=s.device) for s in f)
             for k, f in factors.items()
         }
-        kept = torch.zeros_like(representation.weight, dtype=torch.int64)
+        kept = torch.zeros_like(representation.normalizer, dtype=torch.int64)
         return Roots(eye, {k: torch.ones_like(d) for k, d in diagonals.items()}, kept, blocking)
 
     def prepare(
@@ -83,11 +87,12 @@ class InverseRoot:
         def take(stack: Tensor, before: Tensor, k: int) -> tuple[Tensor, Tensor]:
             p = 1 / (self.exponent or 0.5 / k)
             root, ok = inverse_root(
-                stack / representation.weight,
+                stack / representation.normalizer,
                 p,
                 epsilon=self.epsilon,
                 method=self.method,
                 dtype=self.dtype,
+                ridge=self.ridge,
             )
             return torch.where(ok[..., None, None], root, before), ok
 
@@ -95,7 +100,7 @@ class InverseRoot:
         inverses = diagonal_roots(representation, diagonals, previous.diagonals, self.epsilon)
         return Roots(roots, inverses, previous.kept + failed, blocking)
 
-    def apply(self, factor: Roots, grads: Params) -> Params:
+    def apply(self, factor: Roots, grads: Params, evidence: Evidence | None = None) -> Params:
         """One product an axis."""
 
         def solve(roots: tuple[Tensor, ...], x: Tensor) -> Tensor:
@@ -178,7 +183,7 @@ def diagonal_roots(
     """The inverse roots of the parameters without factors, entry by entry."""
     new = {}
     for name, d in diagonals.items():
-        d = d / representation.weight
+        d = d / representation.normalizer
         largest = d.max() if d.numel() else d.new_zeros(())
         ok = torch.isfinite(largest) & (largest > 0)
         ridge = epsilon * torch.where(ok, largest, 1.0)
@@ -186,15 +191,7 @@ def diagonal_roots(
     return new
 
 
-def mode_product(matrix: Tensor, x: Tensor, axis: int) -> Tensor:
-    """Contract ``axis`` of ``x`` with axis 1 of ``matrix``; the axis stays in place."""
-    if x.ndim == 2:
-        return matrix @ x if axis == 0 else x @ matrix.mT
-    product = torch.tensordot(matrix, x, ([1], [axis]))  # pyright: ignore[reportArgumentType]
-    return product.movedim(0, axis)
-
-
 def _factors(representation: KroneckerDim | Dense):
     if isinstance(representation, Dense):
-        return {k: (t,) for k, t in representation.total.items()}, {}, WHOLE
+        return {k: (t,) for k, t in representation.average.total.items()}, {}, WHOLE
     return representation.totals, representation.diagonals, representation.blocking

@@ -20,17 +20,17 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from funcprecond.linalg.axes import multiply
+from funcprecond.evidence import Evidence
+from funcprecond.linalg.axes import along, mode_product, multiply
 from funcprecond.linalg.blocking import Blocking
 from funcprecond.linalg.inverse_roots import Method, eigen_root
-from funcprecond.need import Turn
+from funcprecond.need import Need, Turn
 from funcprecond.representation.kronecker_dim import KroneckerDim
 from funcprecond.solver.inverse_root import (
     InverseRoot,
     Roots,
     apply_blocks,
     diagonal_roots,
-    mode_product,
     refreshed,
 )
 from funcprecond.tree import Params, state, static
@@ -74,11 +74,13 @@ class KroneckerSum:
     dtype: torch.dtype | None = None
     method: Method = "auto"
     accepts: ClassVar[tuple[type, ...]] = (KroneckerDim,)
+    needs: ClassVar[tuple[Need, ...]] = ()
+    staggers: ClassVar[bool] = True
 
     def init(self, representation: KroneckerDim) -> Roots | Spectra:
         """Identity; raises ValueError if ``p`` is not whole and roots are applied in passes."""
         roots = self._root.init(representation)
-        on_cpu = representation.weight.device.type == "cpu"
+        on_cpu = representation.normalizer.device.type == "cpu"
         if not (self.method == "eigh" or (self.method == "auto" and on_cpu)):
             if self.p not in (None, math.inf) and self.p % 1:
                 msg = f"{self.p} passes cannot be made: use method='eigh' for such a p"
@@ -99,7 +101,7 @@ class KroneckerSum:
         def take(stack: Tensor, vectors: Tensor, values: Tensor, k: int) -> tuple[Tensor, ...]:
             order = k if self.p in (None, math.inf) else self.p
             q, root, ok = eigen_root(
-                stack / representation.weight, 2 * order, epsilon=self.epsilon, dtype=self.dtype
+                stack / representation.normalizer, 2 * order, epsilon=self.epsilon, dtype=self.dtype
             )
             kept = ok.unsqueeze(-1)
             q = torch.where(kept.unsqueeze(-1), q, vectors).contiguous()
@@ -114,7 +116,9 @@ class KroneckerSum:
         kept = previous.kept + failed
         return Spectra(bases, values, diagonals, kept, representation.blocking)
 
-    def apply(self, factor: Roots | Spectra, grads: Params) -> Params:
+    def apply(
+        self, factor: Roots | Spectra, grads: Params, evidence: Evidence | None = None
+    ) -> Params:
         """``2 k`` products a block of k axes in eigenbases, where Shampoo takes k; p k by roots."""
         layout = factor.blocking
 
@@ -129,15 +133,12 @@ class KroneckerSum:
         def in_bases(bases: tuple[Tensor, ...], values: tuple[Tensor, ...], x: Tensor) -> Tensor:
             axes = layout.axes(x.shape)
             y = multiply([q.mT for q in bases], x, axes)
-            along = [
-                v.reshape([-1 if i == axis else 1 for i in range(x.ndim)])
-                for axis, v in zip(axes, values, strict=True)
-            ]
+            shaped = [along((v,), (axis,), x) for axis, v in zip(axes, values, strict=True)]
             if self.p == math.inf:
-                y = functools.reduce(torch.mul, along, y)
+                y = functools.reduce(torch.mul, shaped, y)
             else:
-                mean = functools.reduce(torch.add, [v / len(along) for v in along])
-                y = y * mean ** (self.p or len(along))
+                mean = functools.reduce(torch.add, [v / len(shaped) for v in shaped])
+                y = y * mean ** (self.p or len(shaped))
             return multiply(bases, y, axes)
 
         if isinstance(factor, Roots):

@@ -7,7 +7,6 @@ from torch import Tensor
 
 from funcprecond.evidence import Evidence
 from funcprecond.linalg import treemath
-from funcprecond.representation.diagonal import zero_weight
 from funcprecond.transform import Transform
 from funcprecond.tree import Params, state
 
@@ -39,7 +38,7 @@ def kl_clip(inner: Transform, *, rate: float | Tensor, bound: float | Tensor = 1
     """
 
     def init(params: Params) -> KLClipped:
-        return KLClipped(inner.init(params), torch.ones_like(zero_weight(params)))
+        return KLClipped(inner.init(params), treemath.scalar_like(params, 1.0))
 
     def update(
         state: KLClipped, grads: Params, evidence: Evidence | None = None

@@ -13,15 +13,15 @@ __all__ = ["parameters", "weight_decay"]
 
 
 def weight_decay(
-    rate: float | Tensor, *, mask: Callable[[str, Tensor], bool] | None = None
+    coefficient: float | Tensor, *, mask: Callable[[str, Tensor], bool] | None = None
 ) -> Transform:
-    """Add ``rate * params`` to the direction.
+    """Add ``coefficient * params`` to the direction.
 
     After the preconditioner it is decoupled: ``chain(adam(), weight_decay(0.1), scale(lr))`` is
     AdamW. Before it, it is an L2 penalty in the gradient.
 
     Args:
-        rate: the decay.
+        coefficient: what the parameters are multiplied by.
         mask: ``(name, parameter) -> bool``, which parameters decay; all by default. Matrices only:
             ``lambda name, p: p.ndim > 1``.
 
@@ -34,7 +34,7 @@ def weight_decay(
     ) -> tuple[tuple, Params]:
         params = parameters(evidence)
         chosen = {k: g for k, g in grads.items() if mask is None or mask(k, params[k])}
-        return state, {**grads, **treemath.add(chosen, params, rate)}
+        return state, {**grads, **treemath.add(chosen, params, coefficient)}
 
     return Transform(lambda params: (), update)
 

@@ -70,12 +70,12 @@ def test_an_embedding_is_seen_with_its_tokens():
     tokens = torch.tensor([[0, 2], [1, 1]])
     recorder = watch(initialised(nn.Embedding(3, 4, padding_idx=1)), tokens)
     assert kinds(recorder) == [("Embedding", "weight", None)]
-    assert recorder.calls[0].trailing == 1
+    assert (recorder.calls[0].padding, recorder.calls[0].vocabulary) == (1, 3)
     assert torch.equal(recorder.inputs[0], tokens)
 
 
 @pytest.mark.parametrize(
-    "Scale",
+    "norm",
     [
         nn.LayerNorm(4),
         nn.GroupNorm(2, 4),

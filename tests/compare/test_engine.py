@@ -32,7 +32,7 @@ def cards(monkeypatch):
         return stateless(lambda grads: {name: -1e3 * g for name, g in grads.items()})
 
     extra = {
-        name: dataclasses.replace(sgd, name=name, build=build, intervals=False, options={})
+        name: dataclasses.replace(sgd, name=name, build=build, options={})
         for name, build in (("refuse", refuse), ("poison", poison), ("explode", explode))
     }
     everything = types.MappingProxyType({**taxonomy.CARDS, **extra})

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 import funcprecond as fp
-from funcprecond.methods.table import CARDS
+from funcprecond.methods.card import CARDS
 from tests.conformance import references
 
 
@@ -38,7 +38,7 @@ EXACT = {"labels": "exact"}
 METHODS: dict[str, Line] = {
     "sgd": Line(references.identity),
     "adam": Line(references.inverse_magnitude),
-    "adamw": Line(references.inverse_magnitude, {"decay_rate": 0.0}),
+    "adamw": Line(references.inverse_magnitude, {"weight_decay": 0.0}),
     "adagrad": Line(references.inverse_magnitude),
     "adagrad_full": Line(references.adagrad_full),
     "shampoo": Line(references.shampoo),
@@ -87,7 +87,7 @@ def trained(name: str, **options) -> fp.Transform:
 
 def intervals(name: str) -> fp.Transform:
     """The same, with both intervals at work where the method has them."""
-    slow = {"every": 2, "refresh_every": 2} if CARDS[name].intervals else {}
+    slow = {"every": 2, "refresh_every": 2} if CARDS[name].has_intervals else {}
     return trained(name, **slow)
 
 

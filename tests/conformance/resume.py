@@ -10,7 +10,7 @@ import traceback
 import torch
 
 import funcprecond as fp
-from funcprecond.methods.table import CARDS
+from funcprecond.methods.card import CARDS
 from tests import problems
 from tests.conformance.methods import METHODS, intervals
 

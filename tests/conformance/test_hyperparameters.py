@@ -7,13 +7,13 @@ import torch
 from torch.utils._pytree import tree_map
 
 import funcprecond as fp
-from funcprecond.methods.table import CARDS
+from funcprecond.methods.card import CARDS
 from tests import problems
 from tests.conformance.methods import METHODS, build, every_method, line
 from tests.equality import assert_close
 from tests.problems import seeded
 
-NUMBERS = ("damping", "epsilon", "decay", "decay_rate")
+NUMBERS = ("damping", "epsilon", "decay", "weight_decay")
 
 
 def numbers(name: str) -> dict[str, float]:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import funcprecond as fp
-from funcprecond.methods.table import CARDS
+from funcprecond.methods.card import CARDS
 from tests import problems
 from tests.conformance.methods import METHODS, every_method, intervals
 from tests.conformance.resume import SAVED, STEPS

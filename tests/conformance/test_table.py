@@ -1,6 +1,6 @@
 """The table of methods and the table of their tests are the same length."""
 
-from funcprecond.methods.table import CARDS
+from funcprecond.methods.card import CARDS
 from tests.conformance.methods import METHODS, every_method, line
 
 

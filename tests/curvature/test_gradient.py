@@ -1,11 +1,10 @@
 import torch
 from hypothesis import given
 
-from funcprecond.curvature.gradient import OuterProduct, unfold_mode
-from funcprecond.representation.kronecker_dim import mode_gram
+from funcprecond.curvature.gradient import OuterProduct
+from funcprecond.linalg.axes import mode_gram
 from tests import reference, strategies
 from tests.equality import assert_close
-from tests.problems import normal
 
 
 @given(strategies.vectors())
@@ -16,15 +15,6 @@ def test_the_diagonal_is_that_of_the_dense_matrix(grads):
         assert_close(dense[k], torch.outer(g.reshape(-1), g.reshape(-1)))
         assert_close(diagonal[k].reshape(-1), dense[k].diagonal())
         assert diagonal[k].shape == g.shape
-
-
-def test_rows_of_a_mode_are_the_slices_along_its_axis():
-    x = normal((2, 3, 4))
-    for axis in range(3):
-        rows = unfold_mode(x, axis)
-        assert rows.shape == (x.shape[axis], x.numel() // x.shape[axis])
-        for i in range(x.shape[axis]):
-            assert_close(rows[i], x.select(axis, i).reshape(-1))
 
 
 @given(strategies.gradients(max_axes=4, steps=1))

@@ -4,14 +4,8 @@ import pytest
 import torch
 from hypothesis import given
 
-from funcprecond.linalg.eigenbases import (
-    axes_below,
-    eigenvectors,
-    orthogonal_step,
-    rotate,
-    rotate_back,
-    turns,
-)
+from funcprecond.linalg.axes import axes_below
+from funcprecond.linalg.eigenbases import eigenvectors, orthogonal_step, rotate, rotate_back, turns
 from tests import reference, strategies
 from tests.equality import assert_close
 from tests.problems import normal

@@ -70,7 +70,7 @@ def test_half_precision_gradients_are_squared_in_float32(dtype, randn):
     for g in grads:
         state, _ = opt.update(state, {"w": g})
     expected = sum(g.double().square() for g in grads)
-    assert_close(state.representation.total["w"], expected.float(), rtol=1e-6)
+    assert_close(state.representation.average.total["w"], expected.float(), rtol=1e-6)
 
 
 def test_decay_none_keeps_the_newest_gradient_only(randn):

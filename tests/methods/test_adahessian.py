@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 import funcprecond as fp
 from funcprecond.curvature.hessian import HessianProbes, Probes
-from funcprecond.methods.adahessian import spatial_average
+from funcprecond.linalg.block_mean import block_mean
 from tests import reference
 from tests.equality import assert_close, assert_same
 from tests.problems import convnet, mlp, normal, seeded, update
@@ -125,21 +125,21 @@ def test_convolutions_share_one_number_a_kernel(shape, average):
 
 def test_vectors_and_matrices_are_not_averaged_unless_asked():
     d = normal((3, 5), 1)
-    assert torch.equal(spatial_average(d, None), d)
-    torch.testing.assert_close(spatial_average(d, "row"), d.mean(1, keepdim=True).expand(3, 5))
-    assert torch.equal(spatial_average(d[0], "row"), d[0])
-    assert torch.equal(spatial_average(d[0, 0], "kernel"), d[0, 0])
+    assert torch.equal(block_mean(d, None), d)
+    torch.testing.assert_close(block_mean(d, "row"), d.mean(1, keepdim=True).expand(3, 5))
+    assert torch.equal(block_mean(d[0], "row"), d[0])
+    assert torch.equal(block_mean(d[0, 0], "kernel"), d[0, 0])
 
 
 @given(st.integers(1, 4), st.integers(1, 9), st.integers(1, 6), seeds)
 def test_blocks_stay_inside_rows_and_the_last_may_be_short(rows, length, size, seed):
     d = normal((rows, length), seed)
-    found = spatial_average(d, size)
+    found = block_mean(d, size)
     for r, j in itertools.product(range(rows), range(length)):
         first = j // size * size
         expected = d[r, first : first + size].mean()
         torch.testing.assert_close(found[r, j], expected)
-    torch.testing.assert_close(spatial_average(d[0], size), found[0])
+    torch.testing.assert_close(block_mean(d[0], size), found[0])
 
 
 def test_a_network_is_preconditioned_by_its_own_hessian():

@@ -29,7 +29,7 @@ def test_adam_with_decay_before_it_equals_torch_optim_adams_l2_penalty():
 
 @pytest.mark.parametrize(("dtype", "rtol"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
 def test_adamw_equals_torch_optim_adamw_over_100_steps(dtype, rtol):
-    ours = run(fp.chain(fp.adamw(decay_rate=0.3), fp.scale(1e-2)), 100, dtype)
+    ours = run(fp.chain(fp.adamw(weight_decay=0.3), fp.scale(1e-2)), 100, dtype)
     peer = run_torch(lambda p: torch.optim.AdamW(p, lr=1e-2, weight_decay=0.3), 100, dtype)
     assert_close(ours, peer, rtol=rtol)
 
@@ -102,7 +102,7 @@ def test_one_tensor_at_a_time_gives_what_many_at_once_do():
     """A tensor among the hyperparameters takes the first way, numbers the second."""
     params, ends = mixed(0), []
     for beta in (0.9, torch.tensor(0.9, dtype=torch.float64)):
-        opt = fp.adamw(betas=(beta, 0.99), decay_rate=0.3)
+        opt = fp.adamw(betas=(beta, 0.99), weight_decay=0.3)
         state, direction = opt.init(params), {}
         for t in range(5):
             state, direction = opt.update(state, mixed(10 * t), evidence(params))
@@ -128,7 +128,7 @@ def test_what_goes_in_stays_as_it_was(opt):
 def test_adamw_is_adam_and_decoupled_decay():
     params = mixed(0)
     chained = fp.chain(fp.adam(), fp.weight_decay(0.3))
-    one, other = fp.adamw(decay_rate=0.3), chained
+    one, other = fp.adamw(weight_decay=0.3), chained
     a, b = one.init(params), other.init(params)
     for t in range(3):
         a, direction = one.update(a, mixed(t), evidence(params))

@@ -16,7 +16,7 @@ from tests import reference, strategies
 from tests.equality import assert_close
 from tests.methods.test_adagrad import last
 from tests.methods.test_shampoo import applied
-from tests.problems import normal
+from tests.problems import kronecker_dim, normal
 from tests.strategies import orthogonal
 
 EPSILON = 1e-6
@@ -108,7 +108,7 @@ def test_shampoo_is_below_caspr_is_below_its_lower_powers_is_below_full_adagrad(
     grads, r, epsilon = decaying((4, 3), seed), 3, 1e-3
     left, right = (s + epsilon * reference.eye(len(s)) for s in reference.mode_grams(grads))
     # The relative ridge 1e-14 leaves these factors, handed over as statistics, as they are.
-    rep = KroneckerDim({"w": (left, right)}, {}, torch.ones((), dtype=torch.float64))
+    rep = kronecker_dim(left, right)
 
     def matrix(solver):
         factor = solver.prepare(rep, solver.init(rep))
@@ -209,9 +209,7 @@ def test_one_long_axis_by_dense_factors_is_full_adagrad(randn):
 @pytest.mark.parametrize(("l", "r"), [(4.0, 4.0), (4.0, 0.25)])
 def test_isotropic_factors_have_their_closed_form(l, r, randn):
     """X-11."""
-    rep = KroneckerDim(
-        {"w": (l * reference.eye(4), r * reference.eye(3))}, {}, torch.ones((), dtype=torch.float64)
-    )
+    rep = kronecker_dim(l * reference.eye(4), r * reference.eye(3))
     g, solver = randn(4, 3), KroneckerSum(1e-14)
     direction = solver.apply(solver.prepare(rep, solver.init(rep)), {"w": g})["w"]
     assert_close(direction, g * ((l**-0.25 + r**-0.25) / 2) ** 2, rtol=1e-10)
@@ -223,7 +221,7 @@ def test_scaling_one_factor_changes_the_direction_itself():
     left, right = reference.mode_grams(grads)
     solver, directions = KroneckerSum(1e-6), []
     for c in (1.0, 256.0):
-        rep = KroneckerDim({"w": (left, c * right)}, {}, torch.ones((), dtype=torch.float64))
+        rep = kronecker_dim(left, c * right)
         directions.append(
             solver.apply(solver.prepare(rep, solver.init(rep)), {"w": grads[-1]})["w"]
         )

@@ -93,7 +93,7 @@ def test_moments_are_those_of_whole_example_gradients_in_the_basis(name):
         matrices = example_matrices(problem, batch, block)
         basis = full_basis(state, block, matrices.shape[1:])
         rotated = matrices.flatten(1) @ basis
-        torch.testing.assert_close(moments.reshape(-1) / state.weight, rotated.square().mean(0))
+        torch.testing.assert_close(moments.reshape(-1) / state.normalizer, rotated.square().mean(0))
 
 
 @pytest.mark.parametrize("name", list(NETWORKS))
@@ -107,7 +107,7 @@ def test_the_direction_solves_in_that_basis(name):
             return (m if bias is None else torch.cat([m, tree[bias].unsqueeze(1)], 1)).reshape(-1)
 
         basis = full_basis(state, block, problem.params[weight].flatten(1).shape)
-        dense = basis @ torch.diag(moments.reshape(-1) / state.weight) @ basis.T
+        dense = basis @ torch.diag(moments.reshape(-1) / state.normalizer) @ basis.T
         expected = torch.linalg.solve(
             dense + 0.1 * reference.eye(len(dense)), matrix(evidence.grads)
         )
@@ -123,7 +123,7 @@ def test_it_approximates_the_fisher_block_at_least_as_well_as_kfac(name):
         rows = matrices.flatten(1)
         fisher = rows.T @ rows / len(rows)
         basis = full_basis(state, block, matrices.shape[1:])
-        ours = basis @ torch.diag(state.moments[block].reshape(-1) / state.weight) @ basis.T
+        ours = basis @ torch.diag(state.moments[block].reshape(-1) / state.normalizer) @ basis.T
         evidence = fp.observe(problem, problem.params, batch, (need,))
         kfac = fp.representation.kronecker_io.KroneckerIO.init(problem.params)
         kfac = kfac.accumulate(evidence[need], None).block(block)
@@ -151,7 +151,7 @@ def test_moments_start_anew_in_a_new_basis():
     for t in range(4):
         evidence = fp.observe(toy.problem, toy.params, toy.at(t), opt.needs(t))
         state, _ = opt.update(state, evidence.grads, evidence)
-        weights.append(float(state.weight))
+        weights.append(float(state.normalizer))
     assert weights == pytest.approx([0.1, 0.19, 0.1, 0.19])
 
 

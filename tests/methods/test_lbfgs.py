@@ -203,5 +203,5 @@ def test_it_says_what_is_missing_or_wrong():
         {"history": 0},
         {"every": 0},
     ):
-        with pytest.raises(ValueError, match=r"one of|at least"):
+        with pytest.raises(ValueError, match=r"must be"):
             fp.lbfgs(**options)

@@ -8,7 +8,7 @@ import funcprecond as fp
 from tests import reference, strategies
 from tests.equality import assert_close
 from tests.methods.test_adagrad import last
-from tests.problems import normal
+from tests.problems import kronecker_dim, normal
 from tests.strategies import orthogonal, with_spectrum
 
 EPSILON = 1e-6
@@ -66,8 +66,8 @@ def test_scaling_one_factor_only_rescales_the_direction():
     state, _ = opt.update(opt.init({"w": g}), {"w": g})
     rep = state.representation
     left, right = rep.totals["w"]
-    other = type(rep)({"w": (left, 16 * right)}, rep.diagonals, rep.weight)
-    solver = fp.solver.inverse_root.InverseRoot()
+    other = kronecker_dim(left, 16 * right)
+    solver = fp.solver.InverseRoot()
     directions = [
         solver.apply(solver.prepare(r, state.factor), {"w": g})["w"] for r in (rep, other)
     ]

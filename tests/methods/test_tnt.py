@@ -8,7 +8,7 @@ from hypothesis import given
 
 import funcprecond as fp
 from funcprecond.curvature.sampled_gradient import SampledGradient, SampledGradients
-from funcprecond.methods.tnt import normalised
+from funcprecond.representation.tensor_normal import normalised
 from tests import problems, reference, strategies
 from tests.equality import assert_close
 from tests.methods.test_kl_shampoo import covariance, samples
@@ -18,11 +18,11 @@ from tests.strategies import orthogonal
 PLAIN = {"momentum": 0.0, "decay": None, "refresh_every": 1}
 
 
-def last(opt, sampled, grads, constant=0.25):
+def last(opt, sampled, grads):
     """The direction after steps with these sampled gradients, (samples, *shape), and gradients."""
     state = opt.init({"w": grads[0]})
     for t, (d, g) in enumerate(zip(sampled, grads, strict=True)):
-        value = SampledGradients({"w": d}, torch.tensor(constant, dtype=torch.float64))
+        value = SampledGradients({"w": d})
         measured = {n: value if isinstance(n, SampledGradient) else () for n in opt.needs(t)}
         evidence = fp.Evidence({}, torch.zeros(()), None, {}, {}, measured)
         state, direction = opt.update(state, {"w": g}, evidence)
@@ -108,11 +108,15 @@ def test_a_vector_has_the_natural_gradient_of_an_averaged_rank_one_matrix():
     assert_close(last(opt, sampled, grads), expected, rtol=1e-12)
 
 
-def test_per_example_divides_the_curvature_by_the_losss_constant():
-    d, g = normal((1, 4, 3)), normal((4, 3), 1)
-    opt = fp.tnt(damping=0.1, per_example=True, **PLAIN)
-    expected = last(fp.tnt(damping=0.1, **PLAIN), [2 * d], [g])
-    assert_close(last(opt, [d], [g], constant=0.25), expected, rtol=1e-12)
+def test_per_sample_divides_the_curvature_by_the_losss_constant():
+    toy, options = problems.mlp(examples=5), {"damping": 0.1, **PLAIN}
+    batch, whole = SampledGradient(), SampledGradient(per_sample=True)
+    noise = fp.draw(toy.problem, toy.params, toy.batch, (batch, whole), generator=seeded(3))
+    noise = fp.Noise((), dict.fromkeys((batch, whole), noise.needs[batch]))
+    found = fp.observe(toy.problem, toy.params, toy.batch, (batch, whole), noise=noise)
+    expected = {k: 5**0.5 * g for k, g in found[batch].grads.items()}
+    assert_close(found[whole].grads, expected, rtol=1e-12)
+    assert whole in fp.tnt(per_sample=True, **options).needs(0)
 
 
 @pytest.mark.parametrize("bad", [0.0, float("nan")])
@@ -154,7 +158,6 @@ def test_a_sample_is_the_gradient_of_the_loss_at_its_labels():
     labels = (outputs.softmax(-1).cumsum(-1) <= noise.needs[need][0].unsqueeze(-1)).sum(-1)
     evidence = fp.observe(toy.problem, toy.params, (toy.batch[0], labels))
     assert_close({k: g[0] for k, g in found.grads.items()}, evidence.grads, rtol=1e-12)
-    assert found.constant.item() == pytest.approx(1 / 5)
 
 
 def test_samples_average():

@@ -9,11 +9,10 @@ from tests.problems import normal
 
 
 def carried(values, decay):
-    total, weight = torch.zeros_like(values[0]), values[0].new_zeros(())
+    kept = average.Average({"x": (torch.zeros_like(values[0]),)}, values[0].new_zeros(()))
     for x in values:
-        at = average.at(weight, decay)
-        total, weight = average.accumulate(total, x, at), average.weight(weight, at)
-    return total / weight
+        kept = kept.include({"x": (x,)}, decay)
+    return kept.value()["x"][0]
 
 
 @given(st.floats(0, 0.99), st.integers(1, 8))

@@ -41,14 +41,14 @@ def test_accumulating_leaves_the_old_one():
     g = {"w": normal((3,))}
     rep = Diagonal.init(g)
     rep.accumulate(OuterProduct(g), "sum")
-    assert not rep.total["w"].any()
+    assert not rep.average.total["w"].any()
 
 
 def test_statistics_are_in_float32_or_wider():
     assert factor_dtype(torch.zeros(1, dtype=torch.bfloat16)) == torch.float32
     assert factor_dtype(torch.zeros(1, dtype=torch.float64)) == torch.float64
     half = Diagonal.init({"w": torch.zeros(2, dtype=torch.float16)})
-    assert half.total["w"].dtype == torch.float32
+    assert half.average.total["w"].dtype == torch.float32
 
 
 def test_without_parameters_it_is_empty():
@@ -64,7 +64,7 @@ def test_measurements_in_half_precision_are_kept_in_float32(need, decay):
         need
     ]
     rep = Diagonal.init(toy.params).accumulate(value, decay)
-    assert {t.dtype for t in rep.total.values()} == {torch.float32}
+    assert {t.dtype for t in rep.average.total.values()} == {torch.float32}
 
 
 def test_squares_of_half_precision_examples_do_not_vanish():

@@ -3,7 +3,8 @@ import torch
 from hypothesis import given
 
 from funcprecond.curvature.gradient import OuterProduct
-from funcprecond.representation.kronecker_dim import KroneckerDim, axes_of
+from funcprecond.linalg.axes import axes_of
+from funcprecond.representation.kronecker_dim import KroneckerDim
 from tests import reference, strategies
 from tests.equality import assert_close
 from tests.problems import normal

@@ -2,6 +2,7 @@ import pytest
 import torch
 from hypothesis import given
 
+from funcprecond.representation.average import Average
 from funcprecond.representation.diagonal import Diagonal
 from funcprecond.solver.divide import Divide
 from tests import strategies
@@ -10,7 +11,7 @@ from tests.problems import normal
 
 
 def diagonal(d):
-    return Diagonal(d, torch.ones((), dtype=torch.float64))
+    return Diagonal(Average(d, torch.ones((), dtype=torch.float64)))
 
 
 @pytest.mark.parametrize("power", [0.5, 1.0, 0.25])
@@ -31,7 +32,7 @@ def test_before_any_measurement_it_divides_by_the_damping():
 
 def test_its_first_factor_shares_no_memory_with_the_representation():
     rep = Diagonal.init({"w": torch.zeros(3)})
-    assert Divide().init(rep)["w"].data_ptr() != rep.total["w"].data_ptr()
+    assert Divide().init(rep)["w"].data_ptr() != rep.average.total["w"].data_ptr()
 
 
 def test_the_direction_keeps_the_gradients_dtype():

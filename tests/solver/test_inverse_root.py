@@ -6,10 +6,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from funcprecond.curvature.gradient import OuterProduct
+from funcprecond.linalg.axes import mode_product
 from funcprecond.linalg.batching import by_shape
 from funcprecond.representation.dense import Dense
 from funcprecond.representation.kronecker_dim import KroneckerDim
-from funcprecond.solver.inverse_root import InverseRoot, inverse_root, mode_product
+from funcprecond.solver.inverse_root import InverseRoot, inverse_root
 from tests import reference, strategies
 from tests.equality import assert_close, assert_same
 from tests.problems import normal

@@ -11,7 +11,7 @@ from funcprecond.compare import report
 from funcprecond.compare.report.style import styles
 from funcprecond.compare.report.table import HEADINGS, cells, plus_minus, reasons
 from funcprecond.compare.summary import Row
-from funcprecond.methods.table import CARDS
+from funcprecond.methods.card import CARDS
 
 
 def page(rows: Sequence[Row], images: Sequence[tuple[Path, str]], about: dict[str, str]) -> str:

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from funcprecond.methods.table import CARDS
+from funcprecond.methods.card import CARDS
 
 # First match in "representation" decides; shades from dark to light within one hue.
 HUES = (

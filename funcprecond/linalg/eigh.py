@@ -1,0 +1,46 @@
+"""Eigendecompositions of symmetric matrices that do not give up on difficult ones."""
+
+import torch
+from torch import Tensor
+
+from funcprecond.linalg.batching import by_shape
+from funcprecond.linalg.precision import wide
+
+__all__ = ["eigenbases", "eigh"]
+
+
+def eigh(a: Tensor) -> tuple[Tensor, Tensor, bool]:
+    """Eigenvalues, vectors, and whether they were found, in ``a``'s dtype or a :func:`wide` one."""
+    try:
+        return *torch.linalg.eigh(a), True
+    except torch.linalg.LinAlgError:
+        pass
+    try:
+        values, vectors = torch.linalg.eigh(wide(a))
+        return values.to(a.dtype), vectors.to(a.dtype), True
+    except torch.linalg.LinAlgError:
+        return torch.ones_like(a[..., 0]), torch.zeros_like(a), False
+
+
+def eigenbases(factors: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """(eigenvalues, clamped at zero; eigenvectors) of each factor; no vectors for diagonal ones.
+
+    A factor that is not finite has the identity's decomposition times NaN values, so that the fault
+    shows in the direction instead of raising inside a compiled step.
+    """
+    values = {k: x.clamp_min(0.0) for k, x in factors.items() if x.ndim == 1}
+    names = [k for k, x in factors.items() if x.ndim > 1]
+
+    def decompose(stack: Tensor, _) -> Tensor:
+        symmetric = (stack + stack.mT) / 2
+        finite = torch.isfinite(symmetric).all(-1, keepdim=True).all(-2, keepdim=True)
+        eye = torch.eye(stack.shape[-1], dtype=stack.dtype, device=stack.device)
+        spectrum, vectors = torch.linalg.eigh(torch.where(finite, symmetric, eye))
+        spectrum = torch.where(finite.squeeze(-1), spectrum.clamp_min(0.0), torch.nan)
+        return torch.cat([spectrum.unsqueeze(-2), vectors], -2)
+
+    packed = by_shape(decompose, [factors[k] for k in names], static=[None] * len(names))
+    vectors = {}
+    for name, x in zip(names, packed, strict=True):
+        values[name], vectors[name] = x[..., 0, :], x[..., 1:, :]
+    return values, vectors

@@ -1,0 +1,99 @@
+"""Eigenbases of Shampoo's factors that are followed over the steps, for methods that work in them."""
+
+import dataclasses
+import sys
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from funcprecond.checks import at_least, one_of
+from funcprecond.evidence import Evidence
+from funcprecond.linalg.axes import axes_below, grams
+from funcprecond.linalg.eigenbases import Bases, decomposed, followed, identities
+from funcprecond.linalg.precision import factor_dtype
+from funcprecond.need import Every, Need
+from funcprecond.representation.average import accumulate
+from funcprecond.tree import Params
+
+__all__ = ["FollowedEigenbases"]
+
+
+@dataclasses.dataclass(frozen=True)
+class FollowedEigenbases:
+    """One orthogonal basis for each axis of a parameter, kept near the eigenvectors of a statistic.
+
+    A statistic changes slowly, so that one step of orthogonal iteration, ``qr(S Q)``, follows it
+    for a fraction of the cost of a decomposition.
+
+    Attributes:
+        every, refresh_every, start: the intervals of the statistics and of the bases, see
+            :func:`funcprecond.compose`.
+        refresh: "qr" follows bases; "eigh" decomposes each time. The first bases, those before
+            ``start``, and all of an ``update`` without evidence come from a decomposition anyway.
+        epsilon, sort: see :func:`funcprecond.linalg.eigenbases.orthogonal_step`.
+        max_dim: a longer axis has no basis; 0 is no limit.
+    """
+
+    every: int = 1
+    refresh_every: int = 10
+    start: int = 0
+    refresh: Literal["qr", "eigh"] = "qr"
+    epsilon: float | Tensor = 1e-6
+    sort: bool = True
+    max_dim: int = 0
+
+    def __post_init__(self):
+        one_of(("qr", "eigh"), refresh=self.refresh)
+        at_least(0, max_dim=self.max_dim)
+        self._marks  # noqa: B018 - they check the intervals
+
+    @property
+    def _marks(self) -> tuple[Every, Every, Every]:
+        """The marks of a measurement, of a refresh, and of a decomposition."""
+        decompose_every = self.refresh_every if self.refresh == "eigh" else sys.maxsize
+        return (
+            Every("measure", self.every, self.start),
+            Every("refresh", self.refresh_every, self.start),
+            Every("decompose", decompose_every, self.start),
+        )
+
+    def needs(self, t: int) -> tuple[Need, ...]:
+        """What is due at step t."""
+        return tuple(need for mark in self._marks for need in mark.due(t))
+
+    def axes(self, shape: torch.Size) -> tuple[int, ...]:
+        """The axes of a parameter that have a basis."""
+        return axes_below(shape, self.max_dim)
+
+    def identities(self, params: Params) -> Bases:
+        """An identity for each axis that has a basis, for each parameter."""
+        return {k: identities(p, self.axes(p.shape), factor_dtype(p)) for k, p in params.items()}
+
+    def are_measured(self, evidence: Evidence | None) -> bool:
+        """Whether statistics are due."""
+        return evidence is None or self._marks[0] in evidence
+
+    def statistics(
+        self, old: tuple[Tensor, ...], g: Tensor, decay: float | Tensor, evidence: Evidence | None
+    ) -> tuple[Tensor, ...]:
+        """``S_i <- decay S_i + (1 - decay) C_i(g)`` for one parameter, if statistics are due."""
+        if not self.are_measured(evidence):
+            return old
+        found = zip(old, grams(g, self.axes(g.shape)), strict=True)
+        return tuple(accumulate(s, c, decay) for s, c in found)
+
+    def refreshed(
+        self, statistics: Bases, bases: Bases, evidence: Evidence | None
+    ) -> tuple[Bases, Literal["kept", "followed", "decomposed"]]:
+        """The bases after this step, and how they came about.
+
+        Of followed bases each column has the place of the old one that it comes from; those of a
+        decomposition have no counterparts among the old.
+        """
+        _, refresh, decompose = self._marks
+        if evidence is None or decompose in evidence:
+            return decomposed(statistics, bases), "decomposed"
+        if refresh in evidence:
+            return followed(statistics, bases, self.epsilon, sort=self.sort), "followed"
+        return bases, "kept"

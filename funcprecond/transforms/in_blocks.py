@@ -1,0 +1,33 @@
+"""A method on blocks of the parameters, as if these were parameters of their own."""
+
+from funcprecond.evidence import Evidence
+from funcprecond.linalg.blocking import Blocking
+from funcprecond.transform import Transform
+from funcprecond.tree import Params
+
+__all__ = ["in_blocks"]
+
+
+def in_blocks(inner: Transform, blocking: Blocking) -> Transform:
+    """A method on the blocks of parameters with at least two axes, as if they were parameters.
+
+    Args:
+        inner: a method that looks at the gradient and its intervals only. Its state is by block.
+        blocking: the layout; ``max_dim`` is left to the method.
+    """
+
+    def split(params: Params) -> Params:
+        blocks = {}
+        for name, p in params.items():
+            blocks |= blocking.split(name, p) if blocking.has_factors(p.shape) else {name: p}
+        return blocks
+
+    def update(state, grads: Params, evidence: Evidence | None = None):
+        state, found = inner.update(state, split(grads), evidence)
+        direction = {
+            k: blocking.join(k, found, g) if blocking.has_factors(g.shape) else found[k]
+            for k, g in grads.items()
+        }
+        return state, direction
+
+    return Transform(lambda params: inner.init(split(params)), update, inner.needs)
