@@ -11,7 +11,7 @@ from funcprecond.composition import compose
 from funcprecond.curvature.fisher import fisher_mv
 from funcprecond.curvature.ggn import ggn_mv
 from funcprecond.curvature.hessian import hvp
-from funcprecond.curvature.jacobian import jvp, linearise, vjp
+from funcprecond.curvature.jacobian import jvp, linearize, vjp
 from funcprecond.curvature.layer_statistics import layer_statistics
 from funcprecond.curvature.per_sample import per_sample_grads
 from funcprecond.estimators import plots

@@ -109,7 +109,7 @@ def test_every_layer_is_differentiated_there(model, loss, reduction, there):
 
     def asked(problem, batch):
         params = problem.params
-        run = fp.linearise(problem, params, batch, generator=seeded(3))
+        run = fp.linearize(problem, params, batch, generator=seeded(3))
         options = {"labels": "mc", "generator": seeded(3)}
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

@@ -45,13 +45,13 @@ assert accuracy > 0.95
 # %% [markdown]
 # ## One product, and many
 #
-# `linearise` opens a batch once and keeps its graphs. What is kept makes every further product
+# `linearize` opens a batch once and keeps its graphs. What is kept makes every further product
 # cheaper.
 
 # %%
 batch = (inputs[:512], targets[:512])
 v = {k: torch.randn(p.shape, generator=generator) for k, p in params.items()}
-opened = fp.linearise(problem, params, batch)
+opened = fp.linearize(problem, params, batch)
 
 
 def milliseconds(call, repeats=15):

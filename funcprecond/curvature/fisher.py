@@ -38,21 +38,31 @@ def fisher_mv(
     buffers: Buffers | None = None,
     generator: torch.Generator | None = None,
 ) -> Params:
-    """The Fisher matrix of the problem's likelihood on ``batch`` times ``vector``.
+    """The Fisher matrix of a problem's likelihood times a vector.
 
     Args:
-        problem, params, batch, vector: the product's.
+        problem, params, batch: whose, and where.
+        vector: shaped like ``params``.
         labels: "exact", "mc" or "empirical"; see :mod:`funcprecond.curvature.fisher`.
         samples: sampled labels for each term, with "mc".
-        noise: the random numbers of "mc", from the loss's ``draw``; drawn if not given.
+        noise: the random numbers of "mc", from the loss's ``label_noise``; drawn if not given.
         buffers: the model's buffers; the problem's own by default.
         generator: draws labels and dropout masks.
 
-    Costs about 1.5 gradients, 2 where it takes the model; for many products make a
-    :class:`funcprecond.Fisher`.
+    Returns:
+        Shaped like ``params``. Costs about 1.5 gradients, 2 where it takes the model; for many
+        products make a :class:`funcprecond.Fisher`.
 
     Raises:
         TypeError: the loss is not a likelihood that is known, and ``labels`` is not "empirical".
+        ValueError: ``labels`` or ``samples`` is out of range, or random numbers are needed and
+            there is no generator.
+
+    Example:
+        >>> import torch, funcprecond as fp
+        >>> problem = fp.problem(torch.nn.Linear(4, 3), fp.losses.cross_entropy)
+        >>> batch = torch.rand(8, 4), torch.arange(8) % 3
+        >>> product = fp.fisher_mv(problem, problem.params, batch, problem.params)
     """
     check_labels(labels, samples)
     if labels == "mc" and noise is None:

@@ -2,12 +2,14 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any, ClassVar, overload
 
 import torch
+from torch import Tensor
 
 from funcprecond.autodiff.evaluation import Evaluation
-from funcprecond.curvature.jacobian import linearise
+from funcprecond.curvature.arguments import batch_and_vector
+from funcprecond.curvature.jacobian import jvp, linearize, vjp
 from funcprecond.need import Need
 from funcprecond.problems import Problem
 from funcprecond.tree import Buffers, Params
@@ -15,23 +17,80 @@ from funcprecond.tree import Buffers, Params
 __all__ = ["GGNOperator", "ggn_mv"]
 
 
+@overload
+def ggn_mv(
+    f: Callable[[Params], Any],
+    params: Params,
+    vector: Params,
+    /,
+    *,
+    loss: Callable[[Any], Tensor],
+) -> Params: ...
+
+
+@overload
 def ggn_mv(
     problem: Problem,
     params: Params,
     batch: Any,
     vector: Params,
+    /,
     *,
     buffers: Buffers | None = None,
     generator: torch.Generator | None = None,
-) -> Params:
-    """The Gauss-Newton matrix of the problem's loss on ``batch`` times ``vector``.
+) -> Params: ...
 
-    The loss's Hessian in the outputs is in closed form for the losses of :mod:`funcprecond.losses`
-    and by autodiff for any other. Costs about 1.7 gradients; for many products at one point open
-    :func:`funcprecond.linearise`, or make a :class:`funcprecond.GGN`.
+
+def ggn_mv(
+    f: Any,
+    params: Params,
+    /,
+    *rest: Any,
+    loss: Callable[[Any], Tensor] | None = None,
+    buffers: Buffers | None = None,
+    generator: torch.Generator | None = None,
+) -> Params:
+    """The Gauss-Newton matrix ``J^T H_L J`` times a vector.
+
+    It is called as ``ggn_mv(f, params, vector, loss=loss)`` or ``ggn_mv(problem, params, batch,
+    vector)``. J is the Jacobian of the outputs, and H_L the Hessian of the loss in the outputs,
+    which is in closed form for the losses of :mod:`funcprecond.losses` and by autodiff for any
+    other.
+
+    Args:
+        f: a function of ``params`` to a tree of outputs; or a :class:`funcprecond.Problem`.
+        params: where.
+        *rest: for a problem the batch first; and the vector, shaped like ``params``.
+        loss: for a function, ``outputs -> 0-d tensor``.
+        buffers: the model's buffers; the problem's own by default.
+        generator: draws the model's dropout masks.
+
+    Returns:
+        Shaped like ``params``. Costs about 1.7 gradients; for many products at one point open
+        :func:`funcprecond.linearize`, or make a :class:`funcprecond.GGN`.
+
+    Raises:
+        TypeError: the arguments fit neither form.
+        NotImplementedError: torch has no derivative of a part of it.
+
+    Example:
+        >>> import torch, funcprecond as fp
+        >>> x = {"x": torch.tensor([1.0, 2.0])}
+        >>> fp.ggn_mv(lambda p: p["x"] ** 2, x, x, loss=lambda y: 0.5 * y.square().sum())
+        {'x': tensor([ 4., 32.])}
     """
-    opened = linearise(problem, params, batch, buffers=buffers, generator=generator)
-    return opened.ggn_mv(vector, keep=False)
+    batch, vector = batch_and_vector("ggn_mv", f, rest)
+    if isinstance(f, Problem):
+        opened = linearize(f, params, batch, buffers=buffers, generator=generator)
+        return opened.ggn_mv(vector, keep=False)
+    if loss is None:
+        msg = (
+            "for a function the form is ggn_mv(f, params, vector, loss=...): a function of outputs"
+        )
+        raise TypeError(msg)
+    pushed = jvp(f, params, vector)
+    curved = torch.func.vjp(torch.func.grad(loss), f(params))[1](pushed)[0]
+    return vjp(f, params, curved)
 
 
 @dataclasses.dataclass(frozen=True)

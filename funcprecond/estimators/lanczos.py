@@ -48,7 +48,7 @@ class Krylov:
 
 
 def lanczos(
-    operator: Operator, start: Tensor, steps: int, *, reorthogonalise: bool = True
+    operator: Operator, start: Tensor, steps: int, *, reorthogonalize: bool = True
 ) -> Krylov:
     """The Krylov space of a symmetric operator.
 
@@ -56,7 +56,7 @@ def lanczos(
         operator: A.
         start: (P,), where it starts; its length does not matter.
         steps: m, the number of products. Memory: m vectors.
-        reorthogonalise: make each vector orthogonal to all before it; if not, three vectors are in
+        reorthogonalize: make each vector orthogonal to all before it; if not, three vectors are in
             memory, none is returned, and eigenvalues that are found already come up again.
 
     Where nothing watches it ends as soon as the space is invariant, with fewer than m vectors.
@@ -66,11 +66,11 @@ def lanczos(
     del start  # it is not kept, where the caller does not
     previous = v
     alphas, betas = [], []
-    buffer = v.new_empty(steps if reorthogonalise else 0, v.numel())
+    buffer = v.new_empty(steps if reorthogonalize else 0, v.numel())
     rows = buffer[:0]
     size = v.new_zeros((), dtype=wide_dtype(v))
     for i in range(steps):
-        if reorthogonalise:
+        if reorthogonalize:
             if plain:
                 buffer[i] = v
                 v = buffer[i]
@@ -90,7 +90,7 @@ def lanczos(
             w = torch.addcmul(w, previous, -betas[-1].to(w.dtype), out=out)
         before = w.norm()
         beta = before
-        if reorthogonalise:
+        if reorthogonalize:
             # What the recursion leaves is small, unless little is left at all: then once more.
             w = _without(w, rows)
             beta = w.norm()
@@ -163,7 +163,7 @@ def spectral_density(
     *,
     probes: int = 1,
     steps: int = 100,
-    reorthogonalise: bool = True,
+    reorthogonalize: bool = True,
     generator: torch.Generator | None = None,
     vectors: Tensor | None = None,
 ) -> SpectralDensity:
@@ -173,7 +173,7 @@ def spectral_density(
         operator: A.
         probes: random sign vectors to average over.
         steps: m, products for each. Memory: m vectors.
-        reorthogonalise: if not, three vectors are in memory; eigenvalues that are found already
+        reorthogonalize: if not, three vectors are in memory; eigenvalues that are found already
             then come up again as nodes that share the weight, so that fewer new ones are found.
         generator: draws the probes.
         vectors: (probes, P) instead.
@@ -187,7 +187,7 @@ def spectral_density(
     steps = min(steps, operator.size)
     nodes, weights = [], []
     for v in vectors:
-        space = lanczos(operator, v.to(dtype), steps, reorthogonalise=reorthogonalise)
+        space = lanczos(operator, v.to(dtype), steps, reorthogonalize=reorthogonalize)
         values, columns, _ = space.ritz()
         del space
         # A space that ended early is filled up with nodes that have no weight.

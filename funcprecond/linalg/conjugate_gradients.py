@@ -7,85 +7,21 @@ while others go on, by ``where``. Only where nothing watches does the loop end e
 read an iteration; the result is the same, since the iterations left out would have changed nothing.
 """
 
-import enum
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from funcprecond.linalg import treemath
+from funcprecond.linalg.solution import Matvec, Stop
 from funcprecond.tracing import is_eager
 from funcprecond.tree import Params, state
 
-__all__ = [
-    "CGResult",
-    "NotConverged",
-    "Operator",
-    "Solution",
-    "Stop",
-    "cg",
-    "has_stalled",
-    "truncated_cg",
-    "within",
-]
+__all__ = ["CGResult", "Rule", "cg", "has_stalled", "within"]
 
-Operator = Callable[[Params], Params]
 Rule = Literal["2010", "2012", "none"]
-
-
-class Stop(enum.IntEnum):
-    """Why the iteration ended."""
-
-    MAX_ITERATIONS = 0
-    RESIDUAL = 1
-    """The residual fell to ``tol`` times the right-hand side."""
-    STALLED = 2
-    """The quadratic model improves too slowly, by Martens' rule."""
-    NOT_POSITIVE = 3
-    """``p^T B p <= 0``: the matrix is not positive definite along a search direction."""
-    NOT_FINITE = 4
-    """A product or the right-hand side has a NaN or an inf; the solution is the last finite one."""
-    BOUNDARY = 5
-    """The solution is on the boundary of the trust region."""
-    DIVERGED = 6
-    """The residual grew beyond the right-hand side."""
-
-
-@state
-class Solution:
-    """What an iterative solver returns.
-
-    Attributes:
-        solution: the last iterate, shaped like ``b``.
-        residual: ``b - B x`` there.
-        iterations: a 0-d integer.
-        reason: a :class:`Stop`, as a 0-d integer.
-    """
-
-    solution: Params
-    residual: Params
-    iterations: Tensor
-    reason: Tensor
-
-
-class NotConverged(RuntimeError):
-    """A solver ended before the residual was small enough; ``result`` is what it had.
-
-    Args:
-        result: the solver's last iterate, residual, iterations and reason.
-        b: the right-hand side.
-    """
-
-    def __init__(self, result: Solution, b: Params):
-        self.result = result
-        size = float(treemath.norm(result.residual) / treemath.norm(b))
-        super().__init__(
-            f"the solve ended after {int(result.iterations)} iterations with "
-            f"{Stop(int(result.reason)).name} and a relative residual of {size:.2g}: raise "
-            "max_iter, damping or tol, pass precondition=, or take the result with throw=False"
-        )
 
 
 @state
@@ -112,11 +48,11 @@ class CGResult:
 
 
 def cg(
-    matvec: Operator,
+    matvec: Matvec,
     b: Params,
     x0: Params | None = None,
     *,
-    precondition: Operator | None = None,
+    precondition: Matvec | None = None,
     rule: Rule = "2012",
     max_iter: int = 250,
     tol: float | Tensor = 1e-5,
@@ -172,14 +108,17 @@ def cg(
         new_rz, new_size = treemath.dot(new_r, z), treemath.norm(new_r)
         finite = torch.isfinite(curvature) & torch.isfinite(new_rz) & torch.isfinite(new_size)
         moves = active & positive & finite
-        x, r = _where(moves, new_x, x), _where(moves, new_r, r)
+        x, r = treemath.where(moves, new_x, x), treemath.where(moves, new_r, r)
         descend = active & ~positive & torch.isfinite(curvature)
         if i == 1 and not (plain and not bool(descend)):
-            x, r = _where(descend, b, x), _where(descend, treemath.sub(b, matvec(b)), r)
+            x, r = (
+                treemath.where(descend, b, x),
+                treemath.where(descend, treemath.sub(b, matvec(b)), r),
+            )
         iterations = iterations + moves.long()
         phis.append(torch.where(active, _model_value(x, b, r), phis[-1]))
         if keep and i in numbers:
-            stored = _where(moves, {k: _push(s, x[k]) for k, s in stored.items()}, stored)
+            stored = treemath.where(moves, {k: _push(s, x[k]) for k, s in stored.items()}, stored)
             stored_at = torch.where(moves, _push(stored_at, torch.full_like(reason, i)), stored_at)
 
         small, stalled = new_size <= tol * size, has_stalled(phis, rule)
@@ -193,70 +132,6 @@ def cg(
 
     phis += [phis[-1]] * (max_iter + 1 - len(phis))
     return CGResult(x, r, iterations, reason, torch.stack(phis), stored, stored_at)
-
-
-def truncated_cg(
-    matvec: Operator,
-    b: Params,
-    *,
-    radius: float | Tensor,
-    tol: float | Tensor | None = None,
-    max_iter: int = 250,
-) -> Solution:
-    """Minimise ``x^T B x / 2 - b^T x`` within ``|x| <= radius``: Steihaug's truncated CG.
-
-    For any symmetric ``B``. On negative curvature it goes along the search direction to the
-    boundary; an iterate that would leave ends on the boundary too. The model's value is never above
-    that of the best point along ``b``.
-
-    Args:
-        matvec: ``v -> B v``.
-        b: a dict of tensors.
-        radius: of the trust region, positive.
-        tol: stop at ``|r| <= tol |b|``; ``min(0.5, |b|^(1/2))`` by default, with which Newton's
-            method converges superlinearly.
-        max_iter: at most so many products.
-
-    Returns:
-        A :class:`Solution` whose reason is RESIDUAL, BOUNDARY, MAX_ITERATIONS or NOT_FINITE.
-    """
-    plain = is_eager((b, radius, tol))
-    x, r, p = {k: torch.zeros_like(v) for k, v in b.items()}, b, b
-    rr = treemath.dot(r, r)
-    size = rr.sqrt()
-    limit = size * (size.sqrt().clamp_max(0.5) if tol is None else tol)
-    finite = torch.isfinite(rr)
-    small = finite & (size <= limit)
-    reason = torch.full_like(rr, Stop.MAX_ITERATIONS.value, dtype=torch.int64)
-    reason = torch.where(finite, reason, Stop.NOT_FINITE.value)
-    reason = torch.where(small, Stop.RESIDUAL.value, reason)
-    active, iterations = finite & ~small, torch.zeros_like(reason)
-    for _ in range(max_iter):
-        if plain and not bool(active):
-            break
-        product = matvec(p)
-        curvature = treemath.dot(p, product)
-        alpha = rr / torch.where(curvature > 0, curvature, 1)
-        xx, xp, pp = treemath.dot(x, x), treemath.dot(x, p), treemath.dot(p, p)
-        leaves = (curvature <= 0) | (xx + 2 * alpha * xp + alpha**2 * pp >= radius**2)
-        # The positive root of |x + tau p| = radius, in the form without cancellation.
-        gap = (radius**2 - xx).clamp_min(0)
-        tau = gap / (xp + (xp**2 + pp * gap).sqrt()).clamp_min(torch.finfo(rr.dtype).tiny)
-        step = torch.where(leaves, tau, alpha)
-        new_x, new_r = treemath.add(x, p, step), treemath.add(r, product, -step)
-        new_rr = treemath.dot(new_r, new_r)
-        finite = torch.isfinite(curvature) & torch.isfinite(new_rr)
-        moves = active & finite
-        x, r = _where(moves, new_x, x), _where(moves, new_r, r)
-        iterations = iterations + moves.long()
-        small = new_rr.sqrt() <= limit
-        reason = torch.where(moves & small, Stop.RESIDUAL.value, reason)
-        reason = torch.where(moves & leaves, Stop.BOUNDARY.value, reason)
-        reason = torch.where(active & ~finite, Stop.NOT_FINITE.value, reason)
-        active = moves & ~small & ~leaves
-        p = treemath.add(new_r, p, new_rr / torch.where(rr == 0, 1, rr))
-        rr = new_rr
-    return Solution(x, r, iterations, reason)
 
 
 def has_stalled(phi: Sequence[Tensor], rule: Rule = "2012") -> Tensor:
@@ -278,7 +153,7 @@ def has_stalled(phi: Sequence[Tensor], rule: Rule = "2012") -> Tensor:
     return (phi[i] < 0) & (gain / torch.where(whole == 0, -1, whole) < limit)
 
 
-def within(operator: Operator, params: Params, names: Sequence[str]) -> Operator:
+def within(operator: Matvec, params: Params, names: Sequence[str]) -> Matvec:
     """The block of an operator on ``params`` that belongs to some of them.
 
     What a method in a :func:`funcprecond.partition` works with; all of ``params`` otherwise.
@@ -300,10 +175,6 @@ def _schedule(max_iter: int) -> frozenset[int]:
 
 def _model_value(x: Params, b: Params, r: Params) -> Tensor:
     return -0.5 * treemath.dot(x, treemath.add(b, r))
-
-
-def _where(condition: Tensor, x: Params, y: Params) -> Params:
-    return {k: torch.where(condition, v, y[k]) for k, v in x.items()}
 
 
 def _push(window: Tensor, new: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from funcprecond.linalg import treemath
-from funcprecond.linalg.conjugate_gradients import Operator, Solution, Stop
+from funcprecond.linalg.solution import Matvec, Solution, Stop
 from funcprecond.tracing import is_eager
 from funcprecond.tree import Params
 
@@ -18,11 +18,11 @@ __all__ = ["minres"]
 
 
 def minres(
-    matvec: Operator,
+    matvec: Matvec,
     b: Params,
     x0: Params | None = None,
     *,
-    precondition: Operator | None = None,
+    precondition: Matvec | None = None,
     tol: float | Tensor = 1e-5,
     max_iter: int = 250,
 ) -> Solution:

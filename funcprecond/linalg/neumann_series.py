@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from funcprecond.linalg import treemath
-from funcprecond.linalg.conjugate_gradients import Operator, Solution, Stop
+from funcprecond.linalg.solution import Matvec, Solution, Stop
 from funcprecond.tracing import is_eager
 from funcprecond.tree import Params
 
@@ -19,7 +19,7 @@ __all__ = ["neumann"]
 
 
 def neumann(
-    matvec: Operator,
+    matvec: Matvec,
     b: Params,
     *,
     scale: float | Tensor = 1.0,

@@ -24,6 +24,7 @@ __all__ = [
     "scalar_like",
     "sub",
     "unravel",
+    "where",
     "wide_dot",
     "zeros_like",
 ]
@@ -60,6 +61,11 @@ def cast(x: Params, like: Params) -> Params:
 def fill(x: Params, like: Params) -> Params:
     """``x`` with the keys and dtypes of ``like``, zero where it has no entry."""
     return {k: x[k].to(v.dtype) if k in x else torch.zeros_like(v) for k, v in like.items()}
+
+
+def where(condition: Tensor, x: Params, y: Params) -> Params:
+    """``x`` where a 0-d condition holds, ``y`` elsewhere."""
+    return {k: torch.where(condition, v, y[k]) for k, v in x.items()}
 
 
 def zeros_like(params: Params) -> Params:

@@ -5,7 +5,8 @@ from torch import Tensor
 
 from funcprecond.linalg import treemath
 from funcprecond.linalg.precision import wide
-from funcprecond.operators.operator import Function, Operator
+from funcprecond.operators.algebra import Function
+from funcprecond.operators.operator import Operator
 from funcprecond.tree import Params, state
 
 __all__ = ["LowRank"]

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from funcprecond.linalg import random, treemath
-from funcprecond.linalg.conjugate_gradients import Solution
 from funcprecond.linalg.precision import wide
+from funcprecond.linalg.solution import Solution
 from funcprecond.operators.low_rank import LowRank
 from funcprecond.operators.operator import Operator
 from funcprecond.operators.vector_stacks import stack

@@ -9,33 +9,31 @@ Nothing here is computed before it is asked for, and no operator changes once it
 
 import abc
 import functools
-import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Literal
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from funcprecond.linalg import treemath
-from funcprecond.linalg.conjugate_gradients import NotConverged, Solution, Stop, cg, truncated_cg
-from funcprecond.linalg.minimal_residual import minres
-from funcprecond.linalg.neumann_series import neumann
+from funcprecond.linalg.solution import Solution
 from funcprecond.linalg.treemath import wide_dot
+from funcprecond.operators.solve import Method, solve
 from funcprecond.operators.vector_stacks import (
     Partition,
     count_of,
+    from_rows,
     in_chunks,
     is_stack,
     partition_of,
     stack,
+    to_rows,
     unstack,
 )
-from funcprecond.tracing import is_eager
 from funcprecond.tree import Params
 
-__all__ = ["BlockDiagonal", "Function", "Identity", "Matrix", "Operator"]
+__all__ = ["Operator"]
 
-Method = Literal["direct", "cg", "minres", "truncated_cg", "neumann"]
 # Columns of the identity taken at a time where a whole matrix is gone through.
 COLUMNS = 32
 
@@ -98,7 +96,7 @@ class Operator(abc.ABC):
             ValueError: the names or shapes are not the parameters'.
         """
         if isinstance(other, Operator):
-            return Product(self, other)
+            return algebra.Product(self, other)
         stacked = is_stack(other, self.like)
         vector = treemath.cast(other, self.like)
         product = self.matmat(vector) if stacked else self.matvec(vector)
@@ -107,19 +105,19 @@ class Operator(abc.ABC):
     # ------------------------------------------------------------------------------------- algebra
     def __add__(self, other: Any) -> "Operator":
         """The sum; a number or 0-d tensor stands for that multiple of the identity."""
-        return Sum(self, _as_operator(other, self.like))
+        return algebra.Sum(self, algebra.as_operator(other, self.like))
 
     def __sub__(self, other: Any) -> "Operator":
         return self + (-1.0 * other)
 
     def __mul__(self, factor: float | Tensor) -> "Operator":
-        return Multiple(self, factor)
+        return algebra.Multiple(self, factor)
 
     def __truediv__(self, factor: float | Tensor) -> "Operator":
-        return Multiple(self, 1 / factor)
+        return algebra.Multiple(self, 1 / factor)
 
     def __neg__(self) -> "Operator":
-        return Multiple(self, -1.0)
+        return algebra.Multiple(self, -1.0)
 
     __radd__ = __add__
     __rmul__ = __mul__
@@ -142,7 +140,7 @@ class Operator(abc.ABC):
             raise ValueError(msg)
         return self._block(names)
 
-    def blocks(self, by: Partition = "layer") -> "BlockDiagonal":
+    def blocks(self, by: Partition = "layer") -> "algebra.BlockDiagonal":
         """The block-diagonal part.
 
         Args:
@@ -153,7 +151,7 @@ class Operator(abc.ABC):
             An operator whose ``parts`` are the blocks by label.
         """
         groups = partition_of(self.like, by)
-        return BlockDiagonal({label: self.block(names) for label, names in groups.items()})
+        return algebra.BlockDiagonal({label: self.block(names) for label, names in groups.items()})
 
     # ------------------------------------------------------------------------------------ the whole
     @property
@@ -240,55 +238,18 @@ class Operator(abc.ABC):
         Raises:
             NotConverged: see ``throw``; it has the result.
         """
-        if not self.symmetric:
-            msg = "solve needs a symmetric operator; this one is a product: solve factor by factor"
-            raise TypeError(msg)
-        damped = self if isinstance(damping, float) and damping == 0.0 else self + damping
-        if precondition is not None:
-            options["precondition"] = as_function(precondition)
-        if method is None:
-            method = "direct" if hasattr(self, "inverse") else "cg"
-        if method == "direct":
-            found = self._direct(damped, b, damping)
-        elif method == "cg":
-            found = cg(damped.matvec, b, **{"rule": "none", **options})
-        elif method == "minres":
-            found = minres(damped.matvec, b, **options)
-        elif method == "truncated_cg":
-            found = truncated_cg(damped.matvec, b, **options)
-        elif method == "neumann":
-            found = neumann(damped.matvec, b, **options)
-        else:
-            msg = f"method must be one of {Method.__args__}, not {method!r}"
-            raise ValueError(msg)
-        solution = Solution(found.solution, found.residual, found.iterations, found.reason)
-        fine = (Stop.RESIDUAL, Stop.BOUNDARY) if method == "truncated_cg" else (Stop.RESIDUAL,)
-        if throw and is_eager((b, found.solution)) and int(found.reason) not in fine:
-            raise NotConverged(solution, b)
-        return solution
+        options |= {"damping": damping, "method": method, "precondition": precondition}
+        return solve(self, b, throw=throw, **options)
 
     # ----------------------------------------------------------------------------------- internals
     def _block(self, names: Sequence[str]) -> "Operator":
         """A block, of names that are known."""
-        return Block(self, names)
-
-    def _direct(self, damped: "Operator", b: Params, damping: float | Tensor) -> Solution:
-        if not hasattr(self, "inverse"):
-            msg = f"{type(self).__name__} has no inverse: use method='cg' or 'minres'"
-            raise ValueError(msg)
-        inverse = self.inverse(damping)  # pyright: ignore[reportAttributeAccessIssue]
-        x = inverse @ b
-        residual = treemath.sub(b, damped @ x)
-        finite = torch.isfinite(treemath.norm(residual))
-        zero = torch.zeros_like(finite, dtype=torch.int64)
-        reason = torch.where(finite, zero + Stop.RESIDUAL.value, zero + Stop.NOT_FINITE.value)
-        return Solution(x, residual, zero, reason)
+        return algebra.Block(self, names)
 
     def _columns(self) -> Iterator[Tensor]:
         """(K, P) columns, a few at a time."""
         for basis in self._basis():
-            product, count = self.matmat(basis), count_of(basis)
-            yield torch.cat([product[k].reshape(count, -1) for k in self.like], 1)
+            yield to_rows(self.matmat(basis), self.like)
 
     def _basis(self) -> Iterator[Params]:
         """The unit vectors in order, in stacks of a few."""
@@ -297,250 +258,8 @@ class Operator(abc.ABC):
             count = min(COLUMNS, size - start)
             rows = torch.zeros(count, size, **self.flat_options)
             rows.diagonal(start).fill_(1)
-            parts = rows.split([p.numel() for p in self.like.values()], 1)
-            yield {
-                k: x.reshape(count, *p.shape).to(p.dtype)
-                for (k, p), x in zip(self.like.items(), parts, strict=True)
-            }
+            yield from_rows(rows, self.like)
 
 
-class Identity(Operator):
-    """``factor`` times the identity."""
-
-    def __init__(self, like: Params, factor: float | Tensor = 1.0):
-        self.like = like
-        self.factor = factor
-
-    def matvec(self, vector: Params) -> Params:
-        return treemath.mul(vector, self.factor)
-
-    def _block(self, names: Sequence[str]) -> Operator:
-        return Identity({k: self.like[k] for k in names}, self.factor)
-
-    def diagonal(self) -> Params:
-        return {k: torch.ones_like(p) * self.factor for k, p in self.like.items()}
-
-    def frobenius_norm(self) -> Tensor:
-        like = next(iter(self.like.values()))
-        return (like.new_ones(()) * self.factor).abs() * math.sqrt(self.size)
-
-
-class Sum(Operator):
-    """``A + B``."""
-
-    def __init__(self, a: Operator, b: Operator):
-        _same_space(a, b)
-        self.like, self.terms = a.like, (a, b)
-        self.symmetric = a.symmetric and b.symmetric
-
-    def matvec(self, vector: Params) -> Params:
-        a, b = self.terms
-        return treemath.add(a.matvec(vector), b.matvec(vector))
-
-    def matmat(self, vectors: Params, chunk_size: int | None = None) -> Params:
-        a, b = (t.matmat(vectors, chunk_size) for t in self.terms)
-        return treemath.add(a, b)
-
-    def quadratic_forms(self, vectors: Params, chunk_size: int | None = None) -> Tensor:
-        a, b = (t.quadratic_forms(vectors, chunk_size) for t in self.terms)
-        return a + b
-
-    @property
-    def transposed(self) -> Operator:
-        return Sum(*(t.transposed for t in self.terms))
-
-    def _block(self, names: Sequence[str]) -> Operator:
-        return Sum(*(t.block(names) for t in self.terms))
-
-    def diagonal(self) -> Params:
-        a, b = self.terms
-        return treemath.add(a.diagonal(), b.diagonal())
-
-    def trace(self) -> Tensor:
-        a, b = self.terms
-        return a.trace() + b.trace()
-
-
-class Multiple(Operator):
-    """``factor A``; the factor is a float or a 0-d tensor."""
-
-    def __init__(self, a: Operator, factor: float | Tensor):
-        self.like, self.a, self.factor = a.like, a, factor
-        self.symmetric = a.symmetric
-
-    def matvec(self, vector: Params) -> Params:
-        return treemath.mul(self.a.matvec(vector), self.factor)
-
-    def matmat(self, vectors: Params, chunk_size: int | None = None) -> Params:
-        return treemath.mul(self.a.matmat(vectors, chunk_size), self.factor)
-
-    def quadratic_forms(self, vectors: Params, chunk_size: int | None = None) -> Tensor:
-        return self.a.quadratic_forms(vectors, chunk_size) * self.factor
-
-    @property
-    def transposed(self) -> Operator:
-        return Multiple(self.a.transposed, self.factor)
-
-    def _block(self, names: Sequence[str]) -> Operator:
-        return Multiple(self.a.block(names), self.factor)
-
-    def diagonal(self) -> Params:
-        return treemath.mul(self.a.diagonal(), self.factor)
-
-    def trace(self) -> Tensor:
-        return self.a.trace() * self.factor
-
-    def frobenius_norm(self) -> Tensor:
-        return self.a.frobenius_norm() * abs(self.factor)
-
-
-class Product(Operator):
-    """``A B``: not symmetric, so that it cannot be solved with."""
-
-    symmetric = False
-
-    def __init__(self, a: Operator, b: Operator):
-        _same_space(a, b)
-        self.like, self.a, self.b = a.like, a, b
-
-    def matvec(self, vector: Params) -> Params:
-        return self.a.matvec(self.b.matvec(vector))
-
-    def matmat(self, vectors: Params, chunk_size: int | None = None) -> Params:
-        return self.a.matmat(self.b.matmat(vectors, chunk_size), chunk_size)
-
-    @property
-    def transposed(self) -> Operator:
-        return Product(self.b.transposed, self.a.transposed)
-
-
-class Block(Operator):
-    """The diagonal block of some parameters; a product costs one of the whole."""
-
-    def __init__(self, whole: Operator, names: Sequence[str]):
-        self.whole, self.symmetric = whole, whole.symmetric
-        self.like = {k: whole.like[k] for k in names}
-
-    def matvec(self, vector: Params) -> Params:
-        whole = {k: vector[k] if k in vector else torch.zeros_like(p) for k, p in self._others()}
-        product = self.whole.matvec(whole)
-        return {k: product[k] for k in vector}
-
-    def matmat(self, vectors: Params, chunk_size: int | None = None) -> Params:
-        product = self.whole.matmat(self._within(vectors), chunk_size)
-        return {k: product[k] for k in vectors}
-
-    def quadratic_forms(self, vectors: Params, chunk_size: int | None = None) -> Tensor:
-        return self.whole.quadratic_forms(self._within(vectors), chunk_size)
-
-    @property
-    def transposed(self) -> Operator:
-        return Block(self.whole.transposed, tuple(self.like))
-
-    def _block(self, names: Sequence[str]) -> Operator:
-        return self.whole.block(names)
-
-    def _within(self, vectors: Params) -> Params:
-        """A stack of vectors of the whole, zero beyond the block."""
-        count = count_of(vectors)
-        return {
-            k: vectors[k] if k in vectors else p.new_zeros(()).expand(count, *p.shape)
-            for k, p in self._others()
-        }
-
-    def _others(self):
-        return self.whole.like.items()
-
-
-class BlockDiagonal(Operator):
-    """Operators on disjoint sets of parameters, side by side.
-
-    Attributes:
-        parts: the blocks, by label.
-    """
-
-    def __init__(self, parts: Mapping[str, Operator]):
-        self.parts = dict(parts)
-        self.like = {k: p for part in self.parts.values() for k, p in part.like.items()}
-        self.symmetric = all(part.symmetric for part in self.parts.values())
-
-    def matvec(self, vector: Params) -> Params:
-        return self._each(lambda part, v: part.matvec(v), vector)
-
-    def matmat(self, vectors: Params, chunk_size: int | None = None) -> Params:
-        return self._each(lambda part, v: part.matmat(v, chunk_size), vectors)
-
-    def quadratic_forms(self, vectors: Params, chunk_size: int | None = None) -> Tensor:
-        each = [
-            part.quadratic_forms({k: vectors[k] for k in part.like}, chunk_size)
-            for part in self.parts.values()
-        ]
-        return torch.stack(each).sum(0)
-
-    @property
-    def transposed(self) -> Operator:
-        return BlockDiagonal({label: part.transposed for label, part in self.parts.items()})
-
-    def diagonal(self) -> Params:
-        return {k: d for part in self.parts.values() for k, d in part.diagonal().items()}
-
-    def frobenius_norm(self) -> Tensor:
-        norms = [part.frobenius_norm().square() for part in self.parts.values()]
-        return torch.stack(norms).sum().sqrt()
-
-    def to_dense(self) -> Tensor:
-        return torch.block_diag(*(part.to_dense() for part in self.parts.values()))
-
-    def _each(self, apply: Callable, vector: Params) -> Params:
-        found: Params = {}
-        for part in self.parts.values():
-            found |= apply(part, {k: vector[k] for k in part.like})
-        return {k: found[k] for k in vector}
-
-
-class Matrix(Operator):
-    """A dense symmetric matrix.
-
-    Attributes:
-        matrix: (P, P), in the order of ``like``.
-    """
-
-    def __init__(self, matrix: Tensor, like: Params):
-        self.matrix, self.like = matrix, like
-
-    def matvec(self, vector: Params) -> Params:
-        flat = treemath.ravel({k: vector[k] for k in self.like})
-        return treemath.unravel(self.matrix @ flat.to(self.matrix.dtype), self.like)
-
-    def diagonal(self) -> Params:
-        return treemath.unravel(self.matrix.diagonal(), self.like)
-
-    def to_dense(self) -> Tensor:
-        return self.matrix
-
-
-class Function(Operator):
-    """Any function ``v -> C v`` of a vector, linear and symmetric: nothing checks it."""
-
-    def __init__(self, function: Callable[[Params], Params], like: Params):
-        self.function, self.like = function, like
-
-    def matvec(self, vector: Params) -> Params:
-        return self.function(vector)
-
-
-def as_function(operator: "Operator | Callable[[Params], Params]") -> Callable[[Params], Params]:
-    """``v -> C v`` of an operator; a function as it is."""
-    return operator.matvec if isinstance(operator, Operator) else operator
-
-
-def _as_operator(other: Any, like: Params) -> Operator:
-    return other if isinstance(other, Operator) else Identity(like, other)
-
-
-def _same_space(a: Operator, b: Operator) -> None:
-    left = {k: tuple(p.shape) for k, p in a.like.items()}
-    right = {k: tuple(p.shape) for k, p in b.like.items()}
-    if left != right:
-        msg = f"the operators act on different vectors: {left} and {right}"
-        raise ValueError(msg)
+# Sums, products and blocks are operators themselves, so that their file needs this class.
+from funcprecond.operators import algebra  # noqa: E402

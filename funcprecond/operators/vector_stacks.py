@@ -80,6 +80,21 @@ def stack(vectors: Iterable[Params], count: int | None = None) -> Params:
     return found
 
 
+def from_rows(rows: Tensor, like: Params) -> Params:
+    """(n, P) rows as a stack of n vectors, in the dtypes of ``like``."""
+    parts = rows.split([p.numel() for p in like.values()], 1)
+    return {
+        k: x.reshape(len(rows), *p.shape).to(p.dtype)
+        for (k, p), x in zip(like.items(), parts, strict=True)
+    }
+
+
+def to_rows(vectors: Params, like: Params) -> Tensor:
+    """A stack of n vectors as (n, P) rows, in the order of ``like``."""
+    count = count_of(vectors)
+    return torch.cat([vectors[k].reshape(count, -1) for k in like], 1)
+
+
 def count_of(vectors: Params) -> int:
     """K of a stack."""
     return next(iter(vectors.values())).shape[0]

@@ -342,10 +342,10 @@ def test_a_hessian_product_needs_no_gradient_and_can_do_with_one(make):
     v = {k: normal(p.shape, i) for i, (k, p) in enumerate(problem.params.items())}
     gradient = torch.func.grad(lambda p: problem.loss(problem(p, batch[0]), batch[1]))
     expected = reference.difference(gradient, problem.params, v)
-    alone = fp.linearise(problem, problem.params, batch)
+    alone = fp.linearize(problem, problem.params, batch)
     assert_close(alone.hvp(v), expected, rtol=1e-6, atol=1e-8)
     assert_close(alone.grads, gradient(problem.params), rtol=1e-10, atol=1e-12)
-    after = fp.linearise(problem, problem.params, batch)
+    after = fp.linearize(problem, problem.params, batch)
     assert_close(after.grads, gradient(problem.params), rtol=1e-10, atol=1e-12)
     assert_close(after.hvp(v), expected, rtol=1e-6, atol=1e-8)
     assert_close(alone.hvp(v), expected, rtol=1e-6, atol=1e-8)
@@ -358,7 +358,7 @@ def test_the_value_of_a_gradient_that_nobody_asked_for_is_not_computed():
     v = {k: normal(p.shape, i) for i, (k, p) in enumerate(problem.params.items())}
     products = []
     for asked in (False, True):
-        evaluation = fp.linearise(problem, problem.params, batch)
+        evaluation = fp.linearize(problem, problem.params, batch)
         with FlopCounterMode(display=False) as counter:
             if asked:
                 evaluation.grads  # noqa: B018

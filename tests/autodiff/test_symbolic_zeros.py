@@ -133,7 +133,7 @@ class Products(TorchDispatchMode):
 @pytest.mark.parametrize("name", ["mlp", "norms", "attention", "convolutions"])
 def test_nothing_is_multiplied_to_open_it(name):
     problem, batch, _ = opened(name)
-    run = fp.linearise(problem, problem.params, batch)._run
+    run = fp.linearize(problem, problem.params, batch)._run
     assert isinstance(run, GraphRun)
     with Products() as computed:
         run._transposed  # noqa: B018

@@ -42,8 +42,8 @@ from funcprecond.curvature.layer_statistics import LayerStatistics
 from funcprecond.estimators.traces import draw_probes
 from funcprecond.layers.blocks import split_block
 from funcprecond.layers.second_moments import second_moments
+from funcprecond.operators.algebra import Function
 from funcprecond.operators.layer_blocks import Factors, Layerwise
-from funcprecond.operators.operator import Function
 from funcprecond.representation.kronecker_io import KroneckerIO
 from funcprecond.solver.cholesky import Cholesky
 
@@ -159,7 +159,7 @@ def ours(model, batch, v, stack):
     inverse = factored().inverse(1e-3, split="equal")
     options = {"generator": generator}
     return {
-        "Hessian, one product": lambda: fp.linearise(problem, params, batch).hvp(v, keep=False),
+        "Hessian, one product": lambda: fp.linearize(problem, params, batch).hvp(v, keep=False),
         "Hessian, kept": lambda: hessian @ v,
         "Hessian, 8 columns": lambda: fp.Hessian(problem, params, batch) @ stack,
         "GGN, one product": lambda: fp.ggn_mv(problem, params, batch, v),
@@ -185,7 +185,7 @@ def ours(model, batch, v, stack):
         "GGN Hutch++, 9 products": lambda: fp.hutchpp(ggn(), 9, **options),
         "GGN spectrum, 16 steps": lambda: fp.spectral_density(ggn(), steps=16, **options),
         "GGN spectrum, 3 vectors": lambda: fp.spectral_density(
-            ggn(), steps=16, reorthogonalise=False, **options
+            ggn(), steps=16, reorthogonalize=False, **options
         ),
     }
 
@@ -235,7 +235,7 @@ def ours_compiled(model, batch, v, stack):
         }
 
     def hessian(b, v):
-        return fp.linearise(problem, params, b).hvp(v)
+        return fp.linearize(problem, params, b).hvp(v)
 
     def ggn_product(b, v):
         return fp.ggn_mv(problem, params, b, v)
@@ -294,7 +294,7 @@ def ours_compiled(model, batch, v, stack):
         ),
         "GGN spectrum, 16 steps": lambda: fp.spectral_density(within, steps=16, vectors=probes[:1]),
         "GGN spectrum, 3 vectors": lambda: fp.spectral_density(
-            within, steps=16, vectors=probes[:1], reorthogonalise=False
+            within, steps=16, vectors=probes[:1], reorthogonalize=False
         ),
         "GGN spectrum, one graph": (
             lambda b, p: fp.spectral_density(ggn(b), steps=16, vectors=p),

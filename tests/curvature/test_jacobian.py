@@ -13,7 +13,7 @@ from tests.problems import normal, seeded
 def test_one_shot_products_in_forward_mode_are_the_kept_ones_and_those_of_differences(model):
     problem, batch = build(model)
     v = {k: normal(p.shape, i) for i, (k, p) in enumerate(problem.params.items())}
-    kept = fp.linearise(problem, problem.params, batch, generator=seeded(3))
+    kept = fp.linearize(problem, problem.params, batch, generator=seeded(3))
     pushed = fp.jvp(problem, problem.params, batch, v, generator=seeded(3))
     assert_close(pushed, kept.jvp(v), rtol=1e-9)
 
@@ -36,7 +36,7 @@ def test_outputs_may_be_a_tree():
     pushed = fp.jvp(problem, params, batch, v)
     expected = {"a": batch[0] * v["w"], "b": (batch[0].sin() * v["w"].sum(),)}
     assert_close(pushed, expected, rtol=1e-12)
-    assert_close(fp.linearise(problem, params, batch).jvp(v), expected, rtol=1e-12)
+    assert_close(fp.linearize(problem, params, batch).jvp(v), expected, rtol=1e-12)
 
 
 def test_an_operation_without_a_forward_rule_falls_back():

@@ -8,7 +8,7 @@ import torch
 import funcprecond as fp
 from funcprecond.estimators.lanczos import lanczos
 from funcprecond.estimators.traces import draw_probes
-from funcprecond.operators.operator import Matrix
+from funcprecond.operators.algebra import Matrix
 from tests import problems, strategies
 from tests.equality import assert_close
 from tests.problems import normal, seeded
@@ -48,13 +48,13 @@ def test_estimates_are_one_graph(estimator, products, probes, chunk_size):
     assert_close(compiled(estimate)(toy.batch, drawn), expected, rtol=1e-9, atol=1e-12)
 
 
-@pytest.mark.parametrize("reorthogonalise", [True, False])
-def test_a_spectrum_is_one_graph(reorthogonalise):
+@pytest.mark.parametrize("reorthogonalize", [True, False])
+def test_a_spectrum_is_one_graph(reorthogonalize):
     toy = problems.mlp()
 
     def density(batch, vectors):
         ggn = fp.GGN(toy.problem, toy.params, batch)
-        return fp.spectral_density(ggn, steps=3, vectors=vectors, reorthogonalise=reorthogonalise)
+        return fp.spectral_density(ggn, steps=3, vectors=vectors, reorthogonalize=reorthogonalize)
 
     vectors = normal((1, 31), 1).sign()
     expected = density(toy.batch, vectors)

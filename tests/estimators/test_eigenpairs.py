@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import funcprecond as fp
-from funcprecond.operators.operator import Function
+from funcprecond.operators.algebra import Function
 from tests import problems, reference, strategies
 from tests.equality import assert_close, assert_same
 from tests.estimators.test_lanczos import operator, spectrum

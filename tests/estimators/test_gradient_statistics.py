@@ -35,7 +35,7 @@ def test_they_have_no_trace_of_the_reduction():
 @pytest.mark.parametrize("model", SINGLE)
 def test_the_tangent_kernel_is_that_of_the_pulled_back_entries(model):
     problem, (x, y) = build(model)
-    run = fp.linearise(problem, problem.params, (x, y), generator=seeded(3))
+    run = fp.linearize(problem, problem.params, (x, y), generator=seeded(3))
     basis = reference.eye(run.outputs.numel()).reshape(-1, *run.outputs.shape)
     j = torch.stack([reference.ravel(run.pull(e)) for e in basis]).reshape(N, 3, -1)
     of = lambda *batches, **o: fp.ntk(  # noqa: E731

@@ -3,7 +3,7 @@ import torch
 
 import funcprecond as fp
 from funcprecond.estimators.lanczos import lanczos
-from funcprecond.operators.operator import Function, Matrix
+from funcprecond.operators.algebra import Function, Matrix
 from tests import reference, strategies
 from tests.equality import assert_close
 from tests.problems import normal, seeded
@@ -94,7 +94,7 @@ def test_without_reorthogonalisation_copies_share_the_weight_and_none_is_kept():
     values = torch.cat([torch.tensor([100.0, 10.0]), torch.linspace(0, 1, 58)])
     m = strategies.with_spectrum(values.double(), 0).float()
     start = normal((60,), 1, torch.float32)
-    space = lanczos(operator(m), start, 40, reorthogonalise=False)
+    space = lanczos(operator(m), start, 40, reorthogonalize=False)
     assert space.basis.shape == (0, 60)
     ritz, vectors, _ = space.ritz()
     copies = ritz > 50
@@ -103,7 +103,7 @@ def test_without_reorthogonalisation_copies_share_the_weight_and_none_is_kept():
     assert_close(vectors[0, copies].square().sum(), whole[1][0, -1] ** 2, rtol=1e-4)
     found = [
         fp.spectral_density(
-            operator(m), steps=40, vectors=start.unsqueeze(0), reorthogonalise=kept
+            operator(m), steps=40, vectors=start.unsqueeze(0), reorthogonalize=kept
         ).trace(torch.log1p)[0]
         for kept in (True, False)
     ]
@@ -124,13 +124,13 @@ def test_a_krylov_space_can_be_differentiated():
     assert_close(torch.func.grad(moment)(m), torch.func.grad(exact)(m), rtol=1e-9, atol=1e-11)
 
 
-@pytest.mark.parametrize("reorthogonalise", [True, False])
-def test_a_function_may_hold_what_requires_a_gradient(reorthogonalise):
+@pytest.mark.parametrize("reorthogonalize", [True, False])
+def test_a_function_may_hold_what_requires_a_gradient(reorthogonalize):
     m = strategies.with_spectrum(torch.linspace(1, 2, 8, dtype=torch.float64), 0).requires_grad_()
     like = {"a": torch.zeros(8, dtype=torch.float64)}
     operator = Function(lambda v: {"a": m @ v["a"]}, like)
     start = normal((8,), 1)
-    options = {"reorthogonalise": reorthogonalise}
+    options = {"reorthogonalize": reorthogonalize}
     found = lanczos(operator, start, 3, **options).tridiagonal()
     with torch.no_grad():
         assert_close(found, lanczos(operator, start, 3, **options).tridiagonal(), rtol=1e-10)

@@ -4,7 +4,7 @@ import torch
 
 import funcprecond as fp
 from funcprecond.estimators import plots
-from funcprecond.operators.operator import Matrix
+from funcprecond.operators.algebra import Matrix
 from tests import problems, reference
 from tests.equality import assert_close
 from tests.problems import normal, seeded

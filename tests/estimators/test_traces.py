@@ -5,7 +5,7 @@ import torch
 
 import funcprecond as fp
 from funcprecond.estimators.traces import draw_probes
-from funcprecond.operators.operator import Matrix
+from funcprecond.operators.algebra import Matrix
 from tests import problems, reference, strategies
 from tests.equality import assert_close, assert_same
 from tests.problems import normal, seeded

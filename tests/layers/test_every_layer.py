@@ -102,7 +102,7 @@ def test_gauss_newton_and_fisher_products_are_those_of_a_jacobian_of_differences
     model, loss, reduction
 ):
     problem, batch = case(model, loss, reduction)
-    run = fp.linearise(problem, problem.params, batch, generator=seeded(3))
+    run = fp.linearize(problem, problem.params, batch, generator=seeded(3))
     outputs, targets = run.outputs, run.targets
     j = dense_jacobian(problem, problem.params, batch, run.masks)
     v = {k: x[0] for k, x in stack_of(problem, 1).items()}

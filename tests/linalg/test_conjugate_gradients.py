@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from funcprecond import tree
 from funcprecond.linalg import conjugate_gradients as module
 from funcprecond.linalg import treemath
-from funcprecond.linalg.conjugate_gradients import Stop, cg, has_stalled, within
+from funcprecond.linalg.conjugate_gradients import cg, has_stalled, within
+from funcprecond.linalg.solution import Stop
 from tests.equality import assert_close, assert_same
 from tests.problems import normal
 from tests.strategies import seeds, spd, with_spectrum

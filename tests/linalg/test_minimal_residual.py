@@ -2,8 +2,8 @@ import pytest
 import torch
 from hypothesis import given
 
-from funcprecond.linalg.conjugate_gradients import Stop
 from funcprecond.linalg.minimal_residual import minres
+from funcprecond.linalg.solution import Stop
 from tests import reference, strategies
 from tests.equality import assert_close, assert_same, copy
 from tests.problems import normal

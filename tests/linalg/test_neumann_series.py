@@ -1,7 +1,7 @@
 import torch
 
-from funcprecond.linalg.conjugate_gradients import Stop
 from funcprecond.linalg.neumann_series import neumann
+from funcprecond.linalg.solution import Stop
 from tests import reference, strategies
 from tests.equality import assert_close
 from tests.problems import normal

@@ -1,7 +1,8 @@
 import pytest
 import torch
 
-from funcprecond.linalg.conjugate_gradients import Stop, truncated_cg
+from funcprecond.linalg.solution import Stop
+from funcprecond.linalg.truncated_cg import truncated_cg
 from tests import strategies
 from tests.equality import assert_close
 from tests.problems import normal

@@ -2,8 +2,8 @@ import pytest
 import torch
 
 import funcprecond as fp
-from funcprecond.linalg.conjugate_gradients import NotConverged, Stop
-from funcprecond.operators.operator import Matrix
+from funcprecond.linalg.solution import NotConverged, Stop
+from funcprecond.operators.algebra import Matrix
 from tests import problems, reference, strategies
 from tests.equality import assert_close, assert_same
 from tests.problems import normal, seeded

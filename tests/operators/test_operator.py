@@ -3,8 +3,8 @@ import pytest
 import torch
 
 import funcprecond as fp
-from funcprecond.linalg.conjugate_gradients import NotConverged, Stop
-from funcprecond.operators.operator import Function, Identity, Matrix
+from funcprecond.linalg.solution import NotConverged, Stop
+from funcprecond.operators.algebra import Function, Identity, Matrix
 from funcprecond.operators.vector_stacks import by_layer
 from tests import problems, reference, strategies
 from tests.equality import assert_close, assert_same, copy

@@ -71,7 +71,7 @@ def test_a_models_own_layers_are_these():
     layers = (torch.nn.Conv2d(1, 2, 3), torch.nn.ReLU(), torch.nn.MaxPool2d(2), torch.nn.Flatten())
     problem = fp.problem(torch.nn.Sequential(*layers).double(), fp.losses.mse)
     batch = normal((2, 1, 6, 6), 1), normal((2, 8), 2)
-    run = fp.linearise(problem, problem.params, batch)
+    run = fp.linearize(problem, problem.params, batch)
     run.hvp(problem.params)
     with torch.profiler.profile() as profile:
         run.hvp(problem.params)

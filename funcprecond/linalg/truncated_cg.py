@@ -1,0 +1,75 @@
+"""Conjugate gradients within a trust region, for any symmetric matrix."""
+
+import torch
+from torch import Tensor
+
+from funcprecond.linalg import treemath
+from funcprecond.linalg.solution import Matvec, Solution, Stop
+from funcprecond.tracing import is_eager
+from funcprecond.tree import Params
+
+__all__ = ["truncated_cg"]
+
+
+def truncated_cg(
+    matvec: Matvec,
+    b: Params,
+    *,
+    radius: float | Tensor,
+    tol: float | Tensor | None = None,
+    max_iter: int = 250,
+) -> Solution:
+    """Minimise ``x^T B x / 2 - b^T x`` within ``|x| <= radius``: Steihaug's truncated CG.
+
+    For any symmetric ``B``. On negative curvature it goes along the search direction to the
+    boundary; an iterate that would leave ends on the boundary too. The model's value is never above
+    that of the best point along ``b``.
+
+    Args:
+        matvec: ``v -> B v``.
+        b: a dict of tensors.
+        radius: of the trust region, positive.
+        tol: stop at ``|r| <= tol |b|``; ``min(0.5, |b|^(1/2))`` by default, with which Newton's
+            method converges superlinearly.
+        max_iter: at most so many products.
+
+    Returns:
+        A :class:`Solution` whose reason is RESIDUAL, BOUNDARY, MAX_ITERATIONS or NOT_FINITE.
+    """
+    plain = is_eager((b, radius, tol))
+    x, r, p = {k: torch.zeros_like(v) for k, v in b.items()}, b, b
+    rr = treemath.dot(r, r)
+    size = rr.sqrt()
+    limit = size * (size.sqrt().clamp_max(0.5) if tol is None else tol)
+    finite = torch.isfinite(rr)
+    small = finite & (size <= limit)
+    reason = torch.full_like(rr, Stop.MAX_ITERATIONS.value, dtype=torch.int64)
+    reason = torch.where(finite, reason, Stop.NOT_FINITE.value)
+    reason = torch.where(small, Stop.RESIDUAL.value, reason)
+    active, iterations = finite & ~small, torch.zeros_like(reason)
+    for _ in range(max_iter):
+        if plain and not bool(active):
+            break
+        product = matvec(p)
+        curvature = treemath.dot(p, product)
+        alpha = rr / torch.where(curvature > 0, curvature, 1)
+        xx, xp, pp = treemath.dot(x, x), treemath.dot(x, p), treemath.dot(p, p)
+        leaves = (curvature <= 0) | (xx + 2 * alpha * xp + alpha**2 * pp >= radius**2)
+        # The positive root of |x + tau p| = radius, in the form without cancellation.
+        gap = (radius**2 - xx).clamp_min(0)
+        tau = gap / (xp + (xp**2 + pp * gap).sqrt()).clamp_min(torch.finfo(rr.dtype).tiny)
+        step = torch.where(leaves, tau, alpha)
+        new_x, new_r = treemath.add(x, p, step), treemath.add(r, product, -step)
+        new_rr = treemath.dot(new_r, new_r)
+        finite = torch.isfinite(curvature) & torch.isfinite(new_rr)
+        moves = active & finite
+        x, r = treemath.where(moves, new_x, x), treemath.where(moves, new_r, r)
+        iterations = iterations + moves.long()
+        small = new_rr.sqrt() <= limit
+        reason = torch.where(moves & small, Stop.RESIDUAL.value, reason)
+        reason = torch.where(moves & leaves, Stop.BOUNDARY.value, reason)
+        reason = torch.where(active & ~finite, Stop.NOT_FINITE.value, reason)
+        active = moves & ~small & ~leaves
+        p = treemath.add(new_r, p, new_rr / torch.where(rr == 0, 1, rr))
+        rr = new_rr
+    return Solution(x, r, iterations, reason)

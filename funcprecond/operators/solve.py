@@ -1,0 +1,73 @@
+"""Solving with an operator: directly where it has an inverse, iteratively where it has not."""
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from funcprecond.checks import one_of
+from funcprecond.linalg import treemath
+from funcprecond.linalg.conjugate_gradients import cg
+from funcprecond.linalg.minimal_residual import minres
+from funcprecond.linalg.neumann_series import neumann
+from funcprecond.linalg.solution import NotConverged, Solution, Stop
+from funcprecond.linalg.truncated_cg import truncated_cg
+from funcprecond.tracing import is_eager
+from funcprecond.tree import Params
+
+__all__ = ["Method", "solve"]
+
+Method = Literal["direct", "cg", "minres", "truncated_cg", "neumann"]
+
+
+def solve(
+    operator: Any,
+    b: Params,
+    *,
+    damping: float | Tensor = 0.0,
+    method: Method | None = None,
+    precondition: Any = None,
+    throw: bool = True,
+    **options: Any,
+) -> Solution:
+    """``(C + damping I)^-1 b``; see :meth:`funcprecond.Operator.solve`."""
+    if not operator.symmetric:
+        msg = "solve needs a symmetric operator; this one is a product: solve factor by factor"
+        raise TypeError(msg)
+    undamped = isinstance(damping, float) and damping == 0.0
+    damped = operator if undamped else operator + damping
+    if precondition is not None:
+        options["precondition"] = as_function(precondition)
+    if method is None:
+        method = "direct" if hasattr(operator, "inverse") else "cg"
+    one_of(("direct", "cg", "minres", "truncated_cg", "neumann"), method=method)
+    if method == "direct":
+        found = _direct(operator, damped, b, damping)
+    elif method == "cg":
+        found = cg(damped.matvec, b, **{"rule": "none", **options})
+    else:
+        iterate = {"minres": minres, "truncated_cg": truncated_cg, "neumann": neumann}[method]
+        found = iterate(damped.matvec, b, **options)
+    solution = Solution(found.solution, found.residual, found.iterations, found.reason)
+    fine = (Stop.RESIDUAL, Stop.BOUNDARY) if method == "truncated_cg" else (Stop.RESIDUAL,)
+    if throw and is_eager((b, found.solution)) and int(found.reason) not in fine:
+        raise NotConverged(solution, b)
+    return solution
+
+
+def as_function(operator: Any) -> Callable[[Params], Params]:
+    """``v -> C v`` of an operator; a function as it is."""
+    return getattr(operator, "matvec", operator)
+
+
+def _direct(operator: Any, damped: Any, b: Params, damping: float | Tensor) -> Solution:
+    if not hasattr(operator, "inverse"):
+        msg = f"{type(operator).__name__} has no inverse: use method='cg' or 'minres'"
+        raise ValueError(msg)
+    x = operator.inverse(damping) @ b
+    residual = treemath.sub(b, damped @ x)
+    finite = torch.isfinite(treemath.norm(residual))
+    zero = torch.zeros_like(finite, dtype=torch.int64)
+    reason = torch.where(finite, zero + Stop.RESIDUAL.value, zero + Stop.NOT_FINITE.value)
+    return Solution(x, residual, zero, reason)
