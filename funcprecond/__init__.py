@@ -15,18 +15,13 @@ from funcprecond.curvature.jacobian import jvp, linearize, vjp
 from funcprecond.curvature.layer_statistics import layer_statistics
 from funcprecond.curvature.per_sample import per_sample_grads
 from funcprecond.estimators import plots
+from funcprecond.estimators.diagonals import hutchinson_diagonal, xdiag
 from funcprecond.estimators.eigenpairs import eigsh
 from funcprecond.estimators.gradient_statistics import per_sample_gram, per_sample_norms
-from funcprecond.estimators.lanczos import spectral_density
 from funcprecond.estimators.noise_scale import gradient_noise_scale
+from funcprecond.estimators.spectral_densities import spectral_density
 from funcprecond.estimators.tangent_kernel import ntk
-from funcprecond.estimators.traces import (
-    hutchinson_diagonal,
-    hutchinson_trace,
-    hutchpp,
-    xdiag,
-    xtrace,
-)
+from funcprecond.estimators.traces import hutchinson_trace, hutchpp, xtrace
 from funcprecond.evidence import Evidence, MissingEvidence, Noise, draw, observe
 from funcprecond.methods.adagrad import adagrad, adagrad_full
 from funcprecond.methods.adahessian import adahessian

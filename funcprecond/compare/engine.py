@@ -1,5 +1,6 @@
 """Runs the cells of a comparison that are not in the store yet, and keeps each as it finishes."""
 
+import functools
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
@@ -58,15 +59,20 @@ class Engine:
     ) -> None:
         self.rows, self.seeds, self.points = list(rows), list(seeds), points
         self.data, self.store, self.watcher = data, store, watcher
+        # What the store has of each row, read once and kept up: its cost, and its training runs by
+        # exponent of the learning rate and seed.
+        self.costs = {row: store.get(row.config("cost")) for row in self.rows}
+        self.runs = {row: self.stored_runs(row) for row in self.rows}
 
     def run(self) -> None:
         """Finish every cell. May be stopped at any moment and called again by another process."""
         self.watcher.found(sum(map(self.finished, self.rows)))
         for index, row in enumerate(self.rows):
             self.watcher.plan(len(self.rows) - index + self.runs_left(), self.seconds_left())
-            self.cell(
-                row.config("cost"), f"{row.label()}: cost", lambda row=row: cost(row, self.data), 0
-            )
+            if self.costs[row] is None:
+                label = f"{row.label()}: cost"
+                work = functools.partial(cost, row, self.data)
+                self.costs[row] = self.cell(row.config("cost"), label, work, 0)
         for row in self.rows:
             self.finish(row)
 
@@ -84,10 +90,12 @@ class Engine:
 
     def train(self, row: Setting, exponent: int, seed: int) -> None:
         """Run one training cell, unless it is finished."""
+        if (exponent, seed) in self.runs[row]:
+            return
         learning_rate = rate(CARDS[row.method].learning_rate, exponent)
         self.watcher.plan(self.runs_left(), self.seconds_left())
-        self.cell(
-            self.train_config(row, exponent, seed),
+        self.runs[row][exponent, seed] = self.cell(
+            row.config("train", learning_rate=learning_rate, seed=seed),
             f"{row.label()}: learning rate {learning_rate:g}, seed {seed}",
             lambda: train(
                 row,
@@ -105,10 +113,8 @@ class Engine:
         label: str,
         work: Callable[[], Result],
         expected: float,
-    ) -> None:
+    ) -> Result:
         """Do the work of one cell and keep its result; a failure is a result too."""
-        if self.store.get(config) is not None:
-            return
         self.watcher.begin(label, expected)
         with warnings.catch_warnings(record=True) as heard:
             warnings.simplefilter("always")
@@ -120,25 +126,27 @@ class Engine:
         said = sorted({str(warning.message).strip() for warning in heard})
         if said:
             result["warnings"] = said
-        self.store.put(config, result)
+        result = self.store.put(config, result)
         self.watcher.end(label, result)
+        return result
 
     # What is known so far, for the plan and for the report.
 
-    def train_config(self, row: Setting, exponent: int, seed: int) -> dict[str, Any]:
-        """Full configuration of a training cell."""
-        learning_rate = rate(CARDS[row.method].learning_rate, exponent)
-        return row.config("train", learning_rate=learning_rate, seed=seed)
+    def stored_runs(self, row: Setting) -> dict[tuple[int, int], Result]:
+        """The row's finished training runs in the store, by exponent and seed."""
+        centre = CARDS[row.method].learning_rate
+        exponents = {rate(centre, exponent): exponent for exponent in range(-9, 10)}
+        found = self.store.variants(row.config("train"), "learning_rate", "seed")
+        return {(exponents[r], seed): x for (r, seed), x in found.items() if r in exponents}
 
     def cost(self, row: Setting) -> Result:
         """The row's cost cell; `{"status": "missing"}` before it has run."""
-        return self.store.get(row.config("cost")) or {"status": "missing"}
+        return self.costs[row] or {"status": "missing"}
 
     def sweep(self, row: Setting) -> dict[int, Result]:
-        """Finished runs of the first seed by exponent of the learning rate."""
-        span = range(-9, 10)
-        found = {e: self.store.get(self.train_config(row, e, self.seeds[0])) for e in span}
-        return {exponent: result for exponent, result in found.items() if result is not None}
+        """Finished runs of the first seed by exponent of the learning rate, in order."""
+        first = self.seeds[0]
+        return {e: x for (e, seed), x in sorted(self.runs[row].items()) if seed == first}
 
     def winner(self, row: Setting) -> int | None:
         """Exponent of the best rate at which no seed is known to fail; of the best, if all fail.
@@ -156,8 +164,8 @@ class Engine:
 
     def at(self, row: Setting, exponent: int) -> dict[int, Result]:
         """Finished runs at one learning rate by seed."""
-        found = {s: self.store.get(self.train_config(row, exponent, s)) for s in self.seeds}
-        return {seed: result for seed, result in found.items() if result is not None}
+        runs = self.runs[row]
+        return {seed: runs[exponent, seed] for seed in self.seeds if (exponent, seed) in runs}
 
     def repeats(self, row: Setting) -> dict[int, Result]:
         """Finished runs at the best steady learning rate by seed; empty while there is none."""

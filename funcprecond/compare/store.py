@@ -63,14 +63,36 @@ class Store:
         cell = self.cells.get(key(config))
         return None if cell is None else cell["result"]
 
-    def put(self, config: Mapping[str, Any], result: Mapping[str, Any]) -> None:
-        """Keep a finished cell: on return it is on disk, whatever happens next."""
+    def variants(self, config: Mapping[str, Any], *names: str) -> dict[tuple, dict[str, Any]]:
+        """Results of the cells whose configuration has these further entries beside `config`.
+
+        Args:
+            config: what the cells have in common.
+            names: the further entries.
+
+        Returns:
+            The results by the values of the further entries.
+        """
+        found = {}
+        for cell in self.cells.values():
+            rest = {name: value for name, value in cell["config"].items() if name not in names}
+            if rest == config and len(rest) + len(names) == len(cell["config"]):
+                found[tuple(cell["config"][name] for name in names)] = cell["result"]
+        return found
+
+    def put(self, config: Mapping[str, Any], result: Mapping[str, Any]) -> dict[str, Any]:
+        """Keep a finished cell, and return its result as it is kept.
+
+        On return it is on disk, whatever happens next.
+        """
+        kept = finite(result)
         self.cells[key(config)] = {
             "config": dict(config),
-            "result": finite(result),
+            "result": kept,
             "finished": datetime.now(UTC).isoformat(timespec="seconds"),
         }
         replace_file(self.path, json.dumps({"schema": SCHEMA, "cells": self.cells}, indent=1))
+        return kept
 
     def _read(self, say: Callable[[str], None]) -> dict[str, Any]:
         try:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from funcprecond.estimators.lanczos import SpectralDensity
+from funcprecond.estimators.spectral_densities import SpectralDensity
 from funcprecond.linalg import random, treemath
 from funcprecond.linalg.precision import wide
 from funcprecond.operators.operator import Operator

@@ -8,56 +8,22 @@ the eigenvalues decay. Probes are drawn from the generator before anything is mu
 numbers do not depend on the chunk size.
 """
 
-from typing import Literal
-
 import torch
 from torch import Tensor
 
-from funcprecond import tree
-from funcprecond.linalg import random, treemath
-from funcprecond.linalg.precision import wide
+from funcprecond.estimators.probes import (
+    Distribution,
+    Estimate,
+    forms,
+    leave_one_out,
+    mean_of,
+    probes_of,
+)
+from funcprecond.linalg import treemath
 from funcprecond.operators.operator import Operator
-from funcprecond.operators.vector_stacks import unstack
-from funcprecond.tree import Params, state
+from funcprecond.operators.vector_stacks import from_rows
 
-__all__ = [
-    "Estimate",
-    "draw_probes",
-    "hutchinson_diagonal",
-    "hutchinson_trace",
-    "hutchpp",
-    "xdiag",
-    "xtrace",
-]
-
-Distribution = Literal["rademacher", "normal"]
-
-
-@state
-class Estimate:
-    """An estimate and how far off it may be.
-
-    Attributes:
-        estimate: a 0-d tensor, or shaped like the parameters.
-        standard_error: of the estimate, likewise; NaN where one sample does not tell.
-    """
-
-    estimate: Tensor | Params
-    standard_error: Tensor | Params
-
-
-def draw_probes(
-    operator: Operator,
-    n: int,
-    generator: torch.Generator | None,
-    distribution: Distribution = "rademacher",
-) -> Tensor:
-    """(n, P) random vectors of unit variance, to be given to an estimator as ``probes``."""
-    if distribution not in ("rademacher", "normal") or n < 1:
-        msg = f"distribution must be 'rademacher' or 'normal' and n positive: {distribution!r}, {n}"
-        raise ValueError(msg)
-    sample = random.rademacher if distribution == "rademacher" else random.normal
-    return sample((n, operator.size), generator, **operator.flat_options)
+__all__ = ["hutchinson_trace", "hutchpp", "xtrace"]
 
 
 def hutchinson_trace(
@@ -82,38 +48,8 @@ def hutchinson_trace(
         probes: (products, P) instead, from :func:`draw_probes`.
         chunk_size: see :meth:`Operator.matmat`.
     """
-    v = _probes(operator, products, generator, distribution, probes)
-    return _mean(_forms(operator, v, chunk_size))
-
-
-def hutchinson_diagonal(
-    operator: Operator,
-    products: int = 30,
-    *,
-    generator: torch.Generator | None = None,
-    distribution: Distribution = "rademacher",
-    probes: Tensor | None = None,
-    chunk_size: int | None = None,
-) -> Estimate:
-    """The diagonal as the mean of ``v * A v`` (Bekas et al. 2007); see :func:`hutchinson_trace`."""
-    columns = _columns(operator, _probes(operator, products, generator, distribution, probes))
-    pairs = zip(unstack(columns), operator.products(columns, chunk_size), strict=True)
-    # Sums of what is beyond the first sample, so that no more than one further is in memory.
-    v, product = next(pairs)
-    minus = {k: -(v[k] * product[k]) for k in v}
-    beyond = {k: torch.zeros_like(x) for k, x in minus.items()}
-    squares = {k: torch.zeros_like(x) for k, x in minus.items()}
-    for v, product in pairs:
-        for k, x in minus.items():
-            more = torch.addcmul(x, v[k], product[k])
-            beyond[k].add_(more)
-            squares[k].add_(more.square_())
-    mean = {k: b / products - minus[k] for k, b in beyond.items()}
-    if products == 1:
-        return Estimate(mean, {k: torch.full_like(x, torch.nan) for k, x in mean.items()})
-    spread = {k: (q - beyond[k].square_() / products).clamp_min_(0) for k, q in squares.items()}
-    of_mean = {k: s.div_(products * (products - 1)).sqrt_() for k, s in spread.items()}
-    return Estimate(mean, of_mean)
+    v = probes_of(operator, products, generator, distribution, probes)
+    return mean_of(forms(operator, v, chunk_size))
 
 
 def hutchpp(
@@ -137,14 +73,14 @@ def hutchpp(
     if products % 3:
         msg = f"Hutch++ takes a multiple of three products, not {products}"
         raise ValueError(msg)
-    v = _probes(operator, 2 * products // 3, generator, distribution, probes)
+    v = probes_of(operator, 2 * products // 3, generator, distribution, probes)
     s, g = v.chunk(2)
-    range_of_a = operator.products(_columns(operator, s), chunk_size)
+    range_of_a = operator.products(from_rows(s, operator.like), chunk_size)
     q = torch.linalg.qr(torch.stack([treemath.ravel(y).to(v.dtype) for y in range_of_a]).mT)[0].mT
-    inside = _forms(operator, q, chunk_size).sum()
+    inside = forms(operator, q, chunk_size).sum()
     # What float32 leaves of the subspace here is rounding beside the probe, and squared.
     g = torch.addmm(g, g @ q.mT, q, alpha=-1)
-    return _mean(inside + _forms(operator, g, chunk_size))
+    return mean_of(inside + forms(operator, g, chunk_size))
 
 
 def xtrace(
@@ -166,7 +102,7 @@ def xtrace(
     Raises:
         ValueError: ``products`` is odd.
     """
-    w, y, q, r, s, z, regular = _leave_one_out(
+    w, y, q, r, s, z, regular = leave_one_out(
         operator, products, generator, distribution, probes, chunk_size
     )
     h = q.mT @ z
@@ -175,92 +111,4 @@ def xtrace(
     inside = h.diagonal().sum() - (s * (h @ s)).sum(0)
     rest = (w * y).sum(0) - (u * r).sum(0) - ((z.mT @ w) * u).sum(0) + (u * (h @ u)).sum(0)
     plain = (w * y).sum(0)
-    return _mean(torch.where(regular, inside + rest, plain))
-
-
-def xdiag(
-    operator: Operator,
-    products: int = 30,
-    *,
-    generator: torch.Generator | None = None,
-    probes: Tensor | None = None,
-    chunk_size: int | None = None,
-) -> Estimate:
-    """The diagonal by XDiag (Epperly, Tropp & Webber 2024), XTrace's idea for each entry.
-
-    A must be symmetric; probes are signs. See :func:`xtrace` for the arguments.
-    """
-    w, y, q, r, s, z, regular = _leave_one_out(
-        operator, products, generator, "rademacher", probes, chunk_size
-    )
-    inside = (q * z).sum(1, keepdim=True) - (q @ s) * (z @ s)
-    rest = w * (y - q @ (r - s * (s * r).sum(0)))
-    found = torch.where(regular, inside + rest, w * y)
-    return _shaped(_mean(found.mT), operator.like)
-
-
-def _leave_one_out(operator, products, generator, distribution, probes, chunk_size):
-    """Probes, products, their QR, S, A Q, (P, k) or (k, k), :func:`wide`; whether R is regular."""
-    if products % 2 or products < 4:
-        msg = f"an even number of products is needed, at least 4, not {products}"
-        raise ValueError(msg)
-    k = products // 2
-    if k > operator.size:
-        msg = f"{products} products are more than twice the {operator.size} parameters"
-        raise ValueError(msg)
-    w = wide(_probes(operator, k, generator, distribution, probes))
-    y = _multiply(operator, w, chunk_size).mT
-    q, r = torch.linalg.qr(y)
-    z = _multiply(operator, q.mT, chunk_size).mT
-    # Two probes that agree up to sign leave R exactly singular: then each probe stands alone.
-    regular = (r.diagonal() != 0).all()
-    eye = torch.eye(k, dtype=r.dtype, device=r.device)
-    s = torch.linalg.solve_triangular(torch.where(regular, r, eye).mT, eye, upper=False)
-    scale = s.abs().amax(0, keepdim=True)
-    s = s / scale
-    s = s / s.norm(dim=0, keepdim=True)
-    regular = regular & torch.isfinite(s).all()
-    return w.mT, y, q, r, torch.where(regular, s, 0.0), z, regular
-
-
-def _probes(operator, n, generator, distribution, probes) -> Tensor:
-    if probes is None:
-        return draw_probes(operator, n, generator, distribution)
-    if probes.shape != (n, operator.size):
-        msg = f"probes must have the shape {(n, operator.size)}, not {tuple(probes.shape)}"
-        raise ValueError(msg)
-    return probes
-
-
-def _forms(operator: Operator, rows: Tensor, chunk_size: int | None) -> Tensor:
-    """(n,) ``v · A v`` of (n, P) rows, :func:`wide`."""
-    return operator.quadratic_forms(_columns(operator, rows), chunk_size)
-
-
-def _multiply(operator: Operator, rows: Tensor, chunk_size: int | None) -> Tensor:
-    """(n, P) rows times A, :func:`wide`."""
-    product = operator.matmat(_columns(operator, rows), chunk_size)
-    return wide(torch.cat([product[k].reshape(len(rows), -1) for k in operator.like], 1))
-
-
-def _columns(operator: Operator, rows: Tensor) -> Params:
-    parts = rows.split([p.numel() for p in operator.like.values()], 1)
-    return {
-        k: x.reshape(len(rows), *p.shape).to(p.dtype)
-        for (k, p), x in zip(operator.like.items(), parts, strict=True)
-    }
-
-
-def _mean(samples: Tensor) -> Estimate:
-    """Of samples along axis 0."""
-    n = samples.shape[0]
-    if n == 1:
-        return Estimate(samples[0], torch.full_like(samples[0], torch.nan))
-    # Two sums over the first axis: torch's own variance along it is twenty times as slow.
-    mean = samples.sum(0) / n
-    squares = (samples - mean).square().sum(0)
-    return Estimate(mean, (squares / (n * (n - 1))).sqrt())
-
-
-def _shaped(estimate: Estimate, like: Params) -> Estimate:
-    return tree.map(lambda x: treemath.unravel(x, like), estimate)
+    return mean_of(torch.where(regular, inside + rest, plain))

@@ -4,9 +4,9 @@ import torch
 from torch import Tensor
 
 from funcprecond.linalg.batching import by_shape
-from funcprecond.linalg.precision import wide
+from funcprecond.linalg.precision import wide, wide_dtype
 
-__all__ = ["eigenbases", "eigh"]
+__all__ = ["eigenbases", "eigh", "thin_eigenbasis"]
 
 
 def eigh(a: Tensor) -> tuple[Tensor, Tensor, bool]:
@@ -44,3 +44,26 @@ def eigenbases(factors: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str,
     for name, x in zip(names, packed, strict=True):
         values[name], vectors[name] = x[..., 0, :], x[..., 1:, :]
     return values, vectors
+
+
+def thin_eigenbasis(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """(eigenvalues (..., r), eigenvectors (..., n, r)) of ``rows^T rows``.
+
+    A direction whose eigenvalue is rounding beside the largest is given the zero vector and value.
+    """
+    if rows.dtype == wide_dtype(rows):
+        _, s, vectors = torch.linalg.svd(rows, full_matrices=False)
+        values, vectors = s**2, vectors.mT
+        limit = 2000 * torch.finfo(rows.dtype).eps ** 2
+    else:
+        # What float32 rows lose by squaring, float64 has to spare.
+        x = wide(rows)
+        values, q = torch.linalg.eigh(x @ x.mT)
+        values = values.clamp_min(0.0)
+        vectors = x.mT @ q
+        vectors = vectors / torch.where(values > 0, values, 1.0).sqrt().unsqueeze(-2)
+        limit = 1e-9
+    kept = values > limit * values.amax(-1, keepdim=True)
+    values = torch.where(kept, values, 0.0)
+    vectors = torch.where(kept.unsqueeze(-2), vectors, 0.0)
+    return values.to(rows.dtype), vectors.to(rows.dtype)

@@ -39,11 +39,12 @@ from torch.utils.flop_counter import flop_registry
 
 import funcprecond as fp
 from funcprecond.curvature.layer_statistics import LayerStatistics
-from funcprecond.estimators.traces import draw_probes
+from funcprecond.estimators.probes import draw_probes
 from funcprecond.layers.blocks import split_block
 from funcprecond.layers.second_moments import second_moments
 from funcprecond.operators.algebra import Function
-from funcprecond.operators.layer_blocks import Factors, Layerwise
+from funcprecond.operators.block_forms import Factors
+from funcprecond.operators.layer_blocks import LayerBlocks
 from funcprecond.representation.kronecker_io import KroneckerIO
 from funcprecond.solver.cholesky import Cholesky
 
@@ -228,7 +229,7 @@ def ours_compiled(model, batch, v, stack):
         uses = measured(per_sample, b, noise)
         found = KroneckerIO.init(layers.params, rows=True).accumulate(uses, None)
         blocks = {k: Factors(x, found.right[k]) for k, x in found.left.items()}
-        bases = Layerwise(layers.params, blocks, {}, {})._rotated()
+        bases = LayerBlocks(layers.params, blocks, {}, {})._rotated()
         return {
             k: second_moments(u, split_block(k)[1] is not None, bases[k].left, bases[k].right)
             for k, u in uses.uses.items()

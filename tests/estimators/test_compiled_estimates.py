@@ -7,7 +7,7 @@ import torch
 
 import funcprecond as fp
 from funcprecond.estimators.lanczos import lanczos
-from funcprecond.estimators.traces import draw_probes
+from funcprecond.estimators.probes import draw_probes
 from funcprecond.operators.algebra import Matrix
 from tests import problems, strategies
 from tests.equality import assert_close

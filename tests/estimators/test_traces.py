@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import funcprecond as fp
-from funcprecond.estimators.traces import draw_probes
+from funcprecond.estimators.probes import draw_probes
 from funcprecond.operators.algebra import Matrix
 from tests import problems, reference, strategies
 from tests.equality import assert_close, assert_same
