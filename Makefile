@@ -19,7 +19,7 @@ help:
 	@echo '                 COMPARE="--task char-lm --methods sgd,caspr" passes options on'
 	@echo 'make test        the test suite; PYTEST="-k kfac" passes options on'
 	@echo 'make test-slow   the tests left out of it'
-	@echo 'make lint        ruff check, ruff format --check, pyright'
+	@echo 'make lint        ruff, pyright, and which way imports run'
 	@echo 'make format      let ruff put right what it can'
 	@echo 'make dev         everything needed to work on the library'
 
@@ -37,6 +37,7 @@ lint: $(VENV)/.stamp-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
+	$(BIN)/lint-imports
 
 format: $(VENV)/.stamp-dev
 	$(BIN)/ruff check --fix .

@@ -1,13 +1,26 @@
 """Gradient preconditioning as pure functions: ``θ ← θ − η P g``.
 
-A method is a choice of curvature (what to measure), representation (how to store it) and solver
-(how to get ``P g`` from it). This is every public name, by stage.
+A method is a choice of curvature (which matrix is measured), representation (how it is stored) and
+solver (how ``P g`` is computed with it). ``__all__`` below lists the whole public interface, in the
+order in which a training loop uses it. The parts for methods of your own are in the packages
+:mod:`~funcprecond.curvature`, :mod:`~funcprecond.representation` and :mod:`~funcprecond.solver`.
 """
 
-from funcprecond import curvature, losses, methods, representation, solver, tree
+from funcprecond import (
+    curvature,
+    estimators,
+    linalg,
+    losses,
+    methods,
+    operators,
+    representation,
+    solver,
+    transforms,
+    tree,
+)
 from funcprecond.autodiff.evaluation import Evaluation
 from funcprecond.checkpoint import from_dict, load, save, to_dict
-from funcprecond.composition import compose
+from funcprecond.composition import Composed, NoRepresentation, NoSolver, compose
 from funcprecond.curvature.fisher import fisher_mv
 from funcprecond.curvature.ggn import ggn_mv
 from funcprecond.curvature.hessian import hvp
@@ -18,11 +31,13 @@ from funcprecond.estimators import plots
 from funcprecond.estimators.diagonals import hutchinson_diagonal, xdiag
 from funcprecond.estimators.eigenpairs import eigsh
 from funcprecond.estimators.gradient_statistics import per_sample_gram, per_sample_norms
-from funcprecond.estimators.noise_scale import gradient_noise_scale
-from funcprecond.estimators.spectral_densities import spectral_density
+from funcprecond.estimators.noise_scale import NoiseScale, gradient_noise_scale
+from funcprecond.estimators.probes import Estimate
+from funcprecond.estimators.spectral_densities import SpectralDensity, spectral_density
 from funcprecond.estimators.tangent_kernel import ntk
 from funcprecond.estimators.traces import hutchinson_trace, hutchpp, xtrace
 from funcprecond.evidence import Evidence, MissingEvidence, Noise, draw, observe
+from funcprecond.linalg.solution import NotConverged, Solution, Stop
 from funcprecond.methods.adagrad import adagrad, adagrad_full
 from funcprecond.methods.adahessian import adahessian
 from funcprecond.methods.adam import adam, adamw
@@ -46,6 +61,7 @@ from funcprecond.need import Every, Need
 from funcprecond.operators.curvature_matrices import GGN, Fisher, Hessian
 from funcprecond.operators.diagonal import DiagonalGGN
 from funcprecond.operators.kronecker_factored import KroneckerFactored
+from funcprecond.operators.low_rank import LowRank
 from funcprecond.operators.nystrom_sketch import nystrom, nystrom_cg
 from funcprecond.operators.operator import Operator
 from funcprecond.problems import Problem, problem
@@ -64,3 +80,121 @@ from funcprecond.transforms.skip_nonfinite import skip_nonfinite
 from funcprecond.transforms.weight_decay import weight_decay
 
 __version__ = "0.1.0"
+
+__all__ = [  # noqa: RUF022 - in groups, by use
+    # State a problem, and measure it.
+    "Problem",
+    "problem",
+    "Evidence",
+    "MissingEvidence",
+    "Noise",
+    "draw",
+    "observe",
+    "Every",
+    "Need",
+    "Evaluation",
+    # The methods.
+    "adagrad",
+    "adagrad_full",
+    "adahessian",
+    "adam",
+    "adamw",
+    "adaptive_kfac",
+    "caspr",
+    "ekfac",
+    "ggt",
+    "hessian_free",
+    "kfac",
+    "kflr",
+    "kl_shampoo",
+    "lbfgs",
+    "muon",
+    "one_sided_shampoo",
+    "sgd",
+    "shampoo",
+    "smw_ng",
+    "soap",
+    "splus",
+    "tnt",
+    # Methods of one's own, from the three stages.
+    "Composed",
+    "NoRepresentation",
+    "NoSolver",
+    "compose",
+    "RisingDecay",
+    # What is chained around a method.
+    "Transform",
+    "apply",
+    "chain",
+    "accumulate",
+    "clip_norm",
+    "graft",
+    "kl_clip",
+    "momentum",
+    "assign",
+    "partition",
+    "muon_rules",
+    "scale",
+    "skip_nonfinite",
+    "weight_decay",
+    # A whole step as one function; saving and resuming.
+    "make_step",
+    "make_update",
+    "from_dict",
+    "load",
+    "save",
+    "to_dict",
+    # Products with a curvature matrix, and what the examples and layers give.
+    "fisher_mv",
+    "ggn_mv",
+    "hvp",
+    "jvp",
+    "linearize",
+    "vjp",
+    "layer_statistics",
+    "per_sample_grads",
+    # Curvature matrices as linear operators, and solves with them.
+    "Operator",
+    "GGN",
+    "Fisher",
+    "Hessian",
+    "DiagonalGGN",
+    "KroneckerFactored",
+    "LowRank",
+    "nystrom",
+    "nystrom_cg",
+    "NotConverged",
+    "Solution",
+    "Stop",
+    # Estimates of what a matrix is too large to show.
+    "Estimate",
+    "hutchinson_trace",
+    "hutchpp",
+    "xtrace",
+    "hutchinson_diagonal",
+    "xdiag",
+    "eigsh",
+    "SpectralDensity",
+    "spectral_density",
+    "per_sample_gram",
+    "per_sample_norms",
+    "NoiseScale",
+    "gradient_noise_scale",
+    "ntk",
+    "plots",
+    # The packages.
+    "curvature",
+    "estimators",
+    "linalg",
+    "losses",
+    "methods",
+    "operators",
+    "representation",
+    "solver",
+    "transforms",
+    "tree",
+]
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -111,7 +111,7 @@ figure, axes = plt.subplots(2, 2, figsize=(11, 7), layout="constrained")
 for row, (title, found) in zip(
     axes, {"at the start": at_start, "trained": trained}.items(), strict=True
 ):
-    fp.plots.draw_quality(found, axes=row)
+    fp.plots.quality(found, axes=row)
     row[0].set_ylabel(title)
 picture = Path(tempfile.gettempdir()) / "approximations.png"
 figure.savefig(picture, dpi=110)

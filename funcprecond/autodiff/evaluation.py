@@ -29,7 +29,7 @@ from funcprecond.autodiff.once import opened_once
 from funcprecond.autodiff.recorder import Recorder
 from funcprecond.autodiff.rules.backward import Spared
 from funcprecond.layers.blocks import complete_blocks
-from funcprecond.layers.kinds.base import LayerCall
+from funcprecond.layers.layer_call import LayerCall
 from funcprecond.linalg.precision import wide_dtype
 from funcprecond.losses.base import Labels
 from funcprecond.problems import Problem, detach, example_count

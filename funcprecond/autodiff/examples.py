@@ -10,7 +10,7 @@ from torch.func import vjp, vmap
 from funcprecond import tree
 from funcprecond.autodiff.once import renamed
 from funcprecond.autodiff.recorder import Recorder
-from funcprecond.layers.kinds.base import LayerCall
+from funcprecond.layers.layer_call import LayerCall
 from funcprecond.problems import Problem
 from funcprecond.tree import Params
 

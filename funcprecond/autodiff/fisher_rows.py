@@ -19,7 +19,7 @@ from torch.autograd.graph import get_gradient_edge
 
 from funcprecond.autodiff import examples
 from funcprecond.autodiff.evaluation import Evaluation
-from funcprecond.layers.kinds.base import LayerCall
+from funcprecond.layers.layer_call import LayerCall
 from funcprecond.linalg.precision import wide
 from funcprecond.tracing import is_eager
 from funcprecond.tree import Params

@@ -7,7 +7,7 @@ from torch.func import grad, vjp
 
 from funcprecond import tree
 from funcprecond.autodiff.once import opened_once, renamed
-from funcprecond.layers.kinds.base import LayerCall
+from funcprecond.layers.layer_call import LayerCall
 from funcprecond.problems import example_count
 
 __all__ = ["ForwardRun", "FunctionRun"]

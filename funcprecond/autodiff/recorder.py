@@ -38,7 +38,7 @@ from funcprecond.autodiff.random_functions import (
 from funcprecond.autodiff.rules.backward import Spared
 from funcprecond.autodiff.rules.table import replaced
 from funcprecond.layers.kinds import KINDS_OF_FUNCTION
-from funcprecond.layers.kinds.base import FunctionCall, LayerCall
+from funcprecond.layers.layer_call import FunctionCall, LayerCall
 from funcprecond.linalg import random
 
 __all__ = ["Recorder"]

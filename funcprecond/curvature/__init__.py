@@ -12,7 +12,7 @@ from funcprecond.curvature.per_sample import PerSample, PerSampleGrads
 from funcprecond.curvature.quadratic_form import GGNForm
 from funcprecond.curvature.sampled_gradient import SampledGradient, SampledGradients
 from funcprecond.layers.blocks import Layers
-from funcprecond.layers.kinds.base import LayerUse
+from funcprecond.layers.layer_call import LayerUse
 
 __all__ = [
     "BatchGradient",

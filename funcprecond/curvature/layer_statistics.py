@@ -22,7 +22,7 @@ from funcprecond.autodiff.evaluation import Evaluation
 from funcprecond.autodiff.examples import refuse_coupling
 from funcprecond.evidence import observe
 from funcprecond.layers.blocks import Layers, split_block
-from funcprecond.layers.kinds.base import LayerUse, Sharing
+from funcprecond.layers.layer_call import LayerUse, Sharing
 from funcprecond.losses.base import Labels, check_labels
 from funcprecond.need import Need
 from funcprecond.problems import Problem

@@ -14,7 +14,7 @@ from funcprecond.autodiff.evaluation import Evaluation
 from funcprecond.autodiff.examples import refuse_coupling
 from funcprecond.curvature.layer_statistics import LayerStatistics
 from funcprecond.layers.blocks import Layers, split_block
-from funcprecond.layers.kinds.base import LayerUse
+from funcprecond.layers.layer_call import LayerUse
 from funcprecond.linalg.precision import factor_dtype
 from funcprecond.need import Need
 from funcprecond.problems import Problem

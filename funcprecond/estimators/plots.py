@@ -16,7 +16,7 @@ from funcprecond.operators.operator import Operator
 from funcprecond.operators.vector_stacks import Partition, partition_of
 from funcprecond.tree import state
 
-__all__ = ["Quality", "approximation_quality", "draw_quality", "matrix", "spectrum"]
+__all__ = ["Quality", "approximation_quality", "matrix", "quality", "spectrum"]
 
 
 @state
@@ -129,7 +129,7 @@ def spectrum(
     return axes
 
 
-def draw_quality(quality: Mapping[str, Mapping[str, Quality]], *, axes: Any = None) -> Any:
+def quality(measured: Mapping[str, Mapping[str, Quality]], *, axes: Any = None) -> Any:
     """Draw :func:`approximation_quality` as bars, error and cosine side by side.
 
     Returns:
@@ -139,12 +139,12 @@ def draw_quality(quality: Mapping[str, Mapping[str, Quality]], *, axes: Any = No
         import matplotlib.pyplot as plt
 
         axes = plt.subplots(1, 2, figsize=(10, 3.5), layout="constrained")[1]
-    labels, names = list(quality), list(next(iter(quality.values())))
+    labels, names = list(measured), list(next(iter(measured.values())))
     width = 0.8 / len(names)
     for i, name in enumerate(names):
         places = [j + (i - (len(names) - 1) / 2) * width for j in range(len(labels))]
         for ax, what in zip(axes, ("error", "cosine"), strict=True):
-            heights = [float(getattr(quality[label][name], what)) for label in labels]
+            heights = [float(getattr(measured[label][name], what)) for label in labels]
             ax.bar(places, heights, width, label=name)
     for ax, title in zip(
         axes, ("relative Frobenius error", "cosine with the exact solve"), strict=True

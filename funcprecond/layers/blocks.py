@@ -5,9 +5,9 @@ from collections.abc import Container, Iterable, Sequence
 from torch import Tensor
 
 from funcprecond.layers.example_gradients import ExampleGradients
-from funcprecond.layers.kinds.base import LayerCall, LayerUse, Sharing
 from funcprecond.layers.kinds.embedding import Embedding
 from funcprecond.layers.kinds.linear import Linear
+from funcprecond.layers.layer_call import LayerCall, LayerUse, Sharing
 from funcprecond.linalg.precision import factor_dtype
 from funcprecond.tree import Params, state, static
 

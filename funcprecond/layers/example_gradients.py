@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from funcprecond.layers.kinds.base import LayerUse
+from funcprecond.layers.layer_call import LayerUse
 from funcprecond.linalg.precision import factor_dtype
 from funcprecond.tree import Params, state, static
 

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from funcprecond.layers.kinds.base import LayerUse
+from funcprecond.layers.layer_call import LayerUse
 from funcprecond.linalg.precision import factor_dtype
 
 __all__ = ["joined", "second_moments"]

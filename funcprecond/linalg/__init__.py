@@ -1,1 +1,24 @@
-"""Linear algebra that knows no model."""
+"""Linear algebra that knows no model: iterative solvers, matrix roots, factorizations, searches.
+
+The solvers take a product ``matvec`` and a right-hand side ``b``, both dicts of tensors.
+"""
+
+from funcprecond.linalg.conjugate_gradients import CGResult, cg
+from funcprecond.linalg.inverse_roots import inverse_root
+from funcprecond.linalg.minimal_residual import minres
+from funcprecond.linalg.neumann_series import neumann
+from funcprecond.linalg.solution import Matvec, NotConverged, Solution, Stop
+from funcprecond.linalg.trust_region import truncated_cg
+
+__all__ = [
+    "CGResult",
+    "Matvec",
+    "NotConverged",
+    "Solution",
+    "Stop",
+    "cg",
+    "inverse_root",
+    "minres",
+    "neumann",
+    "truncated_cg",
+]

@@ -9,7 +9,7 @@ from funcprecond.curvature.layer_statistics import LayerStatistics
 from funcprecond.curvature.objective import Objective
 from funcprecond.curvature.quadratic_form import GGNForm
 from funcprecond.evidence import Evidence, MissingEvidence
-from funcprecond.layers.kinds.base import Sharing
+from funcprecond.layers.layer_call import Sharing
 from funcprecond.linalg import treemath
 from funcprecond.linalg.levenberg_marquardt import levenberg_marquardt, reduction_ratio
 from funcprecond.linalg.quadratic_model import gram, least, least_in_plane

@@ -7,7 +7,7 @@ from torch import Tensor
 from funcprecond.checks import one_of
 from funcprecond.composition import compose
 from funcprecond.curvature.layer_statistics import LayerStatistics
-from funcprecond.layers.kinds.base import Sharing
+from funcprecond.layers.layer_call import Sharing
 from funcprecond.losses.base import Labels
 from funcprecond.methods.card import card
 from funcprecond.representation.average import Decay

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from funcprecond.autodiff.evaluation import Evaluation
 from funcprecond.curvature.layer_statistics import LayerStatistics
-from funcprecond.layers.kinds.base import Sharing
+from funcprecond.layers.layer_call import Sharing
 from funcprecond.losses.base import Labels, check_labels
 from funcprecond.operators.block_forms import Factors, Rotated
 from funcprecond.operators.data import (

@@ -10,8 +10,8 @@ from torch import Tensor
 from funcprecond.autodiff.evaluation import Evaluation
 from funcprecond.curvature.layer_statistics import layer_uses
 from funcprecond.layers.blocks import Layers, split_block
-from funcprecond.layers.kinds.base import LayerUse, Sharing
 from funcprecond.layers.kinds.scale import Scale
+from funcprecond.layers.layer_call import LayerUse, Sharing
 from funcprecond.linalg.precision import factor_dtype
 from funcprecond.linalg.treemath import scalar_like
 from funcprecond.operators.block_forms import Rotated

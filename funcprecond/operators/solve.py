@@ -12,7 +12,7 @@ from funcprecond.linalg.conjugate_gradients import cg
 from funcprecond.linalg.minimal_residual import minres
 from funcprecond.linalg.neumann_series import neumann
 from funcprecond.linalg.solution import NotConverged, Solution, Stop
-from funcprecond.linalg.truncated_cg import truncated_cg
+from funcprecond.linalg.trust_region import truncated_cg
 from funcprecond.tracing import is_eager
 from funcprecond.tree import Params
 

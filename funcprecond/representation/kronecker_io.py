@@ -14,8 +14,8 @@ from torch import Tensor
 
 from funcprecond.layers.blocks import Layers, split_block
 from funcprecond.layers.kinds.affine import AffineCall
-from funcprecond.layers.kinds.base import LayerUse, Sharing
 from funcprecond.layers.kinds.scale import Scale
+from funcprecond.layers.layer_call import LayerUse, Sharing
 from funcprecond.linalg.gram import is_thin, square
 from funcprecond.linalg.nearest_kronecker import nearest_kronecker
 from funcprecond.linalg.treemath import scalar_like

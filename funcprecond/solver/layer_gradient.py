@@ -12,7 +12,7 @@ from funcprecond.evidence import Evidence
 from funcprecond.layers.block_matrix import join, split
 from funcprecond.layers.blocks import Layers, split_block
 from funcprecond.layers.kinds.affine import AffineCall, with_ones
-from funcprecond.layers.kinds.base import LayerUse
+from funcprecond.layers.layer_call import LayerUse
 from funcprecond.linalg.precision import factor_dtype
 from funcprecond.tree import Params
 

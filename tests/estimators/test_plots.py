@@ -38,7 +38,7 @@ def test_quality_is_zero_error_and_cosine_one_for_the_truth_itself():
     off = (block - block.diagonal().diag()).norm() / block.norm()
     assert_close(found["0"]["diagonal"].error, off, rtol=1e-9)
     assert 0 < found["0"]["diagonal"].cosine < 1
-    axes = plots.draw_quality(found)
+    axes = plots.quality(found)
     assert [t.get_text() for t in axes[0].get_legend().get_texts()] == list(approximations)
     assert len(axes[1].patches) == 6
 

@@ -4,13 +4,13 @@ from collections.abc import Callable
 from typing import Any
 
 from funcprecond.layers.kinds.added import Added
-from funcprecond.layers.kinds.base import LayerCall
 from funcprecond.layers.kinds.bilinear import Bilinear
 from funcprecond.layers.kinds.convolution import Convolution
 from funcprecond.layers.kinds.embedding import Embedding
 from funcprecond.layers.kinds.linear import Linear
 from funcprecond.layers.kinds.scale import Scale
 from funcprecond.layers.kinds.transposed_convolution import TransposedConvolution
+from funcprecond.layers.layer_call import LayerCall
 
 __all__ = ["KINDS", "KINDS_OF_FUNCTION"]
 

@@ -10,7 +10,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from funcprecond.layers.kinds.base import FunctionCall, LayerCall, Names, Recognized
+from funcprecond.layers.layer_call import FunctionCall, LayerCall, Names, Recognized
 from funcprecond.tree import Params
 
 __all__ = ["Added"]

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from funcprecond.layers.example_gradients import ExampleGradients
-from funcprecond.layers.kinds.base import LayerCall, LayerUse, Sharing
+from funcprecond.layers.layer_call import LayerCall, LayerUse, Sharing
 from funcprecond.layers.second_moments import second_moments
 from funcprecond.linalg.gram import gram
 from funcprecond.linalg.precision import factor_dtype

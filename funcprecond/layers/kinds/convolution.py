@@ -10,7 +10,7 @@ from einops import rearrange
 from torch import Tensor
 
 from funcprecond.layers.kinds.affine import AffineCall
-from funcprecond.layers.kinds.base import FunctionCall, LayerUse, Names, Recognized, Sharing
+from funcprecond.layers.layer_call import FunctionCall, LayerUse, Names, Recognized, Sharing
 from funcprecond.layers.patches import patch_gram, unfold
 from funcprecond.linalg.gram import bordered
 from funcprecond.linalg.precision import factor_dtype

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from funcprecond.layers.kinds.affine import AffineCall
-from funcprecond.layers.kinds.base import FunctionCall, LayerUse, Names, Recognized, Sharing
+from funcprecond.layers.layer_call import FunctionCall, LayerUse, Names, Recognized, Sharing
 from funcprecond.layers.second_moments import joined
 from funcprecond.linalg.precision import factor_dtype
 from funcprecond.tree import Params

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from funcprecond.layers.kinds.affine import AffineCall
-from funcprecond.layers.kinds.base import FunctionCall, Names, Recognized
+from funcprecond.layers.layer_call import FunctionCall, Names, Recognized
 from funcprecond.tree import Params
 
 __all__ = ["Linear"]

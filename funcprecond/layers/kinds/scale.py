@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from funcprecond.layers.kinds.base import FunctionCall, LayerCall, LayerUse, Names, Recognized
+from funcprecond.layers.layer_call import FunctionCall, LayerCall, LayerUse, Names, Recognized
 from funcprecond.linalg.precision import factor_dtype
 from funcprecond.tree import Params
 

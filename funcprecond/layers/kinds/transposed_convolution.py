@@ -13,9 +13,9 @@ from einops import rearrange
 from torch import Tensor
 
 from funcprecond.layers.kinds.affine import AffineCall
-from funcprecond.layers.kinds.base import FunctionCall, Names, Recognized, Sharing
 from funcprecond.layers.kinds.convolution import per_axis
 from funcprecond.layers.kinds.scale import Scale
+from funcprecond.layers.layer_call import FunctionCall, Names, Recognized, Sharing
 from funcprecond.layers.patches import transposed_patches
 from funcprecond.tree import Params
 

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from funcprecond.linalg.solution import Stop
-from funcprecond.linalg.truncated_cg import truncated_cg
+from funcprecond.linalg.trust_region import truncated_cg
 from tests import strategies
 from tests.equality import assert_close
 from tests.problems import normal

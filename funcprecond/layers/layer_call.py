@@ -1,6 +1,6 @@
 """What every kind of layer is: one use of a parameter, and the verbs that curvature is made with.
 
-A *kind* is a class in this folder. It says which torch functions are uses of it
+A *kind* is a class in :mod:`funcprecond.layers.kinds`. It says which torch functions are uses of it
 (:meth:`LayerCall.recognize`), and what a layer's inputs and output gradients give: rows, second
 moments, gradients of single examples. To add a kind, write one such file and name the class in
 :data:`funcprecond.layers.kinds.KINDS`.
