@@ -1,4 +1,4 @@
-"""AdaGrad, diagonal and full-matrix: the root of the sum of all gradients' outer products."""
+"""AdaGrad, diagonal and full-matrix: the inverse root of the sum of all outer products."""
 
 import torch
 from torch import Tensor
@@ -26,17 +26,17 @@ __all__ = ["adagrad", "adagrad_full"]
 def adagrad(*, damping: float | Tensor = 1e-10, decay: Decay = "sum") -> Transform:
     """Diagonal AdaGrad (Duchi, Hazan & Singer, JMLR 2011).
 
-    With the operations entry by entry::
+    All operations are element-wise::
 
         S <- S + g²
         d  = g / (sqrt(S) + damping)
 
     Args:
         damping: added to the root, as in ``torch.optim.Adagrad``.
-        decay: "sum", or the weight of the old value of a bias-corrected moving average (RMSprop).
+        decay: "sum", or the weight of the old value in a bias-corrected moving average (RMSprop).
 
     Returns:
-        A method that needs the gradient only. It keeps two copies of the parameters.
+        A method that needs the gradient only. Its state is two copies of the parameters.
 
     Raises:
         ValueError: the decay is out of range.
@@ -68,27 +68,27 @@ def adagrad_full(
 ) -> Transform:
     """Full-matrix AdaGrad (Duchi, Hazan & Singer, JMLR 2011), for tensors of up to 4096 entries.
 
-    For each parameter as a vector g of n entries, with an (n, n) matrix H::
+    The gradient of each parameter is a vector g of n entries, and H is an (n, n) matrix::
 
         H <- H + g gᵀ
         d  = (H + epsilon λ_max(H) I)^(-1/2) g
 
-    It is the ideal that Shampoo and CASPR approximate.
+    Shampoo and CASPR approximate this method.
 
     Args:
-        epsilon: the ridge, relative to each matrix's largest eigenvalue.
-        decay: "sum", or the weight of the old value of a bias-corrected moving average.
-        every, refresh_every, start: the intervals of the statistics and of the roots, see
+        epsilon: the ridge, relative to the largest eigenvalue of H.
+        decay: "sum", or the weight of the old value in a bias-corrected moving average.
+        every, refresh_every, start: the intervals of the statistics and of the roots, in steps, see
             :func:`funcprecond.compose`.
-        dtype: what the decomposition runs in, see :mod:`funcprecond.linalg.inverse_roots`.
+        dtype: the dtype of the decomposition, see :func:`funcprecond.linalg.inverse_root`.
 
     Returns:
-        A method that needs the gradient only. It keeps two (n, n) matrices for each parameter; a
-        refresh is an eigendecomposition of each, a step a product with it.
+        A method that needs the gradient only. Its state is two (n, n) matrices for each parameter.
+        A step takes one matrix-vector product for each, a refresh an eigendecomposition.
 
     Raises:
-        ValueError: an interval or the decay is out of range; or, by ``init``, a parameter has more
-            than 4096 entries.
+        ValueError: an interval or the decay is out of range. ``init`` raises it for a parameter
+            with more than 4096 entries.
 
     Example:
         >>> import torch, funcprecond as fp

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from funcprecond.checks import one_of
 from funcprecond.curvature.hessian import HessianProbes
-from funcprecond.evidence import Evidence, MissingEvidence
+from funcprecond.evidence import Evidence, required
 from funcprecond.linalg import treemath
 from funcprecond.linalg.block_mean import Block, block_mean
 from funcprecond.linalg.precision import wide
@@ -23,12 +23,11 @@ KERNELS: Mapping[int, Block] = {3: "kernel", 4: "kernel", 5: "kernel"}
 
 @state
 class AdaHessianState:
-    """The running means and their counts.
+    """The state of AdaHessian.
 
     Attributes:
-        mean, second_moment: of the gradient and of the diagonal, shaped like the parameters, in
-            float32 or wider.
-        step, measured: how many gradients and how many diagonals they have seen, 0-d integers.
+        mean, second_moment: m and v, shaped like the parameters, in float32 or wider.
+        step, measured: the numbers of gradients in m and of diagonals in v, 0-d integer tensors.
     """
 
     mean: Params
@@ -57,29 +56,30 @@ def adahessian(
 ) -> Transform:
     """AdaHessian (Yao, Gholami, Shen, Keutzer & Mahoney, arXiv 2006.00719).
 
-    With a vector z of random signs, t counted from 1 and s the number of measurements so far, entry
-    by entry::
+    z is a vector of random signs, t counts the steps from 1, and s is the number of measurements so
+    far. All operations are element-wise::
 
-        D  = z ⊙ H z,  averaged in absolute value over the kernel of each convolution
+        D  = z ⊙ H z,    |D| averaged over the kernel of each convolution
         m <- b1 m + (1 - b1) g        v <- b2 v + (1 - b2) D²
         d  = (m / (1 - b1^t)) / ((v / (1 - b2^s))^(power/2) + damping)
 
-    ``E |z ⊙ H z|`` exceeds ``|diag H|`` wherever H is not diagonal.
+    The mean of D is the diagonal of H, but the mean of |D| is larger wherever H has off-diagonal
+    entries.
 
     Args:
-        betas: the weights of the old mean and of the old second moment.
-        damping: added outside the power.
-        power: the Hessian power, 1 for a Newton-like step, down to 0 for momentum SGD.
-        average: what is averaged over a block: absolute values, as all public code does, or the
-            signed diagonal, as the paper writes.
-        block: what is averaged by a parameter's number of axes, see
-            :func:`funcprecond.linalg.block_mean.block_mean`; axes not named have no averaging.
-        every: the diagonal is measured each so many steps.
-        samples: probes for one measurement; their signed mean is Hutchinson's estimate.
+        betas: (b1, b2), the weights of the old mean and of the old second moment.
+        damping: added after the power is taken.
+        power: the Hessian power: 1 for a Newton-like step, 0 for SGD with momentum.
+        average: whether absolute values are averaged over a block, as in all public code, or the
+            signed diagonal, as in the paper.
+        block: for each number of axes of a parameter, the block to average over, see
+            :func:`funcprecond.linalg.block_mean.block_mean`. Other parameters are not averaged.
+        every: the number of steps between two measurements of the diagonal.
+        samples: the number of probes z for each measurement, whose signed mean is taken.
 
     Returns:
-        A method that needs Hessian probes: one product, 1.3 to 2.6 gradients, each ``every`` steps.
-        It keeps two copies of the parameters.
+        A method that needs Hessian probes: every ``every`` steps, one Hessian-vector product for
+        each probe, which costs 1.3 to 2.6 gradients. Its state is two copies of the parameters.
 
     Raises:
         ValueError: an option is out of range.
@@ -90,7 +90,7 @@ def adahessian(
     """
     one_of(("abs", "signed"), average=average)
     if bad := [b for b in block.values() if b not in ("kernel", "row") and not _positive(b)]:
-        msg = f"a block must be 'kernel', 'row' or a number of entries, not {bad[0]!r}"
+        msg = f"a block must be 'kernel', 'row' or a positive number of entries, not {bad[0]!r}"
         raise ValueError(msg)
     b1, b2 = betas
     need, measure = HessianProbes(samples), Every("measure", every)
@@ -102,9 +102,7 @@ def adahessian(
     def update(
         state: AdaHessianState, grads: Params, evidence: Evidence | None = None
     ) -> tuple[AdaHessianState, Params]:
-        if evidence is None:
-            msg = f"adahessian needs {need} beside the gradient: pass the evidence of fp.observe"
-            raise MissingEvidence(msg)
+        evidence = required(evidence, need)
         v, measured = state.second_moment, state.measured
         if measure in evidence:
             measured = measured + 1
@@ -112,7 +110,7 @@ def adahessian(
             v = {k: b2 * v[k] + (1 - b2) * squared(diagonal[k].to(v[k].dtype)) for k in grads}
         step = state.step + 1
         m = {k: b1 * state.mean[k] + (1 - b1) * g.to(v[k].dtype) for k, g in grads.items()}
-        # A power of an integer tensor would be taken in torch's default dtype.
+        # In float64: torch takes a power of an integer tensor in its default dtype.
         correct1, correct2 = 1 - b1 ** wide(step), 1 - b2 ** wide(measured)
         direction = {
             k: ((m[k] / correct1) / ((v[k] / correct2) ** (power / 2) + damping)).to(g.dtype)

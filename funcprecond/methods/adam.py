@@ -1,4 +1,4 @@
-"""Adam and AdamW: a running mean of the gradient over the root of a running mean of its square."""
+"""Adam and AdamW: the running mean of the gradient over the root of that of its square."""
 
 import math
 
@@ -19,7 +19,12 @@ __all__ = ["AdamState", "adam", "adamw"]
 
 @state
 class AdamState:
-    """The two running means, shaped like the parameters in float32 or wider, and the step."""
+    """The state of Adam.
+
+    Attributes:
+        mean, second_moment: m and v, shaped like the parameters, in float32 or wider.
+        step: the number of updates, a 0-d integer tensor.
+    """
 
     mean: Params
     second_moment: Params
@@ -41,24 +46,24 @@ def adam(
 ) -> Transform:
     """Adam (Kingma & Ba, arXiv 1412.6980).
 
-    With t counted from 1, entry by entry::
+    All operations are element-wise, and t counts from 1::
 
         m <- b1 m + (1 - b1) g        v <- b2 v + (1 - b2) g²
         d  = (m / (1 - b1^t)) / (sqrt(v / (1 - b2^t)) + damping)
 
     Args:
-        betas: the weights of the old mean and of the old second moment.
-        damping: added to the bias-corrected root, as in the paper and in ``torch.optim``.
+        betas: (b1, b2), the weights of the old mean and of the old second moment.
+        damping: added to the bias-corrected root, as in the paper and in ``torch.optim.Adam``.
 
     Returns:
-        A method that needs the gradient only. It keeps two copies of the parameters.
+        A method that needs the gradient only. Its state is two copies of the parameters.
 
     Example:
         >>> import torch, funcprecond as fp
-        >>> opt, grads = fp.adam(), {"w": torch.tensor([3.0, -4.0])}
+        >>> opt, grads = fp.adam(damping=0.0), {"w": torch.tensor([3.0, -4.0])}
         >>> state, direction = opt.update(opt.init(grads), grads)
-        >>> direction["w"]
-        tensor([ 1., -1.])
+        >>> torch.allclose(direction["w"], torch.tensor([1.0, -1.0]))
+        True
     """
     return _adam(betas, damping, None)
 
@@ -79,15 +84,20 @@ def adamw(
 ) -> Transform:
     """Adam with decoupled weight decay (Loshchilov & Hutter, arXiv 1711.05101).
 
-    It is ``chain(adam(...), weight_decay(...))`` in one pass.
+    With d the direction of Adam::
+
+        d_W = d + weight_decay θ
+
+    It is ``fp.chain(fp.adam(...), fp.weight_decay(...))`` in one pass over memory. The learning
+    rate multiplies both terms, as in ``torch.optim.AdamW``.
 
     Args:
-        betas, damping: as for :func:`funcprecond.adam`.
-        weight_decay: what the parameters are multiplied by before they are added to the direction.
+        betas, damping: see :func:`funcprecond.adam`.
+        weight_decay: the coefficient of the parameters in the direction.
 
     Returns:
-        A method that needs the parameters, which are in the evidence, beside the gradient. It keeps
-        two copies of the parameters.
+        A method that needs the parameters, which are part of the evidence, in addition to the
+        gradient. Its state is two copies of the parameters.
 
     Example:
         >>> import funcprecond as fp
@@ -112,7 +122,7 @@ def _adam(betas, damping, weight_decay) -> Transform:
         g = [grads[k].to(m_.dtype) for k, m_ in zip(names, m, strict=True)]
         decayed = None if weight_decay is None else parameters(evidence)
         p = [] if decayed is None else [decayed[k] for k in names]
-        # Wide, whatever torch's default is: in float32 the first of these is off by 1e-5.
+        # In float64, because in float32 the first correction would be off by 1e-5.
         correct1 = 1 - _power(b1, wide(step))
         correct2 = (1 - _power(b2, wide(step))) ** 0.5
         # The direction is m / (ratio sqrt(v) + shift).
@@ -136,5 +146,5 @@ def _adam(betas, damping, weight_decay) -> Transform:
 def _power(beta: float | Tensor, t: Tensor) -> Tensor:
     if isinstance(beta, Tensor):
         return beta**t
-    # The compiler takes an exponential once for all parameters, but a power again for every entry.
+    # A compiler computes an exponential once for all parameters, but a power for every entry.
     return torch.exp(t * (math.log(beta) if beta else -math.inf))

@@ -1,14 +1,13 @@
-"""Adaptive K-FAC: the whole algorithm of the K-FAC paper, with no learning rate to choose."""
+"""Adaptive K-FAC: the paper's full algorithm, which chooses its own learning rate and momentum."""
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from funcprecond.curvature.layer_statistics import LayerStatistics
 from funcprecond.curvature.objective import Objective
 from funcprecond.curvature.quadratic_form import GGNForm
-from funcprecond.evidence import Evidence, MissingEvidence
+from funcprecond.evidence import Evidence, required
 from funcprecond.layers.layer_call import Sharing
 from funcprecond.linalg import treemath
 from funcprecond.linalg.levenberg_marquardt import levenberg_marquardt, reduction_ratio
@@ -24,18 +23,15 @@ from funcprecond.tree import Params, state
 
 __all__ = ["AdaptiveKFACState", "adaptive_kfac"]
 
-PAPERS = RisingDecay(0.95)
-
 
 @state
 class AdaptiveKFACState:
-    """K-FAC's factors and their inverses, the last step δ₀, and the two dampings.
+    """The state of adaptive K-FAC.
 
     Attributes:
-        representation, factor: as :func:`funcprecond.kfac` keeps them.
-        step: δ₀, in float32 or wider.
-        damping: λ of the quadratic model, 0-d.
-        gamma: γ of the factors, 0-d.
+        representation, factor: K-FAC's factors, and their damped inverses.
+        step: δ₀, the last step, in float32 or wider.
+        damping, gamma: λ of the quadratic model, and γ of the factors; 0-d tensors.
     """
 
     representation: KroneckerIO
@@ -61,17 +57,18 @@ def adaptive_kfac(
     labels: Labels = "mc",
     samples: int = 1,
     sharing: Sharing = "expand",
-    decay: Decay = PAPERS,
+    decay: Decay = RisingDecay(0.95),  # noqa: B008 - immutable
     every: int = 1,
     refresh_every: int = 20,
     damping_every: int = 5,
     gamma_every: int = 20,
     start: int = 3,
 ) -> Transform:
-    """The K-FAC paper's algorithm (Martens & Grosse, arXiv 1503.05671, sections 6 and 7).
+    """K-FAC with adaptive damping (Martens & Grosse, arXiv 1503.05671, sections 6 and 7).
 
-    K-FAC gives a direction Δ; the step combines it with the last step δ₀ as the quadratic model of
-    this batch says, whose curvature is the exact Fisher matrix F::
+    K-FAC proposes a direction Δ. The step δ combines it with the last step δ₀ so that a quadratic
+    model q of the loss on this batch is least. The model uses the exact Fisher matrix F, and so
+    chooses the learning rate α and the momentum μ::
 
         Δ = -(B + γ/π I)^-1 [∇W | ∇b] (A + γ π I)^-1
         q(δ) = ∇ᵀδ + δᵀ (F + (λ + η) I) δ / 2
@@ -80,26 +77,26 @@ def adaptive_kfac(
         every T₂:  γ <- the one of γ, ω₂ γ, γ / ω₂ whose q(δ) is least
 
     Args:
-        damping: λ to start from, in the loss's units; γ starts from ``sqrt(λ + η)``. The paper's
-            150 is for losses summed over hundreds of outputs.
-        l2: η; ``η/2 |θ|²`` is added to what is minimised. The paper's is 1e-5.
+        damping: the initial λ, in units of the loss; γ starts at ``sqrt(λ + η)``. The paper's 150
+            is for losses that are summed over hundreds of outputs.
+        l2: η, the weight of the penalty ``η/2 |θ|²`` that is added to the loss; 1e-5 in the paper.
         labels, samples, sharing: see :func:`funcprecond.kfac`.
-        decay: of the factors, see :class:`funcprecond.RisingDecay`.
-        every, refresh_every, start: the intervals of the factors and of their inverses, T₃.
-        damping_every: λ's interval T₁, with ``ω₁ = 0.95^T₁``.
-        gamma_every: γ's interval T₂, with ``ω₂ = 0.95^(T₂ / 2)``.
+        decay: the weight of the old factors, see :class:`funcprecond.RisingDecay`.
+        every, refresh_every, start: the intervals of the factors and of their inverses (T₃), in
+            steps, see :func:`funcprecond.compose`.
+        damping_every, gamma_every: T₁ and T₂, with ``ω₁ = 0.95^T₁`` and ``ω₂ = 0.95^(T₂ / 2)``.
 
     Returns:
-        A method whose learning rate is 1. It needs layer statistics, a push of Δ and δ₀ through the
-        model (of four vectors every T₂) and a loss every T₁; it keeps what K-FAC keeps, and one
-        copy of the parameters.
+        A method whose learning rate is 1. Beside K-FAC's measurements it costs two forward-mode
+        products with the model at each step (four every T₂) and one loss every T₁. Its state is
+        K-FAC's and one more copy of the parameters.
 
     Raises:
         ValueError: an interval or the decay is out of range.
 
     Example:
         >>> import funcprecond as fp
-        >>> opt = fp.adaptive_kfac(damping=1.0)
+        >>> opt = fp.adaptive_kfac(damping=1.0)    # no fp.scale: the method chooses the length
     """
     check_decay(decay)
     curvature = LayerStatistics(labels, samples, sharing=sharing, tied=True)
@@ -116,10 +113,8 @@ def adaptive_kfac(
     def update(
         state: AdaptiveKFACState, grads: Params, evidence: Evidence | None = None
     ) -> tuple[AdaptiveKFACState, Params]:
-        if evidence is None:
-            msg = f"adaptive_kfac needs {curvature} and more: pass the evidence of fp.observe"
-            raise MissingEvidence(msg)
-        here = {k: evidence.params[k].to(s.dtype) for k, s in state.step.items()}
+        evidence = required(evidence, form, curvature)
+        here = treemath.cast(evidence.params, state.step)
         g = treemath.add(treemath.cast(grads, here), here, l2)
         rep, ridge = state.representation, state.damping + l2
         if measure in evidence:
@@ -143,10 +138,8 @@ def adaptive_kfac(
             change = evidence[objective].loss_after(step) - evidence.loss
             change = change + l2 / 2 * (treemath.dot(there, there) - treemath.dot(here, here))
             ratio = reduction_ratio(change, value)
-            # A gradient of zero predicts nothing, and tells nothing of the model.
-            new = levenberg_marquardt(lam, ratio, up=1 / omega1, down=omega1)
-            lam = torch.where(value == 0, lam, new)
-        direction = {k: -x.to(grads[k].dtype) for k, x in step.items()}
+            lam = levenberg_marquardt(lam, ratio, up=1 / omega1, down=omega1)
+        direction = treemath.cast(treemath.mul(step, -1.0), grads)
         return AdaptiveKFACState(rep, factor, step, lam, gamma), direction
 
     def needs(t: int) -> tuple[Need, ...]:

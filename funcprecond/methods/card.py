@@ -1,4 +1,4 @@
-"""Cards: what each method says of its row in the table of methods."""
+"""Cards: each method describes its own row of the table of methods."""
 
 import dataclasses
 import inspect
@@ -17,19 +17,19 @@ class Card:
     """One row of the table of methods.
 
     Attributes:
-        name: what users write, the builder's name.
-        title: the method, with authors and year.
-        curvature: which matrix C.
-        representation: at what granularity and how it is stored.
-        solver: how ``P g`` is computed; L for local, G for global.
+        name: the name of the builder, which users write.
+        title: the method, with its authors and year.
+        curvature: the curvature matrix C, in the letters of :mod:`funcprecond.methods.table`.
+        representation: the granularity (full, layer, unit, element) and the form of storage.
+        solver: how ``P g`` is computed, from C of the current batch (L, local) or from an average
+            over the steps (G, global).
         build: the builder, with keyword-only hyperparameters; None for a method that is planned.
-        learning_rate: where the comparison's sweep of learning rates begins. It is the best of
-            10^(k/2) for whole k on the task ``digits-mlp`` at the builder's own defaults, or at
-            ``options`` where these are given.
-        carries_momentum: whether the direction contains a running mean of gradients, so that no
-            momentum is to be chained after it.
-        options: hyperparameters for small problems, where the defaults are for large ones.
-        starred: whether the method is one of the five of ASDL's case studies.
+        learning_rate: the first learning rate that the comparison tries. It is the best power of
+            √10 on the task ``digits-mlp`` with the builder's defaults, or with ``options``.
+        carries_momentum: whether the direction contains a running mean of the gradients. If it
+            does, the comparison chains no momentum after the method.
+        options: hyperparameters for small problems, for builders whose defaults are for large ones.
+        starred: whether the method is one of the five in the case studies of the ASDL paper.
     """
 
     name: str
@@ -67,15 +67,15 @@ def card(
 ) -> Callable[[Build], Build]:
     """Decorate the builder of a method with its card.
 
-    The row of the table becomes a part of the builder's docstring, after its first line, so that
-    ``help(fp.caspr)`` tells it.
+    The decorator also writes the row of the table into the builder's docstring, after its first
+    line, so that ``help(fp.caspr)`` shows it.
 
     Args:
-        title, curvature, representation, solver, learning_rate, carries_momentum, options,
-            starred: see :class:`Card`.
+        title, curvature, representation, solver: the columns of the table, see :class:`Card`.
+        learning_rate, carries_momentum, options, starred: see :class:`Card`.
 
     Returns:
-        A decorator that enters the builder in :data:`CARDS` and returns it.
+        A decorator that adds the card to :data:`CARDS` and returns the builder.
     """
 
     def enter(build: Build) -> Build:
@@ -92,9 +92,9 @@ def card(
             starred,
         )
         if build.__doc__:
-            row = f"    {title}. Curvature: {curvature}. Representation: {representation}. "
             first, _, rest = build.__doc__.partition("\n\n")
-            build.__doc__ = f"{first}\n\n{row}Solver: {solver}.\n\n{rest}"
+            row = f"Curvature: {curvature}. Representation: {representation}. Solver: {solver}."
+            build.__doc__ = f"{first}\n\n    {row}\n\n{rest}"
         return build
 
     return enter

@@ -1,4 +1,4 @@
-"""CASPR: axis preconditioners combined by a Kronecker sum instead of a Kronecker product."""
+"""CASPR: Shampoo's factors, combined by a Kronecker sum instead of a Kronecker product."""
 
 import torch
 from torch import Tensor
@@ -43,38 +43,38 @@ def caspr(
 ) -> Transform:
     """CASPR (Duvvuri, Devvrit, Anil, Hsieh & Dhillon, ICLR 2024).
 
-    With Shampoo's factors S_i of a parameter with k axes, each root acting along its own axis::
+    CASPR keeps the factors of :func:`funcprecond.shampoo`, one for each of the k axes of a
+    parameter. It averages their roots, where Shampoo multiplies them. Each root acts along its own
+    axis::
 
-        S_i <- S_i + C_i(G)
+        S_i <- S_i + C_i(G)                              C_i(G): the Gram matrix along axis i
         X    = ( (1/k) Σ_i S_i^(-1/2p) )^p,    p = k
         d    = X G
 
-    For a matrix this is ``U = (L^(-1/4) G + G R^(-1/4)) / 2``, then the same of ``U``: the square of
-    ``(L^(-1/4) ⊗ I + I ⊗ R^(-1/4)) / 2``. X lies between Shampoo's preconditioner (p → ∞) and the
-    one of full-matrix AdaGrad. Vectors and scalars get diagonal AdaGrad.
+    For a matrix with the factors L and R, X is applied in two passes,
+    ``U = (L^(-1/4) G + G R^(-1/4)) / 2`` and ``d = (L^(-1/4) U + U R^(-1/4)) / 2``. X lies between
+    Shampoo's preconditioner (p → ∞) and that of full-matrix AdaGrad. Vectors and scalars get
+    diagonal AdaGrad.
 
     Args:
-        epsilon: the ridge, relative to each factor's largest eigenvalue. CASPR is more sensitive to
-            it than Shampoo, see :class:`funcprecond.solver.kronecker_sum.KroneckerSum`.
-        decay: "sum", or the weight of the old value of a bias-corrected moving average.
-        p: the order of the mean, the number of axes by default; 1 averages the one-sided
-            preconditioners, and ``math.inf`` multiplies them, which is Shampoo.
-        every, refresh_every, start: the intervals, as for :func:`funcprecond.shampoo`.
-        stagger: refresh a few factors at each step instead of all at one, as for
+        epsilon: the ridge of each root, relative to the factor's largest eigenvalue. CASPR is more
+            sensitive to it than Shampoo, see :class:`funcprecond.solver.KroneckerSum`.
+        decay: "sum", or the weight of the old value in a bias-corrected moving average.
+        p: the order of the mean; None means the number of axes. With 1 the one-sided
+            preconditioners are averaged; with ``math.inf`` they are multiplied, as in Shampoo.
+        every, refresh_every, start, stagger: the intervals of the statistics and of the roots, as
+            for :func:`funcprecond.shampoo`.
+        merge, block, max_dim: how parameters are cut into blocks, as for
             :func:`funcprecond.shampoo`.
-        merge, block, max_dim: how parameters are cut into blocks, see
-            :class:`funcprecond.linalg.blocking.Blocking`; by default they are whole.
-        dtype, method: what roots are computed in and how, see
-            :mod:`funcprecond.linalg.inverse_roots`.
-        state_dtype, packed: what the state is kept in, and whether half of each symmetric matrix
-            is, see :func:`funcprecond.transforms.stored.stored`.
+        dtype, method: the dtype and the algorithm of the roots, as for :func:`funcprecond.shampoo`.
+        state_dtype, packed: how the state is stored, as for :func:`funcprecond.shampoo`.
 
     Returns:
-        A method that needs the gradient only. Its memory and refresh are Shampoo's; each step takes
-        2 k products in the factors' eigenbases, where Shampoo takes k.
+        A method that needs the gradient only. Its state and its refresh are those of Shampoo. A
+        step takes 2 k matrix products in the factors' eigenbases; Shampoo takes k.
 
     Raises:
-        ValueError: an option has a value that it cannot have.
+        ValueError: an option has a value that is not allowed.
 
     Example:
         >>> import torch, funcprecond as fp

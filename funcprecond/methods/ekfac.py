@@ -1,9 +1,9 @@
-"""EKFAC: K-FAC's eigenbasis with the exact second moments along its axes."""
+"""EKFAC: K-FAC's eigenbasis, with the exact second moments of the gradients in it."""
 
 from torch import Tensor
 
 from funcprecond.curvature.layer_statistics import LayerStatistics
-from funcprecond.evidence import Evidence, MissingEvidence
+from funcprecond.evidence import Evidence, required
 from funcprecond.losses.base import Labels
 from funcprecond.methods.card import card
 from funcprecond.need import Every, Need
@@ -44,30 +44,31 @@ def ekfac(
 ) -> Transform:
     """EKFAC (George et al., arXiv 1806.03884).
 
-    With U_B, U_A the eigenvectors of K-FAC's factors B and A, and G_n the gradient of example n in
-    ``[W | b]``, and c the loss's reduction constant::
+    Let U_B and U_A be the eigenvectors of K-FAC's factors B and A (see :func:`funcprecond.kfac`),
+    G_n the gradient of example n in ``[W | b]``, and c the loss's reduction constant::
 
-        s = c Σ_n (U_Bᵀ G_n U_A)²        entry by entry, summed over positions before squaring
+        s = c Σ_n (U_Bᵀ G_n U_A)²        element-wise, each G_n summed over its positions
         d = U_B ( (U_Bᵀ [∇W | ∇b] U_A) / (s + λ) ) U_Aᵀ
 
-    s is the best diagonal in that basis, so that the approximation is never worse than K-FAC's.
+    s is the best diagonal in that basis, in the Frobenius norm, so that the approximation is never
+    worse than K-FAC's.
 
     Args:
-        damping: λ, added to the second moments, in the loss's units.
+        damping: λ, added to the second moments, in units of the loss.
         labels, samples: as for :func:`funcprecond.kfac`.
-        decay: of the factors and the second moments: None for the newest batch alone, or the weight
-            of the old value. After a refresh the moments start anew: they are numbers in the basis.
-        every, refresh_every, start: the intervals of the measurement and of the bases, see
-            :func:`funcprecond.compose`. A refresh needs a measurement, so that ``refresh_every``
+        decay: the weight of the old factors and of the old second moments, or None to use the
+            newest batch alone. The moments belong to a basis, so they start anew at each refresh.
+        every, refresh_every, start: the intervals of the measurement and of the bases, in steps,
+            see :func:`funcprecond.compose`. A refresh needs a measurement, so ``refresh_every``
             must be a multiple of ``every``.
 
     Returns:
-        A method that needs layer statistics that tell the examples apart. It keeps K-FAC's factors
-        and one more copy of the parameters; the bases are refreshed now and then, s at every
-        measurement.
+        A method that needs layer statistics with the examples kept apart. Its state is K-FAC's
+        factors and their bases, and one copy of the parameters. A measurement updates s; a refresh
+        decomposes the factors.
 
     Raises:
-        ValueError: an option has a value that it cannot have.
+        ValueError: an option has a value that is not allowed.
 
     Example:
         >>> import funcprecond as fp
@@ -83,9 +84,7 @@ def ekfac(
     def update(
         state: EigenbasisMoments, grads: Params, evidence: Evidence | None = None
     ) -> tuple[EigenbasisMoments, Params]:
-        if evidence is None:
-            msg = f"ekfac needs {curvature} too: pass the evidence of fp.observe to update"
-            raise MissingEvidence(msg)
+        evidence = required(evidence, curvature)
         if measure in evidence:
             due = refresh in evidence
             state = state.accumulate(evidence[curvature], decay, refresh=due)

@@ -1,4 +1,4 @@
-"""GGT: full-matrix AdaGrad over a window of gradients, by their Gram matrix."""
+"""GGT: full-matrix AdaGrad over a window of gradients, through their Gram matrix."""
 
 from typing import Literal
 
@@ -20,12 +20,12 @@ __all__ = ["GGTState", "ggt"]
 
 @state
 class GGTState:
-    """What GGT keeps, in float32 or wider.
+    """The state of GGT, in float32 or wider.
 
     Attributes:
-        window: (r, N) for each parameter of N entries; the gradient of update t, counted from 0, is
-            row t mod r, and unused rows are zero.
-        gram: (r, r), the products of the rows, without decay.
+        window: the last r gradients of each parameter of N entries, (r, N). Row t mod r has the
+            gradient of update t, counted from 0; unused rows are zero.
+        gram: (r, r), the inner products of the rows, without decay.
         mean: m, shaped like the parameters.
         step: the number of updates.
     """
@@ -56,32 +56,31 @@ def ggt(
 ) -> Transform:
     """GGT (Agarwal et al., ICML 2019, arXiv 1806.02958).
 
-    For each parameter tensor as a vector, B (N, r) the last r gradients, ``b2^(age / 2)`` times
-    each::
+    Each parameter is a vector of N entries. The columns of B, (N, r), are its last r gradients,
+    each multiplied by ``b2^(age / 2)``::
 
         m <- b1 m + (1 - b1) g
-        Bᵀ B = V diag(s²) Vᵀ,    U = B V diag(1 / s)                   of s² > ε max s²
+        Bᵀ B = V diag(s²) Vᵀ,    U = B V diag(1 / s)                   for s² > ε max s²
         d = U diag(1 / (s + λ)) Uᵀ m                                   outside="zero"
         d = that + (m - U Uᵀ m) / λ = [ (B Bᵀ)^½ + λ I ]^(-1) m        outside="sgd", the paper's
 
-    U is never formed.
+    U is never formed: the eigendecomposition is that of the (r, r) Gram matrix.
 
     Args:
-        window: r, how many gradients. The paper's 200 is for a GPU's memory full of them.
+        window: r, the number of gradients. The paper uses 200.
         damping: λ, added to the root.
         momentum: b1, the weight of the old mean.
-        decay: b2, the weight of a squared gradient against that of the next one; 1 for none.
-        outside: what becomes of the mean outside the window's span: nothing (the authors' code), or
-            a step of ``1 / λ`` (the paper), which is long: set the damping with it in mind.
-        epsilon: what is taken for the span, relative to the largest eigenvalue of the Gram matrix,
-            which in float32 is not known below 1e-7.
+        decay: b2, the weight of each squared gradient relative to the next one; 1 means no decay.
+        outside: what happens to the part of m outside the span of the window: "zero" drops it, as
+            in the authors' code; "sgd" divides it by λ, as in the paper, which needs a large λ.
+        epsilon: ε. In float32, eigenvalues below 1e-7 of the largest one are rounding errors.
 
     Returns:
-        A method that needs the gradient only. Its window is r copies of the parameters, which is
-        the real limit; each step takes three passes over it and an eigendecomposition of r x r.
+        A method that needs the gradient only. Its state is r copies of the parameters, which limits
+        its use. A step takes three passes over them and an (r, r) eigendecomposition.
 
     Raises:
-        ValueError: an option has a value that it cannot have.
+        ValueError: an option has a value that is not allowed.
 
     Example:
         >>> import funcprecond as fp
@@ -90,7 +89,7 @@ def ggt(
     at_least(1, window=window)
     one_of(("zero", "sgd"), outside=outside)
     if outside == "sgd" and not isinstance(damping, Tensor) and damping <= 0:
-        msg = f"outside='sgd' takes steps of 1 / damping: it must be positive, not {damping}"
+        msg = f"outside='sgd' divides by the damping, which must be positive, not {damping}"
         raise ValueError(msg)
 
     def init(params: Params) -> GGTState:
@@ -115,8 +114,8 @@ def ggt(
             gram = torch.where(here.unsqueeze(1), products, state.gram[name])
             grams[name] = torch.where(here, products.unsqueeze(1), gram)
             windows[name] = w
-        # D gram D is the Gram matrix of the decayed vectors, which are not decayed in place. Wide:
-        # in float32 the exponent alone is off by 1e-7 an epoch of the window.
+        # The Gram matrix of the decayed gradients comes from that of the stored ones, which stay as
+        # they are. In float32 the powers would be off by 1e-7 for each turn of the window.
         weights = decay ** (wide(age) / 2)
         scaled = {k: weights.to(x.dtype) for k, x in grams.items()}
         found = by_shape(

@@ -1,4 +1,4 @@
-"""Hessian-free: a damped Newton step by conjugate gradients, with no matrix formed."""
+"""Hessian-free: a damped Newton step by conjugate gradients, without forming any matrix."""
 
 import functools
 from typing import Literal
@@ -11,7 +11,7 @@ from funcprecond.curvature.ggn import GGNOperator
 from funcprecond.curvature.hessian import HessianOperator
 from funcprecond.curvature.objective import Objective
 from funcprecond.curvature.per_sample import PerSampleGrads
-from funcprecond.evidence import Evidence, MissingEvidence
+from funcprecond.evidence import Evidence, required
 from funcprecond.linalg import treemath
 from funcprecond.linalg.conjugate_gradients import CGResult, Rule, cg, within
 from funcprecond.linalg.levenberg_marquardt import levenberg_marquardt, reduction_ratio
@@ -26,7 +26,7 @@ __all__ = ["HessianFreeState", "hessian_free"]
 
 @state
 class HessianFreeState:
-    """The last CG solution, in float32 or wider; and the damping λ, a 0-d tensor."""
+    """The last solution of CG, in float32 or wider, and the damping λ, a 0-d tensor."""
 
     solution: Params
     damping: Tensor
@@ -54,40 +54,42 @@ def hessian_free(
     backtracking: int = 8,
     trials: int = 60,
 ) -> Transform:
-    """The Hessian-free step (Martens, ICML 2010; Martens & Sutskever, 2012).
+    """Hessian-free optimization (Martens, ICML 2010; Martens & Sutskever 2012).
 
-    On one batch, with B the Gauss-Newton matrix (or the Hessian) plus λ I, and f the loss::
+    Each step minimizes a quadratic model φ of the loss f on one batch by conjugate gradients (CG).
+    B is the Gauss-Newton matrix, or the Hessian, plus λ I::
 
         p <- CG on  φ(x) = xᵀ B x / 2 + gᵀ x,  from ζ times the last solution x_0, until φ stalls
         ρ = (f(θ + p) - f(θ + x_0)) / (φ(p) - φ(x_0));   λ <- 3/2 λ if ρ < 1/4,  2/3 λ if ρ > 3/4
-        p <- the best of the iterates, from the last backwards while the loss decreases
+        p <- the best CG iterate, searched backwards from the last while the loss decreases
         d = -α p,  α the first of 1, 0.8, 0.8², ... with f(θ + α p) <= f(θ) + 0.01 α gᵀ p, or 0
 
-    A zero or non-finite gradient has direction 0 and leaves the state as it was.
+    A zero or non-finite gradient gives the direction 0 and leaves the state unchanged.
 
     Args:
-        curvature: "ggn", or "hessian", whose CG ends where it meets negative curvature.
-        damping: λ to start from, in the loss's units.
-        adapt: whether λ follows Levenberg and Marquardt's rule. It asks how well the model predicts
-            this batch, which says little of the others where batches are small: λ falls too far.
-        max_iter, rule, tol: when CG ends, see :func:`funcprecond.linalg.cg`. ``torch.compile``
-            unrolls all iterations: take a small ``max_iter`` there.
-        zeta: ζ, of the warm start.
-        preconditioner: "fisher" divides residuals by ``(d + λ)^0.75``, d the diagonal of the
-            empirical Fisher matrix; it needs the batch's per-sample gradients.
-        backtracking: how many stored iterates may be tried in the place of the last, or 0.
-        trials: at most so many step sizes.
+        curvature: "ggn" for the Gauss-Newton matrix, or "hessian"; CG with the Hessian ends when it
+            finds negative curvature.
+        damping: the initial λ, in units of the loss.
+        adapt: whether the rule above (Levenberg-Marquardt) changes λ. It measures how well φ fits
+            this batch, which is too optimistic where batches are small: λ becomes too small.
+        max_iter, rule, tol: when CG ends, see :func:`funcprecond.linalg.cg`. Choose a small
+            ``max_iter`` for ``torch.compile``, which unrolls all iterations.
+        zeta: ζ, the factor of the warm start.
+        preconditioner: "none", or "fisher" to precondition CG by ``(d + λ)^0.75`` with d the
+            diagonal of the empirical Fisher matrix, which needs per-sample gradients.
+        backtracking: the number of stored CG iterates that the backward search may try.
+        trials: the maximal number of step lengths α to try.
 
     Returns:
-        A method whose learning rate is 1. It needs at most ``max_iter`` products of about 2
-        gradients, and a dozen losses; it keeps one copy of the parameters.
+        A method whose learning rate is 1. A step costs up to ``max_iter`` products of about 2
+        gradients each, and a dozen losses. The state is one copy of the parameters.
 
     Raises:
         ValueError: an option is out of range.
 
     Example:
         >>> import funcprecond as fp
-        >>> opt = fp.hessian_free(damping=0.1, max_iter=30)
+        >>> opt = fp.hessian_free(damping=0.1, max_iter=30)    # no fp.scale: it chooses the length
     """
     one_of(("ggn", "hessian"), curvature=curvature)
     one_of(("2010", "2012", "none"), rule=rule)
@@ -104,42 +106,29 @@ def hessian_free(
     def update(
         state: HessianFreeState, grads: Params, evidence: Evidence | None = None
     ) -> tuple[HessianFreeState, Params]:
-        if evidence is None:
-            msg = f"hessian_free needs {operator} beside the gradient: pass fp.observe's evidence"
-            raise MissingEvidence(msg)
-        eager, loss_after = (
-            is_eager((evidence.params, grads, state)),
-            evidence[objective].loss_after,
-        )
-        g = {k: x.to(state.solution[k].dtype) for k, x in grads.items()}
+        evidence = required(evidence, *wanted)
+        loss_after = evidence[objective].loss_after
+        eager = is_eager((evidence.params, grads, state))
+        g = treemath.cast(grads, state.solution)
         size = treemath.norm(g)
         usable = (size > 0) & torch.isfinite(size)
-        # Nothing to solve for otherwise: CG on a zero right-hand side from zero ends at once.
-        b = {k: torch.where(usable, -x, 0) for k, x in g.items()}
-        start = {k: torch.where(usable, zeta * x, 0) for k, x in state.solution.items()}
+        # Without a usable gradient CG gets a zero right-hand side and ends at once.
+        b = treemath.where(usable, treemath.mul(g, -1.0), 0.0)
+        start = treemath.where(usable, treemath.mul(state.solution, zeta), 0.0)
         found = solve(b, start, state.damping, evidence)
         last = loss_after(found.solution)
         ratio = reduction_ratio(last - loss_after(start), found.phi[-1] - found.phi[0])
         step, loss = best_iterate(loss_after, found, last, eager=eager)
-        alpha = armijo(
-            lambda a: loss_after(treemath.mul(step, a)),
-            evidence.loss,
-            treemath.dot(g, step),
-            c1=1e-2,
-            shrink=0.8,
-            trials=trials,
-            first=loss,
-            eager=eager,
-        )
-        kept = {
-            k: torch.where(usable, torch.where(ratio < 0, 0, x), state.solution[k])
-            for k, x in found.solution.items()
-        }
-        lam = state.damping
-        if adapt:
-            moved = usable & (found.iterations > 0)
-            lam = torch.where(moved, levenberg_marquardt(lam, ratio), lam)
-        direction = {k: torch.where(usable, -alpha * x, 0) for k, x in step.items()}
+
+        def along(alpha: Tensor) -> Tensor:
+            return loss_after(treemath.mul(step, alpha))
+
+        options = {"c1": 1e-2, "shrink": 0.8, "trials": trials, "first": loss, "eager": eager}
+        alpha = armijo(along, evidence.loss, treemath.dot(g, step), **options)
+        good = (ratio >= 0) & (found.iterations > 0)
+        kept = treemath.where(usable, treemath.where(good, found.solution, 0.0), state.solution)
+        lam = levenberg_marquardt(state.damping, ratio) if adapt else state.damping
+        direction = treemath.where(usable, treemath.mul(step, -alpha), 0.0)
         return HessianFreeState(kept, lam), treemath.cast(direction, grads)
 
     def solve(b: Params, start: Params, lam: Tensor, evidence: Evidence) -> CGResult:

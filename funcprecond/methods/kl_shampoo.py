@@ -7,17 +7,10 @@ from torch import Tensor
 
 from funcprecond.checks import one_of
 from funcprecond.evidence import Evidence
-from funcprecond.linalg import treemath
+from funcprecond.linalg import eigenbases, treemath, whitening
 from funcprecond.linalg.axes import along
 from funcprecond.linalg.blocking import Blocking
-from funcprecond.linalg.eigenbases import (
-    Bases,
-    eigenvalues_in,
-    rotate,
-    rotate_back,
-    turned_eigenvalues,
-)
-from funcprecond.linalg.whitening import whitened
+from funcprecond.linalg.eigenbases import Bases, floored, rotate, rotate_back
 from funcprecond.methods.adam import adam
 from funcprecond.methods.card import card
 from funcprecond.representation.average import accumulate
@@ -32,13 +25,11 @@ __all__ = ["KLShampooState", "kl_shampoo"]
 
 @state
 class KLShampooState:
-    """What KL-Shampoo keeps, in float32 or wider.
+    """The state of KL-Shampoo, in float32 or wider.
 
     Attributes:
-        statistics, bases: for each parameter a tuple of S_i and one of Q_i, by axis.
-        eigenvalues: a tuple of l_i, (n_i,), by the columns of Q_i.
-        mean: m, shaped like the parameters.
-        step: the number of updates.
+        statistics, bases, eigenvalues: for each parameter, tuples of S_i, Q_i and l_i by axis.
+        mean, step: m, shaped like the parameters, and the number of updates.
     """
 
     statistics: Bases
@@ -74,39 +65,36 @@ def kl_shampoo(
 ) -> Transform:
     """KL-Shampoo (Lin, Lowe, Dangel, Eschenhagen, Xu & Grosse, ICLR 2026, arXiv 2509.03378).
 
-    Shampoo's factors, but each sees the gradient whitened by the others. For a matrix of n_1 by n_2
-    entries, Q_i the basis of the factor S_i and l_i the eigenvalues followed in it::
+    The Kronecker product of the factors is the one closest to the second moment of the gradient in
+    Kullback-Leibler divergence. Each factor therefore sees the gradient whitened by the others. For
+    an n_1 × n_2 matrix, with Q_i the basis of the factor S_i and l_i its eigenvalues::
 
         m <- b1 m + (1 - b1) G
         d  = Q_1 ( Q_1ᵀ m Q_2 · r / (1 + damping r) ) Q_2ᵀ,        r_ij = (l_1i l_2j)^(-1/2)
         G' = Q_1ᵀ G Q_2
         l_1i <- b2 l_1i + (1 - b2) mean_j G'_ij² / l_2j
         S_1 <- b2 S_1 + (1 - b2) G Q_2 diag(1 / l_2) Q_2ᵀ Gᵀ / n_2       the second axis likewise
-        now and then  Q_i <- qr(S_i Q_i)
+        at each refresh  Q_i <- qr(S_i Q_i)
 
-    The direction is taken before the statistics see G. Of more axes, all others whiten, and their
-    product of lengths divides. Vectors and scalars go to Adam.
+    The direction is computed before G enters the statistics. For a tensor of more axes, all other
+    axes whiten and n_2 becomes the product of their lengths. Where no axis has a factor, Adam runs.
 
     Args:
-        betas: the weights of the old mean and of the old statistics.
+        betas: (b1, b2), the weights of the old mean and of the old statistics.
         damping: added to the root of the curvature.
-        initial: the eigenvalues before anything was seen.
-        limit: of 1 / sqrt(l_i): at most ``max(10, min(n_i, limit))``.
-        first: the first step is taken in the identity's basis, or only used to find the first bases
-            ("skip", the authors' code).
-        refresh, epsilon: how bases are followed, as for :func:`funcprecond.soap`. With "eigh" the
-            eigenvalues are those of S_i, which then starts at ``initial`` times the identity; with
-            ``refresh_every=1`` that is the paper's idealised method.
-        merge, block, max_dim: how parameters are cut into blocks, as for
-            :func:`funcprecond.shampoo`. Without any factor a parameter goes to Adam.
-        every, refresh_every, start: the intervals of the statistics and of the bases.
+        initial, limit: the first l_i; ``1 / sqrt(l_i)`` is at most ``max(10, min(n_i, limit))``.
+        first: "identity" steps with ``Q_i = I``; "skip" only finds the bases, as the authors' code.
+        refresh, epsilon: as for :func:`funcprecond.soap`. With "eigh" l_i are the eigenvalues of
+            S_i, which starts at ``initial`` times I; ``refresh_every=1`` is the idealized method.
+        merge, block, max_dim: as for :func:`funcprecond.shampoo`.
+        every, refresh_every, start: the intervals of the statistics and of the bases, in steps.
 
     Returns:
-        A method that needs the gradient only. It keeps 2 Σ n_i² numbers and one copy for a
-        parameter; a step takes k + 3 products for each of k axes, a refresh a product and a QR.
+        A method that needs the gradient only. Its state is 2 Σ n_i² numbers and one copy of each
+        parameter. A step takes k + 3 products for each of k axes; a refresh a product and a QR.
 
     Raises:
-        ValueError: an option has a value that it cannot have.
+        ValueError: an option has a value that is not allowed.
 
     Example:
         >>> import funcprecond as fp
@@ -125,10 +113,8 @@ def kl_shampoo(
     def update(
         state: KLShampooState, grads: Params, evidence: Evidence | None = None
     ) -> tuple[KLShampooState, Params]:
-        step = state.step + 1
-
         def begun(new: Tensor, old: Tensor | float) -> Tensor:
-            return new if first == "identity" else torch.where(step > 1, new, old)
+            return new if first == "identity" else torch.where(state.step > 0, new, old)
 
         statistics, eigenvalues, mean, direction = {}, {}, {}, {}
         for name, old in state.mean.items():
@@ -139,32 +125,25 @@ def kl_shampoo(
             m, r = accumulate(old, g, b1), along(roots, axes, old)
             d = rotate_back(rotate(m, bases, axes) * (r / (1 + damping * r)), bases, axes)
             if basis.are_measured(evidence):
-                grams, squares = whitened(g, bases, roots, axes)
-                # A skipped first gradient is not whitened by eigenvalues of nothing.
-                plain = initial ** (len(axes) - 1)
-                pairs = zip(s, grams, strict=True)
-                s = tuple(accumulate(x, begun(c, plain * c), b2) for x, c in pairs)
+                grams, squares = whitening.whitened(g, bases, roots, axes)
+                # The first gradient, if skipped, must not be whitened by the initial eigenvalues.
+                grams = [begun(c, initial ** (len(axes) - 1) * c) for c in grams]
+                s = tuple(accumulate(x, c, b2) for x, c in zip(s, grams, strict=True))
                 pairs = zip(values, squares, strict=True)
-                values = tuple(begun(_floored(accumulate(x, v, b2), limit), x) for x, v in pairs)
+                values = tuple(begun(floored(accumulate(x, v, b2), limit), x) for x, v in pairs)
             statistics[name], eigenvalues[name] = s, values
-            mean[name] = begun(m, old)
-            direction[name] = begun(d, 0.0).to(grads[name].dtype)
+            mean[name], direction[name] = begun(m, old), begun(d, 0.0)
         bases, how = basis.refreshed(statistics, state.bases, evidence)
         for name, new in bases.items() if how == "decomposed" else ():
+            values = eigenbases.turned_eigenvalues(eigenvalues[name], state.bases[name], new)
             if refresh == "eigh":
-                values = eigenvalues_in(statistics[name], new)
-            else:
-                values = turned_eigenvalues(eigenvalues[name], state.bases[name], new)
-            eigenvalues[name] = tuple(_floored(x, limit) for x in values)
-        return KLShampooState(statistics, bases, eigenvalues, mean, step), direction
+                values = eigenbases.eigenvalues_in(statistics[name], new)
+            eigenvalues[name] = tuple(floored(x, limit) for x in values)
+        new = KLShampooState(statistics, bases, eigenvalues, mean, state.step + 1)
+        return new, treemath.cast(direction, grads)
 
-    either = partition(
-        lambda name, p: "matrices" if basis.axes(p.shape) else "vectors",
-        matrices=Transform(init, update, basis.needs),
-        vectors=adam(betas=betas, damping=damping),
-    )
-    return in_blocks(either, Blocking(merge, block, max_dim))
+    def kind(name: str, p: Tensor) -> str:
+        return "matrix" if basis.axes(p.shape) else "vector"
 
-
-def _floored(eigenvalues: Tensor, limit: int) -> Tensor:
-    return eigenvalues.clamp_min(max(10, min(eigenvalues.shape[-1], limit)) ** -2.0)
+    matrix, vector = Transform(init, update, basis.needs), adam(betas=betas, damping=damping)
+    return in_blocks(partition(kind, matrix=matrix, vector=vector), Blocking(merge, block, max_dim))

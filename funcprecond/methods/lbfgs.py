@@ -8,30 +8,29 @@ from torch import Tensor
 from funcprecond.checks import at_least, one_of
 from funcprecond.curvature.hessian import HessianOperator
 from funcprecond.curvature.objective import Objective
-from funcprecond.evidence import Evidence, MissingEvidence
+from funcprecond.evidence import Evidence, required
 from funcprecond.linalg import treemath
-from funcprecond.linalg.bfgs import History, powell
+from funcprecond.linalg.bfgs import History
 from funcprecond.linalg.conjugate_gradients import within
 from funcprecond.linalg.line_search import search
 from funcprecond.methods.card import card
 from funcprecond.need import Every, Need
-from funcprecond.tracing import is_eager
 from funcprecond.transform import Transform, counter
-from funcprecond.tree import Params, state
+from funcprecond.tree import Params, map, state
 
 __all__ = ["LBFGSState", "lbfgs"]
 
 
 @state
 class LBFGSState:
-    """What the next pair is made from, and the pairs.
+    """The state of L-BFGS.
 
     Attributes:
-        history: the pairs, over all parameters as one vector in float32 or wider.
-        point: the parameters at the last step; with "hvp" pairs, the last mean of iterates.
-        grads: with "successive" pairs the last gradient; empty otherwise.
-        total: with "hvp" pairs the sum of the iterates since the last pair; empty otherwise.
-        count: how many iterates are in ``total``, with other pairs the steps so far; 0-d.
+        history: the pairs, of all parameters as one vector, in float32 or wider.
+        point: the parameters at the last step; with "hvp" pairs, the last mean iterate.
+        grads: the last gradient with "successive" pairs; empty otherwise.
+        total, count: with "hvp" pairs, the sum and the number of the iterates since the last pair;
+            with other pairs, empty and the number of steps.
     """
 
     history: History
@@ -62,32 +61,30 @@ def lbfgs(
 ) -> Transform:
     """L-BFGS (Liu & Nocedal, Mathematical Programming 45, 1989).
 
-    With pairs (s, y) kept in two (m, P) windows, ρ = 1 / s.y and γ = s.y / y.y of the newest::
+    The inverse Hessian H is built from the last m pairs of a step s and the change y of the
+    gradient along it. ρ = 1 / s.y, and γ = s.y / y.y comes from the newest pair::
 
-        s = θ_t - θ_{t-1}        y = ∇L_t(θ_t) - ∇L_t(θ_{t-1})        kept if s.y >= min_curvature |s|²
+        s = θ_t - θ_{t-1},     y = ∇L_t(θ_t) - ∇L_t(θ_{t-1}),     kept if s.y >= min_curvature |s|²
         d = H_m g,   H_i = (I - ρ s yᵀ) H_{i-1} (I - ρ y sᵀ) + ρ s sᵀ,   H_0 = γ I
 
-    Until there is a pair, d is the gradient, scaled to a 1-norm of at most 1. A non-finite gradient
-    leaves the history alone, and its own direction is not finite.
+    Before the first pair, d is the gradient, scaled to a 1-norm of at most 1. A non-finite gradient
+    leaves the history unchanged, but its own direction is not finite.
 
     Args:
-        history: m, how many pairs are kept.
-        pairs: "same_batch" takes both gradients on this step's batch (Schraudolph, Yu & Günter,
-            2007), "successive" the gradients of two steps, for full batches, because on different
-            batches they measure noise; "hvp" takes the Hessian's product with the difference of two
-            means of iterates, each ``every`` steps (Byrd et al., arXiv 1401.7020).
-        curvature_fix: "powell" mixes a ``y`` with little curvature with ``s / γ`` until
-            ``s.y >= 0.2 s.s / γ``, where "none" leaves the pair to ``min_curvature``.
-        min_curvature: it bounds γ by its inverse. In the loss's units.
-        every: the steps from one pair to the next, with "hvp" pairs.
-        line_search: "armijo" (c1 1e-4, halving; a loss for each trial) or strong "wolfe" (c2 0.9; a
-            gradient for each trial), on this step's batch; a direction without an accepted point
-            is 0. Both are for a learning rate of 1.
-        trials: at most so many points on a line.
+        history: m, the number of pairs that are kept.
+        pairs, every: "same_batch" takes both gradients on the current batch (Schraudolph, Yu &
+            Günter 2007). "successive" takes those of two steps, for full batches only, because on
+            different batches y measures noise. "hvp" takes the Hessian's product with the
+            difference of two mean iterates, every ``every`` steps (Byrd et al., arXiv 1401.7020).
+        curvature_fix: "powell" moves y towards ``s / γ`` until ``s.y >= 0.2 s.s / γ``; or "none".
+        min_curvature: the least s.y / s.s of a pair, which bounds γ by ``1 / min_curvature``.
+        line_search, trials: "armijo" (c1 = 1e-4, halving; a loss for each trial) or strong "wolfe"
+            (c2 = 0.9; a gradient for each trial), on the current batch, for a learning rate of 1.
+            If none of ``trials`` points is accepted, d is 0.
 
     Returns:
-        A method that needs one more gradient for each step with "same_batch" pairs. It keeps 2 m P
-        numbers; each step takes 4 m P operations.
+        A method that needs one more gradient for each step with "same_batch" pairs. Its state is
+        2 m copies of the parameters and one or two more; a step takes 4 m P operations.
 
     Raises:
         ValueError: an option is out of range.
@@ -103,40 +100,31 @@ def lbfgs(
     objective, operator, due = Objective(), HessianOperator(), Every("pair", every)
 
     def init(params: Params) -> LBFGSState:
-        return LBFGSState(
-            History.init(history, treemath.ravel_wide(params)),
-            {k: p.clone() for k, p in params.items()},
-            _zeros(params) if pairs == "successive" else {},
-            _zeros(params) if pairs == "hvp" else {},
-            counter(params),
-        )
+        past = History.init(history, treemath.ravel_wide(params))
+        zeros = map(torch.zeros_like, params)
+        grads, total = (zeros if pairs == kind else {} for kind in ("successive", "hvp"))
+        return LBFGSState(past, map(torch.clone, params), grads, total, counter(params))
 
     def update(
         state: LBFGSState, grads: Params, evidence: Evidence | None = None
     ) -> tuple[LBFGSState, Params]:
-        if evidence is None:
-            msg = "lbfgs needs to know the parameters too: pass fp.observe's evidence to update"
-            raise MissingEvidence(msg)
-        state = take_pair(state, grads, evidence)
+        evidence = required(evidence)
+        state = with_pair(state, grads, evidence)
         g = treemath.ravel_wide(grads)
         d = state.history.apply(g)
-        first = (1 / g.abs().sum()).clamp_max(1.0)
-        d = d * torch.where(state.history.filled() == 0, first, 1.0)
-        direction = treemath.unravel(d, grads)
+        d = d * torch.where(state.history.filled() == 0, (1 / g.abs().sum()).clamp_max(1.0), 1.0)
+        direction, slope = treemath.unravel(d, grads), -d.dot(g)
         if line_search != "none":
-            step, slope = treemath.mul(direction, -1.0), -d.dot(g)
-            eager = is_eager((evidence.params, direction))
-            options = {"rule": line_search, "trials": trials, "eager": eager}
-            alpha = search(evidence[objective], evidence.loss, slope, step, **options)
-            direction = treemath.mul(direction, alpha)
+            options = {"rule": line_search, "trials": trials}
+            direction = search(evidence[objective], evidence.loss, slope, direction, **options)
         return state, treemath.cast(direction, grads)
 
-    def take_pair(state: LBFGSState, grads: Params, evidence: Evidence) -> LBFGSState:
+    def with_pair(state: LBFGSState, grads: Params, evidence: Evidence) -> LBFGSState:
         point = {k: evidence.params[k] for k in grads}
         if pairs == "same_batch":
             _, before = evidence[objective].gradient({**evidence.params, **state.point})
-            s = treemath.sub(point, state.point)
-            new = pushed(state.history, s, {k: evidence.grads[k] - before[k] for k in grads})
+            y = {k: evidence.grads[k] - before[k] for k in grads}
+            new = pushed(state.history, treemath.sub(point, state.point), y)
             return LBFGSState(new, point, {}, {}, state.count + 1)
         if pairs == "successive":
             s = treemath.mul(treemath.sub(point, state.point), state.count > 0)
@@ -148,13 +136,11 @@ def lbfgs(
         mean = {k: (x / count).to(x.dtype) for k, x in total.items()}
         s = treemath.sub(mean, state.point)
         new = pushed(state.history, s, within(evidence[operator], evidence.params, list(grads))(s))
-        return LBFGSState(new, mean, {}, _zeros(total), torch.zeros_like(count))
+        return LBFGSState(new, mean, {}, *map(torch.zeros_like, (total, count)))
 
     def pushed(old: History, s: Params, y: Params) -> History:
-        flat_s, flat_y = treemath.ravel_wide(s), treemath.ravel_wide(y)
-        if curvature_fix == "powell":
-            flat_y = powell(flat_s, flat_y, flat_s / old.gamma.to(flat_s.dtype))
-        return old.push(flat_s, flat_y, min_curvature=min_curvature)
+        options = {"min_curvature": min_curvature, "curvature_fix": curvature_fix}
+        return old.push(treemath.ravel_wide(s), treemath.ravel_wide(y), **options)
 
     def needs(t: int) -> tuple[Need, ...]:
         wanted = (objective,) if pairs == "same_batch" or line_search != "none" else ()
@@ -162,7 +148,3 @@ def lbfgs(
         return (*wanted, operator, *due.due(t)) if pairs == "hvp" and t and due.due(t) else wanted
 
     return Transform(init, update, needs)
-
-
-def _zeros(params: Params) -> Params:
-    return {k: torch.zeros_like(p) for k, p in params.items()}

@@ -1,4 +1,4 @@
-"""Muon: the momentum, made orthogonal."""
+"""Muon: the orthogonal polar factor of the momentum."""
 
 import math
 from typing import Literal
@@ -46,34 +46,35 @@ def muon(
 ) -> Transform:
     """Muon (Jordan et al. 2024, KellerJordan/Muon and ``torch.optim.Muon``).
 
-    For a matrix, with U Σ Vᵀ the singular value decomposition of M::
+    For a matrix with the gradient G, where U Σ Vᵀ is the singular value decomposition of M::
 
         B <- μ B + (1 - μ) G
-        M  = (1 - μ) G + μ B            Nesterov, or M = B
+        M  = (1 - μ) G + μ B            with nesterov; otherwise M = B
         d  = scale · U Vᵀ               by a polynomial iteration
 
-    It is what Shampoo and CASPR do to the momentum when they do not accumulate. A tensor is a
-    matrix of its first axis by all the others; axes of length 1 do not count. A vector or a scalar
-    gets its momentum as it is, which is on another scale. Muon is for hidden matrices, so leave
-    embeddings, heads and vectors to Adam, as :func:`funcprecond.muon_rules` says.
+    This is the direction of Shampoo and CASPR if M is the only gradient they have seen. A tensor of
+    higher order is treated as a matrix of its first axis by all others, and axes of length 1 are
+    ignored. The direction of a vector or a scalar is M itself, which has another scale. Muon is
+    made for hidden matrices: leave embeddings, output layers and vectors to Adam with
+    :func:`funcprecond.muon_rules`.
 
     Args:
         momentum: μ, the weight of the old mean.
-        nesterov: look one step ahead.
+        nesterov: whether M looks one step ahead.
         polynomial, steps, epsilon: how the polar factor is computed, see
-            :func:`funcprecond.linalg.polar.polar`. "polar_express" (Amsel et al., arXiv 2505.16932)
-            with eight steps is exact to rounding unless the momentum is close to singular; "svd"
-            always is.
-        adjust: "original" multiplies by ``sqrt(max(1, rows / columns))``; "match_rms_adamw" by
-            ``0.2 sqrt(max(rows, columns))``, which lets one learning rate serve Muon and AdamW.
-        dtype: what the iteration runs in, by default that of the mean; bfloat16 in the original.
+            :func:`funcprecond.linalg.polar.polar`. Eight steps of "polar_express" (Amsel et al.,
+            arXiv 2505.16932) are exact to rounding unless M is nearly singular; "svd" always is.
+        adjust: the scale: ``sqrt(max(1, rows / columns))`` for "original";
+            ``0.2 sqrt(max(rows, columns))`` for "match_rms_adamw", with which Muon and AdamW can
+            share one learning rate; 1 for "none".
+        dtype: the dtype of the iteration, by default that of the mean. The original uses bfloat16.
 
     Returns:
-        A method that needs the gradient only. It keeps one copy of the parameters; each of the
-        steps takes three products with the short side.
+        A method that needs the gradient only. Its state is one copy of the parameters. Each of the
+        ``steps`` takes three products of matrices with the short side.
 
     Raises:
-        ValueError: an option has a value that it cannot have.
+        ValueError: an option has a value that is not allowed.
 
     Example:
         >>> import funcprecond as fp
@@ -96,7 +97,7 @@ def muon(
         if nesterov:
             ahead = {k: accumulate(m, grads[k], momentum) for k, m in mean.items()}
         matrices = {k: _as_matrix(m) for k, m in ahead.items() if axes_of(m.shape)}
-        # Wide, so that a matrix and its transpose are of one stack.
+        # Transposed to wide matrices, so that a matrix and its transpose can share one stack.
         wide = [x.mT if x.shape[0] > x.shape[1] else x for x in matrices.values()]
         factors = by_shape(
             lambda x, _: polar(x, polynomial, steps, epsilon=epsilon),
@@ -115,7 +116,7 @@ def muon(
 
 
 def _as_matrix(x: Tensor) -> Tensor:
-    """(first axis, all others), of the axes longer than 1."""
+    """The tensor as a matrix, the first axis longer than 1 by all others."""
     return x.reshape(x.shape[axes_of(x.shape)[0]], -1)
 
 

@@ -1,4 +1,4 @@
-"""One-sided Shampoo and ASGO: one factor, for the shorter axis of a parameter, and its square root."""
+"""One-sided Shampoo and ASGO: one factor, of the shorter axis of a parameter."""
 
 from typing import Literal
 
@@ -40,33 +40,35 @@ def one_sided_shampoo(
 ) -> Transform:
     """One-sided Shampoo (Xie et al., ICML 2025, arXiv 2503.10537).
 
-    With ASGO (An et al., arXiv 2503.20762) by its options. For a matrix with the shorter axis
-    first, of n entries::
+    Only one axis of a parameter has a factor. ASGO (An et al., arXiv 2503.20762) is the same method
+    with other options. For a matrix whose first axis is the shorter one, with n entries::
 
         L <- L + G Gᵀ
         d  = (L + ε λ_max I)^(-1/2) G            one-sided Shampoo, ridge="inner"
         d  = (L^½ + ε λ_max^½ I)^(-1) G          ASGO, ridge="outer"
 
-    The exponent is 1/2, not Shampoo's 1/4, because a single axis carries the whole root. A tensor
-    of other order is the matrix of that axis by all the others. Vectors and scalars get diagonal
-    AdaGrad.
+    The exponent is 1/2, where Shampoo's is 1/4, because a single factor takes the whole root. A
+    tensor of higher order is treated as a matrix of that axis by all others. Vectors and scalars
+    get diagonal AdaGrad.
 
     Args:
-        epsilon: the ridge ε, relative to L's largest eigenvalue, or its root's.
-        decay: "sum", or the weight of the old value of a bias-corrected moving average.
-        momentum: the weight of the old value of a running mean that takes the gradient's place
-            under the root (practical ASGO), or None.
-        side: which axis has the factor; of a linear layer's weight the first is the output's.
-        ridge: where it is added, before the root ("inner") or after it ("outer").
-        every, refresh_every, start: the intervals, as for :func:`funcprecond.shampoo`.
-        dtype: what the decompositions run in, see :mod:`funcprecond.linalg.inverse_roots`.
+        epsilon: ε, relative to the largest eigenvalue of L, or of its root.
+        decay: "sum", or the weight of the old value in a bias-corrected moving average.
+        momentum: the weight of the old value in a running mean of the gradient, which is then
+            preconditioned in place of the gradient (practical ASGO); None means no momentum.
+        side: the axis that has the factor. The first axis of a linear layer's weight is the
+            outputs'.
+        ridge: whether the ridge is added before the root ("inner") or after it ("outer").
+        every, refresh_every, start: the intervals of the statistics and of the roots, as for
+            :func:`funcprecond.shampoo`.
+        dtype: the dtype of the decompositions, see :func:`funcprecond.linalg.inverse_root`.
 
     Returns:
-        A method that needs the gradient only. It keeps 2 n² numbers for a parameter; each step
-        takes a product, each refresh an eigendecomposition.
+        A method that needs the gradient only. Its state is 2 n² numbers for each parameter. A step
+        takes one matrix product, a refresh an eigendecomposition.
 
     Raises:
-        ValueError: an option has a value that it cannot have.
+        ValueError: an option has a value that is not allowed.
 
     Example:
         >>> import torch, funcprecond as fp

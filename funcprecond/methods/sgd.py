@@ -8,13 +8,13 @@ __all__ = ["sgd"]
 
 @card("SGD", curvature="none", representation="identity", solver="none", learning_rate=0.1)
 def sgd() -> Transform:
-    """The gradient itself, ``d = g``.
+    """Stochastic gradient descent: the direction is the gradient, ``d = g``.
 
-    It is the row that every other is compared with, and a method like the others, so that no script
-    changes to switch preconditioning off.
+    It is a method like the others, so that a script can turn preconditioning off by changing one
+    line.
 
     Returns:
-        A method without state.
+        A method without state, which needs the gradient only.
 
     Example:
         >>> import funcprecond as fp

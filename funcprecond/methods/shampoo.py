@@ -1,4 +1,4 @@
-"""Shampoo: one factor for each dimension of a parameter, and a root of each."""
+"""Shampoo: one Kronecker factor for each axis of a parameter, and an inverse root of each."""
 
 import torch
 from torch import Tensor
@@ -44,38 +44,40 @@ def shampoo(
 ) -> Transform:
     """Shampoo (Gupta, Koren & Singer, arXiv 1802.09568).
 
-    For a parameter with k axes longer than 1, of n_i entries, and C_i(G) the (n_i, n_i) Gram matrix
-    of the slices of the gradient along axis i::
+    A parameter has k axes that are longer than 1, with n_i entries each. C_i(G) is the (n_i, n_i)
+    Gram matrix of the slices of the gradient G along axis i::
 
         S_i <- S_i + C_i(G)
         d    = G ×_1 S_1^(-1/2k) ×_2 S_2^(-1/2k) … ×_k S_k^(-1/2k)
 
-    which is ``L^(-1/4) G R^(-1/4)`` for a matrix. Every root has a ridge of epsilon times the
-    factor's largest eigenvalue. Vectors and scalars get diagonal AdaGrad.
+    For a matrix this is ``L^(-1/4) G R^(-1/4)`` with ``L = Σ G Gᵀ`` and ``R = Σ Gᵀ G``. Before a
+    root is taken, a ridge of epsilon times the largest eigenvalue is added to the factor. Vectors
+    and scalars get diagonal AdaGrad.
 
     Args:
-        epsilon: the ridge, relative to each factor's largest eigenvalue.
-        decay: "sum", or the weight of the old value of a bias-corrected moving average.
-        exponent: of each factor, 1 / (2 k) by default; 1/2 for "Shampoo squared".
-        every, refresh_every, start: the intervals of the statistics and of the roots, see
-            :func:`funcprecond.compose`. With ``refresh_every`` above 1 give ``start`` a few steps:
-            the first statistic has the rank of one gradient, and its root is a poor one to keep.
-        stagger: refresh a few factors at each step instead of all at one, see
-            :func:`funcprecond.compose`. A factor is decomposed in one step, so the longest axis
-            sets the slowest one: ``block`` cuts it.
+        epsilon: the ridge of each root, relative to the factor's largest eigenvalue.
+        decay: "sum", or the weight of the old value in a bias-corrected moving average.
+        exponent: the power of each inverse factor; None means 1 / (2 k), and 1/2 is known as
+            "Shampoo squared".
+        every, refresh_every, start: the intervals of the statistics and of the roots, in steps, see
+            :func:`funcprecond.compose`. If ``refresh_every`` is above 1, set ``start`` to a few
+            steps: the first statistics have the rank of one gradient, and their roots are poor.
+        stagger: refresh a few factors at each step instead of all of them at one step, see
+            :func:`funcprecond.compose`. One factor is always decomposed in one step, so ``block``
+            limits how long the slowest step takes.
         merge, block, max_dim: how parameters are cut into blocks, see
-            :class:`funcprecond.linalg.blocking.Blocking`; by default they are whole.
-        dtype, method: what roots are computed in and how, see
-            :mod:`funcprecond.linalg.inverse_roots`.
-        state_dtype, packed: what the state is kept in, and whether half of each symmetric matrix
-            is, see :func:`funcprecond.transforms.stored.stored`.
+            :class:`funcprecond.linalg.blocking.Blocking`. By default they are not cut.
+        dtype, method: the dtype and the algorithm of the roots, see
+            :func:`funcprecond.linalg.inverse_root`.
+        state_dtype, packed: the dtype in which the state is stored, and whether only one half of
+            each symmetric matrix is stored, see :func:`funcprecond.transforms.stored.stored`.
 
     Returns:
-        A method that needs the gradient only. It keeps 2 Σ n_i² numbers for a parameter; each step
-        takes two products for each axis, each refresh an eigendecomposition.
+        A method that needs the gradient only. Its state is 2 Σ n_i² numbers for each parameter. A
+        step takes two matrix products for each axis, a refresh an eigendecomposition.
 
     Raises:
-        ValueError: an option has a value that it cannot have.
+        ValueError: an option has a value that is not allowed.
 
     Example:
         >>> import torch, funcprecond as fp

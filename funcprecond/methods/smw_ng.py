@@ -1,11 +1,11 @@
-"""SMW-NG: the natural gradient of one batch, exactly, through a matrix of its examples' size."""
+"""SMW-NG: the exact natural gradient of one batch, through an N x N matrix for N examples."""
 
 from torch import Tensor
 
 from funcprecond.checks import at_least
 from funcprecond.curvature.layer_statistics import ExampleRows
 from funcprecond.curvature.objective import Objective
-from funcprecond.evidence import Evidence, MissingEvidence
+from funcprecond.evidence import Evidence, required
 from funcprecond.linalg import treemath
 from funcprecond.linalg.levenberg_marquardt import levenberg_marquardt, reduction_ratio
 from funcprecond.losses.base import Labels
@@ -43,30 +43,31 @@ def smw_ng(
 ) -> Transform:
     """SMW-NG (Ren & Goldfarb, arXiv 1906.02353).
 
-    With U the (N, P) matrix of the examples' gradients times √c, c the loss's reduction constant::
+    The rows of U, (N, P), are the gradients of the N examples times √c, where c is the loss's
+    reduction constant (1/N for a mean). The Sherman-Morrison-Woodbury identity gives::
 
-        K = U Uᵀ                                           by layers, no row of U is formed
+        K = U Uᵀ                                           summed over the layers, U is not formed
         d = (Uᵀ U + λ I)⁻¹ g = (g - Uᵀ (λ I + K)⁻¹ U g) / λ
         d = √c Uᵀ (λ I + K)⁻¹ 1                            where g is this batch's own gradient
 
     Args:
-        damping: λ, positive, in the loss's units; where ``adapt`` starts from.
-        labels: "empirical" for the data's own, one row for each example; "mc" for sampled ones,
-            ``samples`` rows for each example; "exact" for the whole Fisher matrix, one row for each
-            entry of an example's output.
-        samples: sampled labels for each term, with "mc".
-        adapt: let λ follow Levenberg and Marquardt's rule, for one more loss at each step: of the
-            step ``-d``, whose model predicts the change ``-gᵀd / 2``.
-        factor: what λ is multiplied or divided by.
+        damping: λ, positive, in units of the loss; the initial value if ``adapt`` is set.
+        labels: "empirical" for the labels of the data, with one row for each example; "mc" for
+            sampled labels, with ``samples`` rows for each example; "exact" for the exact Fisher
+            matrix, with one row for each output of each example.
+        samples: the number of labels to sample for each term of the loss, with "mc".
+        adapt: whether the Levenberg-Marquardt rule changes λ. It compares the change of the loss
+            after the step ``-d`` with the predicted one, ``-gᵀd / 2``, and costs one loss per step.
+        factor: the number by which the rule multiplies or divides λ.
 
     Returns:
-        A method that needs the layers' inputs and output gradients, and rows for parameters outside
-        of layers. K takes ``N² (i + o)`` operations for a layer, the solve N³ / 3. There is no state
-        but λ.
+        A method that needs the inputs and output gradients of the layers, and per-sample gradients
+        of parameters outside of layers. K takes ``N² (i + o)`` operations for each layer of i
+        inputs and o outputs, the solve N³ / 3. The state is λ.
 
     Raises:
-        ValueError: an option is out of range; or, at the first step, a BatchNorm in training mode
-            couples the examples.
+        ValueError: an option is out of range. ``fp.observe`` raises it where a BatchNorm in
+            training mode couples the examples.
 
     Example:
         >>> import funcprecond as fp
@@ -81,14 +82,12 @@ def smw_ng(
     def update(
         state: SMWNGState, grads: Params, evidence: Evidence | None = None
     ) -> tuple[SMWNGState, Params]:
-        if evidence is None:
-            msg = f"smw_ng needs {need} beside the gradient: pass the evidence of fp.observe"
-            raise MissingEvidence(msg)
+        evidence = required(evidence, need)
         solver = SMW(state.damping)
         rows = Gram.from_layers(evidence[need], grads)
         inverse = solver.prepare(rows)
         if labels == "empirical" and all(g is evidence.grads[k] for k, g in grads.items()):
-            # The rows without √c sum to the gradient: it is U^T y with all y equal.
+            # The gradient is the sum of the rows of U over √c, that is, Uᵀ y with all y equal.
             y = rows.scale.rsqrt().expand(rows.count)
             direction = solver.push_through(inverse, y, grads)
         else:

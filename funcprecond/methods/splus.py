@@ -1,4 +1,4 @@
-"""SPlus: the signs of the momentum in the eigenbasis of Shampoo's factors."""
+"""SPlus: the sign of the momentum in the eigenbasis of Shampoo's factors."""
 
 import torch
 from torch import Tensor
@@ -17,19 +17,19 @@ from funcprecond.tree import Params, map, state
 
 __all__ = ["SPlusState", "splus"]
 
-# The authors' learning rate of vectors over that of matrices.
+# The authors use this fraction of the learning rate for vectors.
 VECTOR = 1e-3
-# Entries below this many roundings of the length have no sign.
+# An entry below this many rounding errors of the norm is taken as zero.
 ROUNDINGS = 4
 
 
 @state
 class SPlusState:
-    """What SPlus keeps, in float32 or wider.
+    """The state of SPlus, in float32 or wider.
 
     Attributes:
         mean: m, shaped like the parameters.
-        statistics, bases: for each parameter a tuple of S_i and one of Q_i, by axis.
+        statistics, bases: for each parameter, a tuple of S_i and a tuple of Q_i, one for each axis.
     """
 
     mean: Params
@@ -58,33 +58,34 @@ def splus(
 ) -> Transform:
     """SPlus (Frans, Levine & Abbeel, arXiv 2506.07254).
 
-    For a parameter with k axes longer than 1, of n_i entries, Q_i the basis of its factor S_i::
+    A parameter has k axes that are longer than 1, with n_i entries each. Q_i is the eigenbasis of
+    the factor S_i, and C_i(G) the Gram matrix of the gradient's slices along axis i::
 
         m <- b1 m + (1 - b1) G
         d  = k / (Σ n_i) · sign(m ×_i Q_iᵀ) ×_i Q_i        2 / (n_1 + n_2) for a matrix
         S_i <- b2 S_i + (1 - b2) C_i(G)
-        now and then  Q_i <- eigenvectors of S_i
+        at each refresh  Q_i <- eigenvectors of S_i
 
-    The bases are turned after the step. Eigenvalues are not used: the sign is what dividing by the
-    current magnitudes gives, and the direction's length depends on the shape alone. Vectors and
-    scalars get ``0.001 sign(m)``. The authors train at a high learning rate and evaluate at a
-    running mean of the weights (of rate 0.999), which is left to the training loop.
+    The bases change after the step. The eigenvalues are not used: taking the sign divides each
+    coordinate by its own magnitude, so that the length of the direction depends on the shape alone.
+    Vectors and scalars get ``0.001 sign(m)``. The authors train with a high learning rate and
+    evaluate at a moving average of the weights (decay 0.999), which is left to the training loop.
 
     Args:
         momentum: b1, the weight of the old mean.
         decay: b2, the weight of the old statistics.
-        merge, block: how parameters are cut into blocks, see
-            :class:`funcprecond.linalg.blocking.Blocking`; by default they are whole.
-        max_dim: a longer axis has no basis: the sign is taken along it as it is.
-        every, refresh_every, start: the intervals of the statistics and of the bases, see
-            :func:`funcprecond.compose`. The first step, before any basis, is sign descent.
+        merge, block: how parameters are cut into blocks, as for :func:`funcprecond.shampoo`.
+        max_dim: an axis that is longer than this has no basis.
+        every, refresh_every, start: the intervals of the statistics and of the bases, in steps, see
+            :func:`funcprecond.compose`. The first step is taken with ``Q_i = I``.
 
     Returns:
-        A method that needs the gradient only. It keeps 2 Σ n_i² numbers and one copy for a
-        parameter; each step takes three products for each axis, each refresh a decomposition.
+        A method that needs the gradient only. Its state is 2 Σ n_i² numbers and one copy of each
+        parameter. A step takes three matrix products for each axis, a refresh an
+        eigendecomposition.
 
     Raises:
-        ValueError: an option has a value that it cannot have.
+        ValueError: an option has a value that is not allowed.
 
     Example:
         >>> import torch, funcprecond as fp
@@ -118,7 +119,7 @@ def splus(
 
 
 def _sign(x: Tensor) -> Tensor:
-    """The sign, 0 where x is rounding: a direction without a gradient must not get a full step."""
+    """The sign, with 0 where x is a rounding error, which must not become a full step."""
     rounding = ROUNDINGS * torch.finfo(x.dtype).eps * torch.linalg.vector_norm(x)
     return torch.where(x.abs() > rounding, x.sign(), 0.0)
 

@@ -1,16 +1,16 @@
-r"""The table of methods, generated from the cards; rows that are planned stand here.
+r"""The table of methods. The cards of the methods generate it; planned rows are listed here.
 
-``C`` is the curvature matrix: H the Hessian, ``|H|`` with absolute eigenvalues, G Gauss-Newton, F
-the Fisher matrix, F̂_nmc its estimate from sampled labels, F̂_emp from the data's labels, F̂_emp^batch
-from mini-batch gradients.
+The curvature matrices C are: H, the Hessian; ``|H|``, the Hessian with absolute eigenvalues; G, the
+Gauss-Newton matrix; F, the Fisher matrix; F̂_nmc, F estimated from n sampled labels; F̂_emp, F with
+the labels of the data; F̂_emp^batch, the outer products of mini-batch gradients; Ĥ_bfgs, H estimated
+from changes of the gradient.
 """
 
 from funcprecond.methods.card import CARDS, Card
 
 __all__ = ["PLANNED", "rows", "table"]
 
-# The rows in the order of the literature's table: a bare name is a method's own card, the others
-# have none yet.
+# The rows are in the order of the ASDL paper's table. A bare name stands for a method's own card.
 _ROWS = r"""
 lissa | LiSSA (Agarwal 2017) | H | full, dense | G iter, Neumann series
 psgd | PSGD (Li 2018) | |H| | full, dense | G iter, triangular solve & SGD
@@ -59,7 +59,7 @@ sgd
 
 
 def rows() -> list[Card]:
-    """The cards of all methods, those that are planned among them, in the table's order."""
+    """The cards of all methods in the order of the table, with those that are planned."""
     found = []
     for line in _ROWS.strip().splitlines():
         name, *columns = (column.strip() for column in line.split(" | "))
@@ -83,13 +83,13 @@ def rows() -> list[Card]:
 
 
 def table(*, works: bool | None = None) -> str:
-    """The table in Markdown.
+    """The table of methods in Markdown.
 
     Args:
-        works: only the methods that work (True), or that are planned (False); all by default.
+        works: True for the methods that work, False for the planned ones, None for all.
 
     Returns:
-        One line a method, below two of header. What works has its name in code type.
+        Two header lines, and one line per method. The name of a method that works is in code type.
     """
     lines = [
         "| name | method | curvature C | representation | solver |",

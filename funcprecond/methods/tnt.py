@@ -1,4 +1,4 @@
-"""TNT: natural gradient under a tensor normal model of the gradient at sampled labels."""
+"""TNT: natural gradient under a tensor-normal model of the gradient at sampled labels."""
 
 from typing import Literal
 
@@ -38,9 +38,10 @@ def tnt(
 ) -> Transform:
     """TNT (Ren & Goldfarb, NeurIPS 2021, arXiv 2106.02925).
 
-    This is the "same trace" variant of the authors' code. For a parameter of N entries with k axes
-    longer than 1, of n_i entries, and D the gradient of the mini-batch's loss at labels y ~
-    p(y|x), with C_i(D) the (n_i, n_i) Gram matrix of its slices along axis i::
+    TNT models the gradient D of the mini-batch's loss, at labels sampled from p(y|x), by a normal
+    distribution whose covariance is a Kronecker product. A parameter of N entries has k axes that
+    are longer than 1, with n_i entries each, and C_i(D) is the (n_i, n_i) Gram matrix of D's slices
+    along axis i. This is the "same trace" variant of the authors' code::
 
         H_i <- β H_i + (1 - β) C_i(D)
         c    = (tr(H_1) / N)^(1/k)
@@ -48,28 +49,28 @@ def tnt(
         m   <- μ m + G
         d    = m ×_1 (U_1 + λ I)^(-1) ×_2 … ×_k (U_k + λ I)^(-1)
 
-    U_1 ⊗ … ⊗ U_k is the covariance of D if that is a Kronecker product, and has its trace in any
-    case; the scale is split evenly, so that one λ damps all axes alike. The power is 1, where
-    Shampoo's is 1/2. Vectors have one axis, so that theirs is a full n x n matrix, as in the paper.
+    U_1 ⊗ … ⊗ U_k equals the covariance of D if that is a Kronecker product, and always has its
+    trace. All U_i have the same mean eigenvalue, so that one λ damps all axes alike. The inverses
+    have the power 1, where Shampoo's have 1/2. A vector has one axis and gets a full (n, n) matrix.
 
     Args:
-        damping: λ, added to every U_i, which has the units of the curvature's k-th root. What was
-            never seen is multiplied by ``λ^-k``.
+        damping: λ, added to every U_i, in units of the k-th root of the curvature. Where no
+            curvature was measured, m is multiplied by ``λ^-k``.
         labels, samples: see :class:`funcprecond.curvature.SampledGradient`.
-        decay: β: None for the newest batch alone, or the weight of the old value of a
-            bias-corrected moving average.
-        momentum: μ, of the gradient.
-        per_sample: estimate the Fisher matrix itself. By default it is that of the mini-batch's
-            gradient, smaller by the batch size, as in the authors' code: λ is then relative to it.
-        every, refresh_every, start: the intervals of the measurement and of the inverses, see
-            :func:`funcprecond.compose`.
+        decay: β, the weight of the old value in a bias-corrected moving average, or None to use the
+            newest batch alone.
+        momentum: μ, the factor of the old value in the sum of gradients.
+        per_sample: whether to estimate the Fisher matrix itself. By default D is the mini-batch's
+            gradient, as in the authors' code, whose covariance is smaller by the batch size.
+        every, refresh_every, start: the intervals of the measurement and of the inverses, in steps,
+            see :func:`funcprecond.compose`.
 
     Returns:
-        A method that needs one more backward pass for a measurement. It keeps 2 Σ n_i² numbers and
-        one copy for a parameter; each step takes a product for each axis.
+        A method that needs one more backward pass for each measurement. Its state is 2 Σ n_i²
+        numbers and one copy of each parameter. A step takes one matrix product for each axis.
 
     Raises:
-        ValueError: an option has a value that it cannot have.
+        ValueError: an option has a value that is not allowed.
 
     Example:
         >>> import funcprecond as fp
@@ -85,5 +86,5 @@ def tnt(
         start=start,
         momentum=momentum,
     )
-    # The sum m is so many times the running mean that a composed method applies its factor to.
+    # A composed method preconditions a running mean; the sum m is 1 / (1 - μ) times as large.
     return chain(preconditioned, scale(1 / (1 - momentum)))

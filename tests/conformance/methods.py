@@ -1,7 +1,7 @@
 """The one table of the conformance suite: a line a method, and every law holds it to account.
 
-A line gives the hyperparameters for small problems and the dense reference of the method's first
-direction (:mod:`tests.conformance.references`).
+A line gives the hyperparameters for small problems and what pins the method's values: a dense
+reference of its first direction (:mod:`tests.conformance.references`), or the name of a test.
 """
 
 import dataclasses
@@ -21,14 +21,16 @@ class Line:
 
     Attributes:
         reference: ``(problem, params, batch) -> P x P matrix`` that the first direction is, times
-            the gradient; None where a test of the method itself holds more.
+            the gradient; or the test that compares the method with an independent computation,
+            ``"tests/methods/test_name.py::test_what"``. A test must fail for a direction that is
+            one per cent too long.
         options: the builder's arguments.
         dense: further arguments where the reference is compared, to take the chance out of it.
         learns_layers: the state is empty until the first evidence, so the first step has a graph of
             its own, and there is nothing to keep if it is not finite.
     """
 
-    reference: Callable | None
+    reference: Callable | str
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     dense: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     learns_layers: bool = False
@@ -44,17 +46,34 @@ METHODS: dict[str, Line] = {
     "shampoo": Line(references.shampoo),
     "caspr": Line(references.caspr),
     "kfac": Line(references.kfac, {"damping": 1e-2}, EXACT, learns_layers=True),
-    "adaptive_kfac": Line(None, {"damping": 1.0}, learns_layers=True),
+    "adaptive_kfac": Line(
+        "tests/methods/test_adaptive_kfac.py::test_every_step_is_the_papers",
+        {"damping": 1.0},
+        learns_layers=True,
+    ),
     "kflr": Line(references.kfac, {"damping": 1e-2}, learns_layers=True),
     "ekfac": Line(references.ekfac, {"damping": 1e-2}, EXACT, learns_layers=True),
-    "adahessian": Line(None),
+    "adahessian": Line(
+        "tests/methods/test_adahessian.py::test_equals_the_formula_over_steps_with_an_interval"
+    ),
     "muon": Line(references.orthogonal_factor, dense={"polynomial": "svd"}),
-    "one_sided_shampoo": Line(None),
-    "splus": Line(None),
-    "kl_shampoo": Line(None),
-    "tnt": Line(None),
-    "ggt": Line(None, {"window": 5}),
-    "soap": Line(None),
+    "one_sided_shampoo": Line(
+        "tests/methods/test_one_sided_shampoo.py::"
+        "test_the_direction_is_the_inverse_root_of_one_gram_matrix"
+    ),
+    "splus": Line("tests/methods/test_splus.py::test_splus_is_the_plain_loop_step_by_step"),
+    "kl_shampoo": Line(
+        "tests/methods/test_kl_shampoo.py::"
+        "test_kl_shampoo_follows_its_authors_trajectory_step_by_step"
+    ),
+    "tnt": Line("tests/methods/test_tnt.py::test_the_direction_is_the_dense_product_of_inverses"),
+    "ggt": Line(
+        "tests/methods/test_ggt.py::test_before_the_window_is_full_it_is_full_matrix_adagrad",
+        {"window": 5},
+    ),
+    "soap": Line(
+        "tests/methods/test_soap.py::test_soap_follows_its_authors_trajectory_step_by_step"
+    ),
     "smw_ng": Line(references.damped_empirical, {"damping": 1e-2}),
     "lbfgs": Line(references.unit_norm, {"history": 3}),
     "hessian_free": Line(

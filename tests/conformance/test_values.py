@@ -1,11 +1,17 @@
 """A module equals the same plain function; float64 equals the dense reference."""
 
+import pathlib
+import subprocess
+import sys
+
 import pytest
 import torch
 
 from tests import problems, reference
-from tests.conformance.methods import build, every_method, line, trained
+from tests.conformance.methods import METHODS, build, every_method, line, trained
 from tests.equality import assert_close
+
+ROOT = pathlib.Path(__file__).parents[2]
 
 
 @every_method
@@ -17,13 +23,31 @@ def test_a_module_trains_as_the_same_plain_function(name):
 
 @every_method
 def test_the_first_direction_equals_the_dense_reference(name):
-    if line(name).reference is None:
-        pytest.skip(f"tests/methods/test_{name}.py holds it to a dense reference")
+    if isinstance(line(name).reference, str):
+        pytest.skip(f"{line(name).reference} pins it")
     toy = problems.mlp()
     _, direction, evidence = problems.update(toy, build(name, **line(name).dense))
     matrix = line(name).reference(toy.problem, toy.params, toy.batch)
     expected = reference.unravel(matrix @ reference.ravel(evidence.grads), toy.params)
     assert_close(direction, expected, rtol=1e-5)
+
+
+def test_every_other_method_is_pinned_by_a_test_that_a_wrong_direction_fails():
+    pins = {name: m.reference for name, m in METHODS.items() if isinstance(m.reference, str)}
+    command = [sys.executable, "-m", "pytest", "-p", "tests.conformance.mutated", "-q", "-rf"]
+    options = ["-m", "not slow", "--tb=no", "-p", "no:cacheprovider", "-n", "0"]
+    result = subprocess.run(
+        [*command, *options, *pins.values()], capture_output=True, text=True, cwd=ROOT, check=False
+    )
+    # 1: tests ran, and some failed. Anything else is a test that does not exist.
+    assert result.returncode == 1, result.stdout + result.stderr
+    failed = [x.split()[1] for x in result.stdout.splitlines() if x.startswith("FAILED ")]
+    weak = {
+        name: pin
+        for name, pin in pins.items()
+        if not any(test == pin or test.startswith(f"{pin}[") for test in failed)
+    }
+    assert not weak, f"these tests pass for a direction that is one per cent too long: {weak}"
 
 
 @every_method

@@ -29,6 +29,11 @@ def test_the_factors_are_the_methods_own_and_the_damping_is_kept_in_bounds():
 
 def test_a_promise_of_ascent_or_a_bad_loss_counts_as_the_worst_ratio():
     assert float(reduction_ratio(number(-1.0), number(-2.0))) == 0.5
-    for change, predicted in ((-1.0, 0.0), (-1.0, 1.0), (torch.nan, -1.0), (torch.inf, -1.0)):
+    for change, predicted in ((-1.0, 1.0), (torch.nan, -1.0), (torch.inf, -1.0)):
         assert float(reduction_ratio(number(change), number(predicted))) == -torch.inf
     assert float(reduction_ratio(number(-1.0), number(torch.nan))) == -torch.inf
+
+
+def test_damping_stays_where_the_model_predicts_no_change():
+    ratio = reduction_ratio(number(1e-9), number(0.0))
+    assert float(levenberg_marquardt(number(2.0), ratio)) == 2.0

@@ -171,7 +171,7 @@ def test_eigenvalues_meet_the_limit():
     state = opt.init({"w": g})
     for _ in range(60):
         state, direction = opt.update(state, {"w": g})
-    left, right = state.inner["matrices"].eigenvalues["w"]
+    left, right = state.inner["matrix"].eigenvalues["w"]
     assert_close(left.rsqrt(), torch.full_like(left, 12.0), rtol=1e-12)
     assert_close(right.rsqrt(), torch.full_like(right, 10.0), rtol=1e-12)
     assert not direction["w"].any()
