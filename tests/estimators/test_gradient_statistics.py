@@ -86,7 +86,7 @@ def test_the_noise_scale_is_that_of_the_examples_covariance_however_they_are_spl
     batches = [(x[:4], y[:4]), (x[4:], y[4:])]
     split = fp.gradient_noise_scale(toy.problem, toy.params, batches=batches)
     assert_close(split.scale, found.scale, rtol=1e-8)
-    with pytest.raises(ValueError, match="two examples"):
+    with pytest.raises(ValueError, match="at least two examples"):
         fp.gradient_noise_scale(toy.problem, toy.params, (x[:1], y[:1]))
 
 

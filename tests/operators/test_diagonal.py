@@ -76,7 +76,7 @@ def test_where_examples_cannot_be_told_apart_the_user_is_told():
 
 def test_coupled_examples_are_refused_and_the_operator_goes_by_products():
     problem, batch = build("batch norm, train")
-    with pytest.raises(ValueError, match="couples them"):
+    with pytest.raises(ValueError, match="couples the examples"):
         fp.DiagonalGGN(problem, problem.params, batch)
     ggn = fp.GGN(problem, problem.params, batch)
     assert_close(reference.ravel(ggn.diagonal()), ggn.to_dense().diagonal(), rtol=1e-10)

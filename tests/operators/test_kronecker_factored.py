@@ -191,5 +191,5 @@ def test_what_is_refused(options, message):
         make(toy.problem, toy.batch, **options)
     with pytest.raises(ValueError, match="split must be"):
         make(toy.problem, toy.batch).inverse(0.1, split="half")
-    with pytest.raises(ValueError, match="no product"):
+    with pytest.raises(ValueError, match="needs blocks that are Kronecker products"):
         make(toy.problem, toy.batch, "ekfac").inverse(0.1, split="pi")

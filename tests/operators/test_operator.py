@@ -97,9 +97,9 @@ def test_blocks_are_the_matrixs_own(kind):
 @pytest.mark.parametrize(
     ("by", "message"),
     [
-        ({"x": ["b"]}, "leave out"),
-        ({"x": ["b", "b", "a.weight", "a.bias"]}, "repeat"),
-        ({"x": ["b", "c", "a.weight", "a.bias"]}, "do not know"),
+        ({"x": ["b"]}, r"missing: \['a.bias', 'a.weight'\]"),
+        ({"x": ["b", "b", "a.weight", "a.bias"]}, r"repeated or unknown: \['b'\]"),
+        ({"x": ["b", "c", "a.weight", "a.bias"]}, r"repeated or unknown: \['c'\]"),
         ("module", "must be 'layer'"),
     ],
 )
