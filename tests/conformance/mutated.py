@@ -27,8 +27,9 @@ def mutated(build):
     return wrong
 
 
-for name, card in list(CARDS.items()):
-    build = mutated(card.build)
-    CARDS[name] = dataclasses.replace(card, build=build)
-    setattr(sys.modules[card.build.__module__], name, build)
-    setattr(fp, name, build)
+def pytest_configure(config):
+    for name, card in list(CARDS.items()):
+        build = mutated(card.build)
+        CARDS[name] = dataclasses.replace(card, build=build)
+        setattr(sys.modules[card.build.__module__], name, build)
+        setattr(fp, name, build)
