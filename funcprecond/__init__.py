@@ -46,7 +46,8 @@ from funcprecond.methods.caspr import caspr
 from funcprecond.methods.ekfac import ekfac
 from funcprecond.methods.ggt import ggt
 from funcprecond.methods.hessian_free import hessian_free
-from funcprecond.methods.kfac import kfac, kflr
+from funcprecond.methods.kfac import kfac
+from funcprecond.methods.kflr import kflr
 from funcprecond.methods.kl_shampoo import kl_shampoo
 from funcprecond.methods.lbfgs import lbfgs
 from funcprecond.methods.muon import muon

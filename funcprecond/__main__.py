@@ -1,4 +1,4 @@
-"""`python -m funcprecond`: the comparison, and what there is to compare."""
+"""The command `python -m funcprecond`, which compares methods and lists methods and tasks."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""A method from its three choices: which curvature, how it is stored, how it is solved with."""
+"""Methods composed of a curvature, a representation that stores it, and a solver."""
 
 from collections.abc import Callable
 from typing import Any
@@ -19,11 +19,11 @@ __all__ = ["Composed", "NoRepresentation", "NoSolver", "compose"]
 
 
 class NoRepresentation(TypeError):
-    """A curvature was paired with a representation that cannot take its measurement in."""
+    """The error for a representation that does not accept the measurement of the curvature."""
 
 
 class NoSolver(TypeError):
-    """A solver was paired with a representation that it does not accept."""
+    """The error for a solver that does not accept the representation."""
 
 
 @state
@@ -32,8 +32,8 @@ class Composed:
 
     Attributes:
         representation: the accumulated curvature.
-        factor: what the solver last prepared of it.
-        mean: the running mean of the gradient, if there is momentum.
+        factor: the result of the solver's last refresh, which it applies to gradients.
+        mean: the running mean of the gradient; an empty dict without momentum.
     """
 
     representation: Any
@@ -54,34 +54,39 @@ def compose(
     momentum: float | Tensor | None = None,
     initial: Callable[[Params], Any] | None = None,
 ) -> Transform:
-    """Put a curvature, a representation and a solver together into a method.
+    """Compose a method from a curvature, a representation and a solver.
 
-    Each step that is due takes in a measurement (``every``) and prepares the solver's factor
-    (``refresh_every``); every step applies the factor to the gradient of that step. Measurements
-    come first, so that the current one is inside its own preconditioner.
+    Every ``every`` steps, the representation accumulates a new measurement of the curvature. Every
+    ``refresh_every`` steps, the solver prepares a new factor. Every step applies the current factor
+    to the gradient. The measurement comes first, so that the preconditioner of a step includes the
+    measurement of the same step.
 
     Args:
-        curvature: what to measure, a :class:`funcprecond.Need` of :mod:`funcprecond.curvature`.
+        curvature: the measurement, an instance of a :class:`funcprecond.Need` of
+            :mod:`funcprecond.curvature`.
         representation: a class of :mod:`funcprecond.representation`.
         solver: an instance of a class of :mod:`funcprecond.solver`.
         decay: how measurements are carried over steps, see
-            :mod:`funcprecond.representation.average`: None (local), a float (moving average, the
-            weight of the old value), a :class:`funcprecond.RisingDecay` or "sum".
-        every, refresh_every: the two intervals, in steps.
-        start: both are due at every step before this one.
-        stagger: spread a refresh over its interval, a share of the factors at each step, so that
-            no step is a spike. The solver must be one that ``staggers``.
-        momentum: the weight of the old value of a running mean of the gradient, to which the factor
-            is applied in the gradient's place; measurements see the gradient itself. None is
-            without.
-        initial: makes the representation of the parameters; its own ``init`` by default.
+            :mod:`funcprecond.representation.average`: None (only the newest), a float in [0, 1)
+            (the weight of the old value in a moving average), a :class:`funcprecond.RisingDecay`,
+            or "sum".
+        every, refresh_every: the intervals of the measurement and of the refresh, in steps.
+        start: both are also due at every step before this one.
+        stagger: whether to refresh a share of the factors at each step of the interval instead of
+            all factors at once, so that all steps take about the same time. The solver must support
+            it (``solver.staggers``).
+        momentum: the weight of the old value in a running mean of the gradient. The factor is then
+            applied to this mean and not to the gradient, and measurements still use the gradient.
+            With None, there is no running mean.
+        initial: a function from the parameters to the initial representation; by default,
+            ``representation.init``.
 
     Returns:
         A :class:`funcprecond.Transform`, whose state is a :class:`Composed`.
 
     Raises:
-        TypeError: one of the three parts is not what it should be.
-        NoRepresentation: the representation cannot take in what the curvature measures.
+        TypeError: ``curvature``, ``representation`` or ``solver`` has the wrong type.
+        NoRepresentation: the representation does not accept the measurement of the curvature.
         NoSolver: the solver does not accept the representation.
         ValueError: an interval or the decay is out of range, or the solver cannot stagger.
 
@@ -99,7 +104,10 @@ def compose(
     _check(curvature, representation, solver)
     check_decay(decay)
     if stagger and not solver.staggers:
-        msg = f"{type(solver).__name__} prepares all factors at once, and cannot stagger: stagger=False"
+        msg = (
+            f"the solver {type(solver).__name__} prepares all factors at once, so it cannot "
+            "stagger them: pass stagger=False"
+        )
         raise ValueError(msg)
     measure, refresh = Every("measure", every, start), Every("refresh", refresh_every, start)
     turns = [Turn("refresh", refresh_every, i) for i in range(refresh_every)] if stagger else []
@@ -116,7 +124,11 @@ def compose(
     ) -> tuple[Composed, Params]:
         rep, factor, mean = state.representation, state.factor, state.mean
         if evidence is None and not from_gradient:
-            msg = f"this method needs {curvature} too: pass the evidence of fp.observe to update"
+            msg = (
+                f"this method needs {curvature} in addition to the gradient: call "
+                "opt.update(state, evidence.grads, evidence) with the evidence that fp.observe "
+                "returns"
+            )
             raise MissingEvidence(msg)
         if evidence is None or measure in evidence:
             value = OuterProduct(grads) if from_gradient else evidence[curvature]  # pyright: ignore
@@ -142,17 +154,17 @@ def compose(
 
 
 def _check(curvature: Any, representation: Any, solver: Any) -> None:
-    """See that the three parts are what they should be, and fit each other."""
+    """Check that the three parts have the right types and fit together."""
     if not isinstance(curvature, Need):
         msg = (
-            f"the curvature must be an instance of a need, such as "
+            f"the curvature must be an instance of a Need, such as "
             f"fp.curvature.BatchGradient(), not {curvature!r}"
         )
         raise TypeError(msg)
     if not isinstance(representation, type) or not hasattr(representation, "accumulate"):
         msg = (
-            "the representation must be a class of fp.representation, such as Diagonal, not "
-            f"{representation!r}"
+            "the representation must be a class of fp.representation, such as "
+            f"fp.representation.Diagonal, not {representation!r}"
         )
         raise TypeError(msg)
     if isinstance(solver, type) or not hasattr(solver, "prepare"):
@@ -163,15 +175,15 @@ def _check(curvature: Any, representation: Any, solver: Any) -> None:
         raise TypeError(msg)
     if not issubclass(curvature.gives, representation.accepts):
         msg = (
-            f"{representation.__name__} takes in a {representation.accepts.__name__}, and "
-            f"{type(curvature).__name__} gives a {curvature.gives.__name__}: choose another "
-            "representation or another curvature"
+            f"the representation {representation.__name__} accepts measurements of type "
+            f"{representation.accepts.__name__}, but the curvature {type(curvature).__name__} "
+            f"gives {curvature.gives.__name__}: choose another representation or curvature"
         )
         raise NoRepresentation(msg)
     if representation not in solver.accepts:
         accepted = ", ".join(c.__name__ for c in solver.accepts)
         msg = (
-            f"{type(solver).__name__} accepts {accepted}, not {representation.__name__}: choose "
-            "another solver"
+            f"the solver {type(solver).__name__} accepts {accepted}, not "
+            f"{representation.__name__}: choose another solver"
         )
         raise NoSolver(msg)

@@ -1,8 +1,8 @@
-"""Measuring: what a method needs to know of a batch, as plain data.
+"""Measurements on a batch, as plain data.
 
-A method *declares* what it needs, :func:`observe` measures exactly that and the gradient, sharing
-one forward run, and the method's ``update`` is tensor algebra on the result. To measure something
-new, write a :class:`Need`: nothing else changes.
+A method declares what it needs. :func:`observe` measures exactly these needs and the gradient, all
+from one shared forward run, and the method's ``update`` is tensor algebra on the result. To measure
+something new, write a subclass of :class:`Need`; no other code has to change.
 """
 
 from collections.abc import Iterable
@@ -18,24 +18,27 @@ from funcprecond.need import Need, is_mark
 from funcprecond.problems import Problem
 from funcprecond.tree import Buffers, Params, state
 
-__all__ = ["Evidence", "MissingEvidence", "Noise", "draw", "observe"]
+__all__ = ["Evidence", "MissingEvidence", "Noise", "draw", "observe", "required"]
 
 
 class MissingEvidence(LookupError):
-    """A method was updated without a measurement that it needs."""
+    """The error for an update of a method without a measurement that the method needs."""
 
 
 @state
 class Evidence:
-    """What was observed of one batch at one point.
+    """The measurements on one batch at one point.
+
+    ``evidence[need]`` is the value of a need, and ``need in evidence`` is whether it was measured.
 
     Attributes:
-        params: where.
+        params: the parameters at which the batch was evaluated.
         loss: the loss, a 0-d tensor.
-        outputs: the model's outputs.
-        grads: the gradient of the loss.
-        buffers: the model's buffers after this batch: pass them to the next ``observe``.
-        measured: the value of each need. Values that are functions live for one step only.
+        outputs: the outputs of the model.
+        grads: the gradient of the loss, shaped like ``params``.
+        buffers: the model's buffers after this batch; pass them to the next :func:`observe`.
+        measured: the value of each need. A value that is a function, such as that of
+            :class:`funcprecond.curvature.objective.Objective`, is valid for one step only.
     """
 
     params: Params
@@ -49,15 +52,48 @@ class Evidence:
         return need in self.measured
 
     def __getitem__(self, need: Need) -> Any:
-        """The value of ``need``; raises :class:`MissingEvidence` if it was not measured."""
+        """Return the measured value of a need.
+
+        Args:
+            need: one of the needs that were passed to :func:`observe`.
+
+        Returns:
+            The value, of the type ``need.gives``.
+
+        Raises:
+            MissingEvidence: the need was not measured.
+        """
         if need not in self.measured:
             have = ", ".join(str(n) for n in self.measured) or "nothing"
             msg = (
-                f"{need} was not measured, only {have}: pass opt.needs(t) to fp.observe and its "
-                "result to opt.update(state, evidence.grads, evidence)"
+                f"{need} was not measured; the evidence contains {have}. Pass opt.needs(t) to "
+                "fp.observe, and its result to opt.update(state, evidence.grads, evidence)"
             )
             raise MissingEvidence(msg)
         return self.measured[need]
+
+
+def required(evidence: Evidence | None, *needs: Need) -> Evidence:
+    """Return the evidence, or raise an error if there is none.
+
+    Args:
+        evidence: the evidence that ``update`` was called with, or None.
+        *needs: the needs of the method, which the message names.
+
+    Returns:
+        The evidence.
+
+    Raises:
+        MissingEvidence: ``update`` was called without evidence.
+    """
+    if evidence is None:
+        msg = (
+            f"this method needs {' and '.join(map(str, needs)) or 'the parameters'} in addition to "
+            "the gradient: call opt.update(state, evidence.grads, evidence) with the evidence that "
+            "fp.observe(problem, params, batch, opt.needs(t)) returns"
+        )
+        raise MissingEvidence(msg)
+    return evidence
 
 
 @state
@@ -65,8 +101,8 @@ class Noise:
     """All random numbers of one observation.
 
     Attributes:
-        masks: dropout masks, in the order in which the model draws them.
-        needs: what each need draws.
+        masks: the dropout masks, in the order in which the model draws them.
+        needs: the random numbers of each need that has any.
     """
 
     masks: tuple[Tensor, ...]
@@ -82,15 +118,34 @@ def draw(
     generator: torch.Generator | None = None,
     buffers: Buffers | None = None,
 ) -> Noise:
-    """Draw all random numbers that :func:`observe` would, before it runs.
+    """Draw all random numbers that :func:`observe` needs, before it runs.
 
-    Compiled and vmapped steps take the result; an open loop can leave it to ``observe``. A model
-    with dropout is run once without gradient, to see which masks it takes.
+    Compiled and vmapped steps take the result as an argument. In an ordinary training loop,
+    :func:`observe` can draw the numbers itself; the same seed gives the same numbers either way.
+
+    Args:
+        problem, params, batch: the problem, and the point and the batch that will be observed.
+        needs: the needs that will be measured, such as ``opt.needs(t)``.
+        generator: the source of randomness. It is required if the needs or the model draw random
+            numbers.
+        buffers: the model's buffers; by default the initial ones of the problem.
+
+    Returns:
+        The :class:`Noise`. A model with dropout is run forward once without a gradient, to find
+        the shapes of its masks. Whether a model has dropout is found at the first call.
 
     Raises:
         ValueError: random numbers are needed and there is no generator.
+
+    Example:
+        >>> import torch, funcprecond as fp
+        >>> problem = fp.problem(torch.nn.Linear(4, 3), fp.losses.cross_entropy)
+        >>> batch = torch.ones(8, 4), torch.zeros(8, dtype=torch.int64)
+        >>> opt, generator = fp.kfac(), torch.Generator().manual_seed(0)
+        >>> noise = fp.draw(problem, problem.params, batch, opt.needs(0), generator=generator)
+        >>> evidence = fp.observe(problem, problem.params, batch, opt.needs(0), noise=noise)
     """
-    # In the order of ``observe``, so that one seed means one observation either way.
+    # The needs draw before the model, as in ``observe``, so that one seed gives the same numbers.
     drawn = _draw(problem, params, batch, needs, generator)
     training = problem.module is None or problem.module.training
     masks = ()
@@ -117,18 +172,33 @@ def observe(
     """Measure the loss, its gradient and all ``needs`` on one batch, from one forward run.
 
     Args:
-        problem, params, batch: what is observed, and where. Nothing of it is changed.
-        needs: what to measure; a method's are ``opt.needs(t)``.
-        noise: the random numbers, from :func:`draw`; drawn from ``generator`` if not given.
-        generator: an explicit source of randomness; not needed if nothing is random.
-        buffers: the model's buffers; at first the problem's own, then ``evidence.buffers``.
+        problem, params, batch: the problem, and the point and the batch to observe. None of them is
+            changed.
+        needs: the needs to measure; those of a method at step ``t`` are ``opt.needs(t)``.
+        noise: the random numbers, from :func:`draw`. By default they are drawn from ``generator``.
+        generator: the source of randomness. It is not required if nothing is random.
+        buffers: the model's buffers. They are the initial ones of the problem by default; in a
+            training loop, pass ``evidence.buffers`` of the step before.
 
     Returns:
-        The :class:`Evidence`.
+        The :class:`Evidence`. Costs one gradient, and the cost of each need.
 
     Raises:
-        ValueError: random numbers are needed and there is no generator; the batch is empty.
-        KeyError, RuntimeError: ``params`` do not fit the model.
+        ValueError: random numbers are needed and there is no generator, or the batch is empty.
+        KeyError: the names in ``params`` or ``buffers`` do not fit the model.
+        RuntimeError: the shapes in ``params`` do not fit the model, or the model does something
+            that cannot be observed, such as activation checkpointing or a draw from torch's global
+            generator.
+        NotImplementedError: torch has no derivative for a part of the model or the loss.
+
+    Example:
+        >>> import torch, funcprecond as fp
+        >>> problem = fp.problem(torch.nn.Linear(4, 3), fp.losses.cross_entropy)
+        >>> batch = torch.ones(8, 4), torch.zeros(8, dtype=torch.int64)
+        >>> opt = fp.adam()
+        >>> evidence = fp.observe(problem, problem.params, batch, opt.needs(0))
+        >>> evidence.grads["weight"].shape
+        torch.Size([3, 4])
     """
     needs = tuple(dict.fromkeys(needs))
     if noise is None:

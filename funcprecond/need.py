@@ -1,6 +1,6 @@
-"""Needs: what a method asks to be measured on a batch, as plain hashable values.
+"""Needs: hashable values that state what a method measures on a batch.
 
-To measure something new, write a :class:`Need`; nothing else changes.
+To measure something new, write a subclass of :class:`Need`; no other code has to change.
 """
 
 import dataclasses
@@ -17,15 +17,17 @@ __all__ = ["Every", "Need", "Turn", "is_mark"]
 
 
 class Need:
-    """Something to measure: a frozen, hashable dataclass that says what.
+    """A measurement on a batch, stated as a frozen, hashable dataclass.
 
-    Two methods with equal needs share one measurement.
+    The fields of a subclass are the options of the measurement. Methods with equal needs share one
+    measurement.
 
     Attributes:
-        layers: whether the layers' inputs and output gradients must be recorded.
-        twice: whether products with the Hessian or the Jacobian are taken.
-        gives: the type of the value, by which :func:`funcprecond.compose` tells whether a
-            representation can take it in.
+        layers: whether the measurement uses the inputs and output gradients of the layers, so that
+            the forward run must record them.
+        twice: whether the measurement takes products with the Hessian or the Jacobian.
+        gives: the type of the measured value. :func:`funcprecond.compose` compares it with the type
+            that a representation accepts.
     """
 
     layers: ClassVar[bool] = False
@@ -35,26 +37,56 @@ class Need:
     def draw(
         self, problem: Problem, params: Params, batch: Any, generator: torch.Generator | None
     ) -> Any:
-        """The random numbers that the measurement takes, as a tree of tensors; none by default."""
+        """Draw the random numbers of the measurement.
+
+        Args:
+            problem, params, batch: the problem, and the point and the batch of the measurement.
+            generator: the source of randomness, or None.
+
+        Returns:
+            A tree of tensors, which is empty by default.
+
+        Raises:
+            ValueError: random numbers are needed and ``generator`` is None.
+        """
         return ()
 
     def measure(self, evaluation: Evaluation, noise: Any) -> Any:
-        """The value: pure, and from the shared evaluation; it never runs the model itself."""
+        """Compute the value of the measurement, as a pure function.
+
+        Args:
+            evaluation: the forward run that all needs share. The measurement takes all derivatives
+                from it and does not run the model itself.
+            noise: the random numbers from :meth:`draw`.
+
+        Returns:
+            The measured value, of the type :attr:`gives`.
+        """
         return ()
 
 
 @dataclasses.dataclass(frozen=True)
 class Every(Need):
-    """The mark by which ``needs(t)`` tells ``update`` that an interval has passed.
+    """A mark in ``needs(t)`` that makes ``update`` do some work at step ``t``.
 
-    Nothing is measured. The mark is due at every step before ``start``, then at each multiple of
-    ``steps``.
+    Nothing is measured for it. The mark is due at every step before ``start``, and then at each
+    multiple of ``steps``.
 
     Attributes:
-        what: what is due, such as "refresh".
-        steps: the interval, at least 1.
-        start: until this step it is due every time. Statistics of the first steps change quickly,
-            and a first one of rank one makes a poor preconditioner for a whole interval.
+        what: the work that is due, such as "refresh".
+        steps: the interval, in steps, at least 1.
+        start: the mark is due at every step before this one. Statistics change quickly during the
+            first steps, and a first statistic of rank one would be a poor preconditioner for a
+            whole interval.
+
+    Raises:
+        ValueError: ``steps`` is less than 1 or ``start`` is negative.
+
+    Example:
+        >>> import funcprecond as fp
+        >>> refresh = fp.Every("refresh", steps=4, start=2)
+        >>> [t for t in range(10) if refresh.due(t)]
+        [0, 1, 4, 8]
     """
 
     what: str
@@ -63,22 +95,35 @@ class Every(Need):
 
     def __post_init__(self):
         if self.steps < 1 or self.start < 0:
-            msg = f"{self.what}: the interval must be at least 1 and start at least 0, not {self}"
+            msg = (
+                f"the interval of {self.what!r} must be at least 1 and start at least 0, not "
+                f"{self.steps} and {self.start}"
+            )
             raise ValueError(msg)
 
     def due(self, t: int) -> tuple[Need, ...]:
-        """``(self,)`` if it is due at step ``t``, a host integer counted from 0; else ``()``."""
+        """Return ``(self,)`` if the mark is due at a step, and ``()`` otherwise.
+
+        Args:
+            t: the step, a Python integer that counts from 0.
+
+        Returns:
+            A tuple of one need or none, to be joined with the other needs of the step.
+        """
         return (self,) if t < self.start or t % self.steps == 0 else ()
 
 
 @dataclasses.dataclass(frozen=True)
 class Turn(Need):
-    """The mark of a staggered interval: at each step the ``slot``-th share of the work is due.
+    """A mark that one share of the work of a staggered interval is due.
+
+    The work is divided into as many shares as the interval has steps, and one share is due at each
+    step.
 
     Attributes:
-        what: what is due, such as "refresh".
-        steps: the interval, which is also the number of shares.
-        slot: whose turn it is, from 0.
+        what: the work that is due, such as "refresh".
+        steps: the interval, in steps, which is also the number of shares.
+        slot: the index of the share that is due, from 0.
     """
 
     what: str
@@ -86,7 +131,14 @@ class Turn(Need):
     slot: int
 
     def share(self, costs: Sequence[float]) -> list[int]:
-        """The items of this slot, when all are dealt out so that the slots cost about the same."""
+        """Select the items of this share, such that all shares cost about the same.
+
+        Args:
+            costs: the cost of each item, in any unit.
+
+        Returns:
+            The indices of the items, in increasing order.
+        """
         loads, mine = [0.0] * self.steps, []
         for i in sorted(range(len(costs)), key=lambda i: -costs[i]):
             slot = min(range(self.steps), key=loads.__getitem__)
@@ -97,5 +149,5 @@ class Turn(Need):
 
 
 def is_mark(need: Need) -> bool:
-    """Whether a need is a mark of an interval, for which nothing is measured."""
+    """Whether a need is only a mark of an interval, for which nothing is measured."""
     return isinstance(need, (Every, Turn))

@@ -1,4 +1,4 @@
-"""What is minimised: a model, a loss, and the parameters to start from."""
+"""The training problem: a model, a loss, and the initial parameters."""
 
 import dataclasses
 import inspect
@@ -24,13 +24,15 @@ class Problem:
     ``problem(params, inputs)`` runs the model.
 
     Attributes:
-        forward: ``(params, buffers, inputs) -> (outputs, new buffers)``, mutating nothing.
-        loss: what is minimised, see :mod:`funcprecond.losses`.
-        params: the trainable parameters to start from, by name.
-        buffers: the model's buffers to start from, by name (running statistics of BatchNorm).
-        split: ``batch -> (inputs, targets)``.
+        forward: a pure function ``(params, buffers, inputs) -> (outputs, new buffers)``.
+        loss: the loss to minimize, see :mod:`funcprecond.losses`.
+        params: the initial values of the trainable parameters, by name.
+        buffers: the initial values of the model's buffers, by name, such as the running statistics
+            of BatchNorm.
+        split: a function ``batch -> (inputs, targets)``.
         module: the ``nn.Module`` that ``forward`` runs, or None for a plain function.
-        draws_masks: whether a run draws dropout masks, in train and in eval mode, as far as is known.
+        draws_masks: whether the model draws dropout masks in training mode (key True) and in eval
+            mode (key False). It is filled in by the first run in each mode.
     """
 
     forward: Callable[[Params, Buffers, Any], tuple[Any, Buffers]]
@@ -42,11 +44,26 @@ class Problem:
     draws_masks: dict[bool, bool] = dataclasses.field(default_factory=dict)
 
     def __call__(self, params: Params, inputs: Any, buffers: Buffers | None = None) -> Any:
-        """The model's outputs at ``params``, in the mode (train or eval) the module is in."""
+        """Run the model at ``params``, in the current mode (train or eval) of the module.
+
+        Args:
+            params: the parameters, by name.
+            inputs: the inputs of the model.
+            buffers: the model's buffers; by default the initial ones of the problem.
+
+        Returns:
+            The outputs of the model. Costs one forward run.
+        """
         return self.forward(params, self.buffers if buffers is None else buffers, inputs)[0]
 
     def couples_examples(self) -> str | None:
-        """The layer that makes one example's output depend on the others, if a module has one."""
+        """Find a layer that makes the output of one example depend on the other examples.
+
+        Only the BatchNorm layers of a module are found. A plain function is not examined.
+
+        Returns:
+            A description of the first such layer, or None if none is found.
+        """
         for name, module in self.module.named_modules() if self.module else ():
             if not isinstance(module, nn.modules.batchnorm._BatchNorm):
                 continue
@@ -58,7 +75,13 @@ class Problem:
 
 
 def as_pair(batch: Any) -> tuple[Any, Any]:
-    """``batch -> (inputs, targets)`` for batches that are pairs.
+    """Split a batch that is a pair into its inputs and targets.
+
+    Args:
+        batch: a tuple or a list of length two.
+
+    Returns:
+        The pair (inputs, targets).
 
     Raises:
         TypeError: the batch is not a pair.
@@ -68,7 +91,7 @@ def as_pair(batch: Any) -> tuple[Any, Any]:
     length = f" of {len(batch)}" if isinstance(batch, (tuple, list)) else ""
     msg = (
         f"the batch is a {type(batch).__name__}{length}, not a pair (inputs, targets): pass "
-        "split=, a function from your batch to that pair, to fp.problem"
+        "fp.problem a function split= that maps your batch to such a pair"
     )
     raise TypeError(msg)
 
@@ -80,33 +103,50 @@ def problem(
     params: Mapping[str, Tensor] | None = None,
     split: Callable[[Any], tuple[Any, Any]] = as_pair,
 ) -> Problem:
-    """State a training problem.
+    """Define a training problem from a model and a loss.
 
     Args:
-        model: an ``nn.Module``, or any function ``(params, inputs) -> outputs`` of a dict of
-            tensors. A module's inputs may be one tensor, a tuple (its positional arguments) or a
-            dict (its keyword arguments); its own parameters and buffers are never changed.
-            Parameters with ``requires_grad=False`` are constants; tied ones appear once.
-        loss: one of :mod:`funcprecond.losses`, one of torch's losses, or any callable
-            ``(outputs, targets) -> 0-d tensor``.
-        params: where to start, for a plain function; a module brings its own.
-        split: ``batch -> (inputs, targets)``; the default takes pairs. A batch is opaque otherwise.
+        model: an ``nn.Module``, or any function ``(params, inputs) -> outputs`` in which ``params``
+            is a dict of tensors. The inputs of a module may be one tensor, a tuple (its positional
+            arguments) or a dict (its keyword arguments). The module's own parameters and buffers
+            are never changed. Parameters with ``requires_grad=False`` are treated as constants, and
+            a tied parameter appears once.
+        loss: a loss of :mod:`funcprecond.losses`, a loss of torch (a function or a module), or any
+            callable ``(outputs, targets) -> 0-d tensor``.
+        params: the initial parameters of a plain function. For a module, the initial parameters are
+            its own, and this argument must be None.
+        split: a function ``batch -> (inputs, targets)``. The default expects the batch to be such a
+            pair. A batch may have any type that ``split`` takes.
 
     Returns:
         A :class:`Problem`.
 
     Raises:
-        TypeError: ``model`` or ``loss`` is not callable, a module was given with ``params``, or it
-            is one that hides the modules within (scripted, ``nn.DataParallel``).
-        ValueError: a trainable parameter is not floating point, or has no storage yet.
+        TypeError: ``model`` or ``loss`` is not callable; a plain function does not take the two
+            arguments ``(params, inputs)``; a module was given together with ``params``; or the
+            module hides the layers inside it (a scripted module or ``nn.DataParallel``).
+        ValueError: a trainable parameter is not a floating-point tensor, or it belongs to a lazy
+            module and has no shape yet; or the loss is a module of torch with
+            ``reduction="none"``.
+
+    Example:
+        >>> import torch, funcprecond as fp
+        >>> problem = fp.problem(torch.nn.Linear(4, 3), fp.losses.cross_entropy)
+        >>> sorted(problem.params)
+        ['bias', 'weight']
+        >>> problem(problem.params, torch.ones(8, 4)).shape
+        torch.Size([8, 3])
     """
     loss = as_loss(loss)
     if isinstance(model, nn.Module):
         if params is not None:
-            msg = "a module brings its own params: pass params= only with a plain function"
+            msg = "a module has its own parameters: pass params= only with a plain function"
             raise TypeError(msg)
         if isinstance(model, (torch.jit.ScriptModule, nn.DataParallel)):
-            msg = f"the layers of a {type(model).__name__} cannot be seen: pass the module in it"
+            msg = (
+                f"a {type(model).__name__} hides the layers of the model: pass the original "
+                "nn.Module instead"
+            )
             raise TypeError(msg)
         return _from_module(model, loss, split)
     if not callable(model):
@@ -115,7 +155,7 @@ def problem(
     try:
         inspect.signature(model).bind({}, None)
     except TypeError as error:
-        msg = f"a model that is a function takes (params, inputs): {error}"
+        msg = f"a model that is a plain function must take two arguments (params, inputs): {error}"
         raise TypeError(msg) from None
 
     def forward(params, buffers, inputs):
@@ -129,19 +169,19 @@ def _from_module(model: nn.Module, loss: Loss, split: Callable) -> Problem:
     frozen = {k: p.detach() for k, p in named.items() if not p.requires_grad}
     start = _trainable({k: p for k, p in named.items() if p.requires_grad})
     start_buffers = {k: b.detach().clone() for k, b in model.named_buffers()}
-    # A set of its own: a compiler would guard on ``params is start``, and compile the second step
-    # anew.
+    # ``forward`` compares with these sets and not with ``start``: otherwise a compiler would guard
+    # on ``params is start`` and recompile at the second step.
     names, buffer_names = frozenset(start), frozenset(start_buffers)
-    # One name for all places of a tied tensor. Found once: torch's ``functional_call`` would search
-    # the module for them at each call, which a small step feels.
+    # All places of a tied tensor share one name. They are found only once, because a search at
+    # every call, as in torch's ``functional_call``, would slow down small steps.
     name_of = {id(x): name for name, x in (*named.items(), *model.named_buffers())}
     places = [(*place, name_of[id(x)]) for place, x in _places(model)]
 
     def forward(params, buffers, inputs):
         _fit("params", params, names)
         _fit("buffers", buffers, buffer_names)
-        # Layers write into the buffers they are given: into clones, made where a transform sees
-        # them.
+        # Layers write into the buffers that they receive, so they receive clones. The clones are
+        # made here so that a transform around this function covers them.
         fresh = {k: b.clone() for k, b in buffers.items()}
         tensors = {**frozen, **params, **fresh}
         args, kwargs = _arguments(inputs)
@@ -150,8 +190,8 @@ def _from_module(model: nn.Module, loss: Loss, split: Callable) -> Problem:
             for held, key, name in places:
                 held[key] = tensors[name]
             outputs = model(*args, **kwargs)
-            # A layer may also put a new tensor in a buffer's place. One that it takes away is back
-            # in the next run, as it was.
+            # A layer may also replace a buffer with a new tensor. If a layer removes a buffer, then
+            # the next run starts from the buffer's old value.
             found = ((name, held.get(key)) for held, key, name in places if name in fresh)
             fresh |= {name: x for name, x in found if x is not None}
         finally:
@@ -167,13 +207,13 @@ def _fit(what: str, given: Mapping[str, Tensor], names: frozenset[str]) -> None:
         missing, unknown = names - given.keys(), given.keys() - names
         msg = (
             f"{what} do not fit the model: missing {sorted(missing) or 'none'}, "
-            f"unknown {sorted(unknown) or 'none'}"
+            f"unknown {sorted(unknown) or 'none'}; pass a dict with the names of problem.{what}"
         )
         raise KeyError(msg)
 
 
 def _places(model: nn.Module) -> list[tuple[tuple[dict, str], Tensor]]:
-    """Every place that holds a parameter or a buffer, a dict and a key; and what it holds."""
+    """Each place that holds a parameter or a buffer (a dict and a key), with the tensor in it."""
     return [
         ((held, key), tensor)
         for module in model.modules()
@@ -193,34 +233,37 @@ def _trainable(params: Mapping[str, Tensor]) -> Params:
     for name, p in params.items():
         if not isinstance(p, Tensor) or not p.is_floating_point():
             kind = p.dtype if isinstance(p, Tensor) else type(p).__name__
-            msg = f"parameter {name!r} must be a floating-point tensor, not {kind}"
+            msg = (
+                f"parameter {name!r} must be a floating-point tensor, not {kind}: leave constants "
+                "out of params"
+            )
             raise ValueError(msg)
         if isinstance(p, nn.parameter.UninitializedParameter):
-            msg = f"parameter {name!r} has no shape yet: run the lazy module once on a batch first"
+            msg = f"parameter {name!r} has no shape yet: run the lazy module on one batch first"
             raise ValueError(msg)
-    # Copies, so that nothing that happens to the module later reaches them.
+    # These are copies, so that later changes to the module do not affect them.
     return {name: p.detach().clone() for name, p in params.items()}
 
 
 def example_count(outputs: Any) -> int:
-    """N, the length of axis 0 of the outputs.
+    """Return N, the length of axis 0 of the outputs.
 
     Raises:
-        ValueError: the outputs have no example axis, or it is empty.
+        ValueError: the outputs have no axis 0, or its length is zero.
     """
     leaves = [outputs] if isinstance(outputs, Tensor) else tree.leaves(outputs)
     first = next(x for x in leaves if isinstance(x, Tensor))
     if first.ndim == 0 or first.shape[0] == 0:
         msg = (
-            f"the model's outputs have shape {tuple(first.shape)}: axis 0 must count the batch's "
-            "examples, at least one"
+            f"the model's outputs have shape {tuple(first.shape)}: axis 0 must count the examples "
+            "of the batch, and there must be at least one"
         )
         raise ValueError(msg)
     return first.shape[0]
 
 
 def detach(tensors: Any) -> Any:
-    """The same tree without a graph."""
+    """Return the same tree with all tensors detached from their autograd graph."""
     if isinstance(tensors, Tensor):
         return tensors.detach()
     return tree.map(lambda x: x.detach() if isinstance(x, Tensor) else x, tensors)

@@ -1,4 +1,4 @@
-"""A whole training step as one pure function: to be compiled, vmapped or differentiated through."""
+"""A whole training step as one pure function, which can be compiled, vmapped and differentiated."""
 
 import types
 from collections.abc import Callable
@@ -25,30 +25,43 @@ def make_step(
     compile: bool = False,
     donate: bool = False,
 ) -> Callable:
-    """One whole training step as a pure function: observe, update, apply.
+    """Make one whole training step as a pure function that observes, updates and applies.
 
     Args:
-        problem: what is minimised.
-        opt: the method, with its learning rate, unless that is ``rate``.
-        rate: see :func:`apply`.
-        compile: compile it, full graph, once for each distinct set of needs.
-        donate: write the results into the tensors of ``params`` and ``state`` that were passed in,
-            and return those (0-d ones, such as a step counter, are new). It saves fresh memory,
-            which for an element-wise method is most of the time. This is the one exception to
-            purity: the old values are gone, and no gradient flows through the step. Start from a
-            copy of ``problem.params``. A step that changes the structure of the state, such as
-            K-FAC's first, donates nothing.
+        problem: the training problem.
+        opt: the method. It includes the learning rate, unless ``rate`` is given.
+        rate: the learning rate, see :func:`funcprecond.apply`.
+        compile: whether to compile the step with ``torch.compile``, as a full graph and once for
+            each distinct set of needs.
+        donate: whether to write the results into the tensors of ``params`` and ``state`` that were
+            passed in, and return these tensors. This avoids the allocation of new memory, which
+            takes most of the time of an element-wise method. It is the only exception to purity:
+            the old values are lost, and no gradient flows through the step. Start from a copy of
+            ``problem.params``. 0-d tensors, such as a step counter, are returned as new tensors. A
+            step that changes the structure of the state, such as the first step of K-FAC, writes
+            over nothing.
 
     Returns:
-        ``step(params, state, batch, t, noise=None, buffers=None) -> (params, state, evidence)``. It
-        can be vmapped over ensembles and differentiated through. ``noise`` comes from
-        :func:`funcprecond.draw`. The evidence returned holds the loss, the outputs and the buffers;
-        its ``params``, ``grads`` and ``measured`` are empty, for a gradient that nobody waits for
-        leaves its memory to the new parameters. To see gradients, observe and update yourself.
+        A function ``step(params, state, batch, t, noise=None, buffers=None) -> (params, state,
+        evidence)``. It can be vmapped over an ensemble, and differentiated. ``t`` is a Python
+        integer that counts from 0, and ``noise`` comes from :func:`funcprecond.draw`. The returned
+        evidence contains the loss, the outputs and the buffers. Its ``params``, ``grads`` and
+        ``measured`` are empty, so that the new parameters can reuse the memory of the gradient. To
+        get gradients, call :func:`funcprecond.observe` and ``opt.update`` instead.
 
     Raises:
-        ValueError: ``donate`` without ``compile``; or, by the step, donated tensors that would be
-            written over twice or are the problem's own.
+        ValueError: ``donate`` is True and ``compile`` is False. The step also raises it if a tensor
+            to be donated occurs twice, or belongs to the problem or to the other arguments.
+
+    Example:
+        >>> import torch, funcprecond as fp
+        >>> problem = fp.problem(torch.nn.Linear(4, 3), fp.losses.cross_entropy)
+        >>> batch = torch.ones(8, 4), torch.zeros(8, dtype=torch.int64)
+        >>> opt = fp.adam()
+        >>> step = fp.make_step(problem, opt, rate=0.01)
+        >>> params, state, evidence = step(problem.params, opt.init(problem.params), batch, 0)
+        >>> params["weight"].shape
+        torch.Size([3, 4])
     """
 
     def body(params: Params, state: Any, needs: tuple, batch: Any, noise: Noise, buffers: Buffers):
@@ -82,25 +95,35 @@ def make_update(
     compile: bool = False,
     donate: bool = False,
 ) -> Callable:
-    """The part of a step after the gradient, for gradients that come from somewhere else.
+    """Make the part of a step that follows the gradient, for gradients from another source.
 
     Args:
-        opt: a method that needs the gradient only, with its intervals.
-        rate, compile, donate: as for :func:`make_step`.
+        opt: a method that needs only the gradient. Its intervals are respected.
+        rate, compile, donate: see :func:`make_step`.
 
     Returns:
-        ``update(params, state, grads, t) -> (params, state)``; ``t`` is a host integer counted
-        from 0.
+        A function ``update(params, state, grads, t) -> (params, state)``, in which ``t`` is a
+        Python integer that counts from 0.
 
     Raises:
-        ValueError: as :func:`make_step`.
-        MissingEvidence: by the update, if the method needs more than the gradient.
+        ValueError: ``donate`` is True and ``compile`` is False. The returned function also raises
+            it if a tensor to be donated occurs twice or is one of the gradients.
+        MissingEvidence: the returned function raises it if the method needs more than the gradient.
+
+    Example:
+        >>> import torch, funcprecond as fp
+        >>> opt = fp.sgd()
+        >>> update = fp.make_update(opt, rate=0.5)
+        >>> params = {"w": torch.tensor([1.0])}
+        >>> params, state = update(params, opt.init(params), {"w": torch.tensor([4.0])}, 0)
+        >>> params["w"]
+        tensor([-1.])
     """
 
     def body(params: Params, state: Any, needs: tuple, grads: Params):
         missing = [n for n in needs if not is_mark(n)]
         if missing:
-            msg = f"{missing[0]} cannot be measured without a batch: use fp.make_step"
+            msg = f"the method needs {missing[0]}, which is measured on a batch: use fp.make_step"
             raise MissingEvidence(msg)
         nothing = torch.zeros(())
         evidence = Evidence(params, nothing, nothing, grads, {}, dict.fromkeys(needs, ()))
@@ -116,9 +139,9 @@ def make_update(
 
 
 def _driver(body: Callable, compile: bool, donate: bool, owned: Any) -> Callable:
-    """``body(params, state, needs, *inputs)``, compiled for each distinct set of needs if asked."""
+    """Return ``body``, or a function that compiles it once for each distinct set of needs."""
     if donate and not compile:
-        msg = "donate=True is for compile=True: nothing else writes over tensors"
+        msg = "donate=True requires compile=True: only a compiled step writes over its arguments"
         raise ValueError(msg)
     if not compile:
         return body
@@ -133,7 +156,7 @@ def _driver(body: Callable, compile: bool, donate: bool, owned: Any) -> Callable
                 new_params, new_state, *rest = body(params, state, needs, *inputs)
                 if not donate:
                     return new_params, new_state, *rest
-                # Memory of their own, for an output or a buffer can be a view of a parameter.
+                # Cloned, because an output or a buffer can be a view of a parameter.
                 rest = [tree.map(torch.clone, x) for x in rest]
                 return *tree.write_over((params, state), (new_params, new_state)), *rest
 
@@ -148,15 +171,15 @@ def _check_donation(donated: Any, kept: Any) -> None:
     others = {id(x) for x in tree.leaves(kept)}
     if len(set(mine)) < len(mine) or not others.isdisjoint(mine):
         msg = (
-            "a donated tensor is in two places, or belongs to the problem or the batch: at first "
-            "pass copies, {k: p.clone() for k, p in problem.params.items()}"
+            "a tensor to be donated occurs in two places, or belongs to the problem or the batch: "
+            "at the first step pass copies, {k: p.clone() for k, p in problem.params.items()}"
         )
         raise ValueError(msg)
 
 
 def _compiled(function: Callable) -> Callable:
-    # The compiler counts recompilations by code object, over all closures that share one; this copy
-    # has a count of its own.
+    # The compiler counts recompilations per code object, which all closures of a function share.
+    # This copy has its own count.
     own = types.FunctionType(
         function.__code__.replace(), function.__globals__, closure=function.__closure__
     )

@@ -1,8 +1,8 @@
-"""Whether a transform, a compiler or autograd is tracing the code that asks.
+"""Tests of whether a transform, a compiler or autograd traces the calling code.
 
-Eager code may stop a loop early, write over its own temporaries, and use derivatives of our own.
-Under ``torch.func`` transforms, ``torch.compile``, forward mode or an outer autograd graph it may
-not; the functions here tell the two apart.
+Eager code may stop a loop early, write over its own temporaries, and use the library's own
+derivatives. Traced code (under ``torch.func`` transforms, ``torch.compile``, forward mode or an
+outer autograd graph) may not. The functions here distinguish the two.
 """
 
 from collections.abc import Iterable
@@ -18,12 +18,12 @@ __all__ = ["in_transform", "is_eager", "is_traced", "multi_tensor"]
 
 
 def in_transform() -> bool:
-    """Whether a ``torch.func`` transform is running the code that asks."""
+    """Whether the calling code runs under a ``torch.func`` transform."""
     return torch._C._functorch.peek_interpreter_stack() is not None  # pyright: ignore
 
 
 def is_traced() -> bool:
-    """Whether a transform, a compiler or forward mode wants torch's own rules of differentiation."""
+    """Whether a transform, a compiler or forward mode requires torch's own derivatives."""
     return torch.compiler.is_compiling() or in_transform() or forward_ad._current_level >= 0
 
 
@@ -31,8 +31,8 @@ def is_eager(tensors: Any) -> bool:
     """Whether nothing traces a call: no compiler, no transform, and no outer graph.
 
     Args:
-        tensors: a tree of all that goes into the call. An outer graph is there where gradients are
-            enabled and one of these tensors requires one.
+        tensors: a tree of all arguments of the call. There is an outer graph if gradients are
+            enabled and one of these tensors requires a gradient.
     """
     if is_traced():
         return False
@@ -40,10 +40,14 @@ def is_eager(tensors: Any) -> bool:
 
 
 def multi_tensor(*values: Iterable[Any]) -> bool:
-    """Whether torch's multi-tensor operations can take ``values`` and change results in place.
+    """Whether torch's multi-tensor operations may take ``values`` and change results in place.
 
-    They cannot in a ``torch.func`` transform, which has no rules for them; nor where autograd
-    records, because it may keep a result for its backward pass; nor if there is no tensor.
+    They may not in three cases: under a ``torch.func`` transform, which has no rules for them;
+    where autograd records, because it may keep a result for its backward pass; and if ``values``
+    contain no tensor.
+
+    Args:
+        *values: collections of tensors and other values.
     """
     if in_transform():
         return False
@@ -53,7 +57,7 @@ def multi_tensor(*values: Iterable[Any]) -> bool:
 
 
 def _requires_grad(tensors: Any) -> bool:
-    # The plain containers by hand: in a small step torch's walk over trees would be felt.
+    # Plain containers are searched directly, because torch's traversal of trees slows small steps.
     if isinstance(tensors, Tensor):
         return tensors.requires_grad
     if isinstance(tensors, dict):

@@ -1,4 +1,4 @@
-"""The one type of every method and of everything that is chained around it."""
+"""The type of every method, and of everything that is chained with a method."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -14,14 +14,26 @@ __all__ = ["Transform", "apply", "chain", "counter", "gradient_only", "stateless
 
 
 class Transform(NamedTuple):
-    """Turns gradients into directions, by three pure functions.
+    """Three pure functions that turn gradients into directions.
 
     Attributes:
-        init: ``params -> state``. A state is a tree of tensors.
-        update: ``(state, grads, evidence=None) -> (new state, direction)``. A direction has the
-            sign and the dtypes of the gradient. Methods that need the gradient only work without
-            evidence, and then measure and refresh at every call.
-        needs: ``t -> needs``: what to observe at step ``t``, a host integer counted from 0.
+        init: a function ``params -> state``. A state is a tree of tensors.
+        update: a function ``(state, grads, evidence=None) -> (new state, direction)``. The
+            direction has the dtypes of the gradient, and it is subtracted from the parameters, as a
+            gradient is. A method that needs only the gradient also works without evidence; it then
+            measures and refreshes at every call.
+        needs: a function ``t -> needs``: the needs to observe at step ``t``, a Python integer that
+            counts from 0.
+
+    Example:
+        >>> import torch, funcprecond as fp
+        >>> opt = fp.momentum(0.5)
+        >>> grads = {"w": torch.ones(2)}
+        >>> state = opt.init(grads)
+        >>> for _ in range(2):
+        ...     state, direction = opt.update(state, grads)
+        >>> direction["w"]
+        tensor([1.5000, 1.5000])
     """
 
     init: Callable[[Params], Any]
@@ -30,21 +42,37 @@ class Transform(NamedTuple):
 
 
 def gradient_only(init: Callable, update: Callable) -> Transform:
-    """A transform whose ``update(state, grads)`` asks for nothing beside the gradient."""
+    """Make a transform from an ``update(state, grads)`` that takes only the gradient."""
     return Transform(init, lambda state, grads, evidence=None: update(state, grads))
 
 
 def stateless(function: Callable[[Params], Params]) -> Transform:
-    """A transform that maps each gradient on its own."""
+    """Make a transform without a state from a function of the gradient."""
     return gradient_only(lambda params: (), lambda state, grads: (state, function(grads)))
 
 
 def chain(*transforms: Transform) -> Transform:
     """Apply transforms one after another: the direction of one is the gradient of the next.
 
-    The order carries meaning. ``chain(adam(), weight_decay(0.1), scale(1e-3))`` decays the weights
-    themselves (decoupled, AdamW); ``chain(weight_decay(0.1), adam(), scale(1e-3))`` adds the decay
-    to the gradient that Adam sees (an L2 penalty). The learning rate comes last.
+    The order matters. ``chain(adam(), weight_decay(0.1), scale(1e-3))`` decays the weights
+    themselves (decoupled weight decay, as in AdamW), and ``chain(weight_decay(0.1), adam(),
+    scale(1e-3))`` adds the decay to the gradient that Adam receives (an L2 penalty). The learning
+    rate comes last.
+
+    Args:
+        *transforms: the transforms, in the order in which they are applied.
+
+    Returns:
+        A :class:`Transform`. Its state is the tuple of the states of ``transforms``, and its needs
+        are all of their needs.
+
+    Example:
+        >>> import torch, funcprecond as fp
+        >>> opt = fp.chain(fp.momentum(0.9), fp.scale(0.5))
+        >>> grads = {"w": torch.tensor([1.0, -2.0])}
+        >>> state, direction = opt.update(opt.init(grads), grads)
+        >>> direction["w"]
+        tensor([ 0.5000, -1.0000])
     """
 
     def init(params):
@@ -64,24 +92,32 @@ def chain(*transforms: Transform) -> Transform:
 
 
 def apply(params: Params, direction: Params, rate: float | Tensor = 1.0) -> Params:
-    """``params - rate * direction``, as new tensors of the parameters' dtypes.
+    """Compute the new parameters ``params - rate * direction``.
 
     Args:
-        params, direction: with the same names.
-        rate: a learning rate; here it saves the pass over memory that :func:`funcprecond.scale`
-            takes.
+        params, direction: the parameters and the direction, with the same names.
+        rate: the learning rate. With the rate here, no :func:`funcprecond.scale` is needed, which
+            saves one pass over memory.
+
+    Returns:
+        New tensors, with the dtypes of ``params``.
 
     Raises:
-        KeyError: the direction lacks a parameter.
+        KeyError: a parameter has no entry in the direction.
+
+    Example:
+        >>> import torch, funcprecond as fp
+        >>> fp.apply({"w": torch.tensor([1.0])}, {"w": torch.tensor([4.0])}, rate=0.5)
+        {'w': tensor([-1.])}
     """
     missing = params.keys() - direction.keys()
     if missing:
-        msg = f"the direction has no entry for {sorted(missing)}"
+        msg = f"the direction has no entry for {sorted(missing)}: it must contain every parameter"
         raise KeyError(msg)
     return treemath.add(params, treemath.cast(direction, params), -rate)
 
 
 def counter(like: Params) -> Tensor:
-    """A step counter at zero: a 0-d integer tensor on the parameters' device."""
+    """Make a step counter, a 0-d integer tensor with the value 0 on the parameters' device."""
     first = next(iter(like.values()), torch.zeros(()))
     return first.new_zeros((), dtype=torch.int64)

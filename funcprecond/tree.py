@@ -1,9 +1,9 @@
 """Trees of tensors: immutable states, and maps over them.
 
 A *tree* is a nest of dicts, tuples, lists and classes made by :func:`state`, with tensors as
-leaves. Everything funcprecond passes around is a tree, so ``torch.func.vmap``, ``torch.compile``
-and the collate functions of ``torch.utils.data`` treat a K-FAC state like any other argument. This
-is the only file that touches torch's pytree registry.
+leaves. All data in funcprecond are trees, so ``torch.func.vmap``, ``torch.compile`` and the collate
+functions of ``torch.utils.data`` treat a K-FAC state like any other argument. This is the only file
+that uses torch's pytree registry.
 """
 
 import dataclasses
@@ -32,26 +32,35 @@ Buffers = dict[str, Tensor]
 
 
 def static(**kwargs: Any) -> Any:
-    """A field of a :func:`state` class that belongs to the structure and is not a leaf.
+    """Declare a field of a :func:`state` class that belongs to the structure and is not a leaf.
 
-    Its value must be hashable: names, flags, shapes, frozen configurations.
+    Its value must be hashable, such as a name, a flag, a shape or a frozen configuration.
 
     Args:
-        **kwargs: what :func:`dataclasses.field` takes, such as ``default``.
+        **kwargs: the arguments of :func:`dataclasses.field`, such as ``default``.
 
     Returns:
         The field, for the body of the class.
+
+    Example:
+        >>> import torch, funcprecond as fp
+        >>> @fp.tree.state
+        ... class Named:
+        ...     value: torch.Tensor
+        ...     name: str = fp.tree.static(default="x")
+        >>> fp.tree.leaves(Named(torch.ones(2)))
+        [tensor([1., 1.])]
     """
     return dataclasses.field(metadata={"static": True}, **kwargs)
 
 
 @dataclass_transform(frozen_default=True, field_specifiers=(dataclasses.field, static))
 def state(cls: type[T]) -> type[T]:
-    """Make a class an immutable dataclass that is a tree.
+    """Turn a class into an immutable dataclass that is a tree.
 
-    Its fields are the tree's children, except for the :func:`static` ones, which belong to the
-    structure. The class must not validate in ``__post_init__``, because transforms rebuild it with
-    placeholders as leaves.
+    Its fields are the children of the tree, except for the :func:`static` fields, which belong to
+    the structure. The class must not validate its fields in ``__post_init__``, because transforms
+    rebuild it with placeholders as leaves.
 
     Args:
         cls: a class with annotated fields.
@@ -60,11 +69,11 @@ def state(cls: type[T]) -> type[T]:
         The dataclass, registered with torch.
 
     Example:
-        >>> import torch
-        >>> @state
+        >>> import torch, funcprecond as fp
+        >>> @fp.tree.state
         ... class Mean:
-        ...     total: Tensor
-        ...     count: Tensor
+        ...     total: torch.Tensor
+        ...     count: torch.Tensor
         >>> stacked = Mean(torch.ones(3, 2), torch.ones(3))
         >>> torch.vmap(lambda mean: mean.total / mean.count)(stacked).shape
         torch.Size([3, 2])
@@ -102,40 +111,66 @@ unflatten = pytree.tree_unflatten
 
 
 def leaves_by_path(tree: Any, is_leaf: Any = None) -> list[tuple[str, Any]]:
-    """The leaves with their readable paths, such as ``"factor.left.fc.weight"``.
+    """List the leaves with their readable paths, such as ``"factor.left.fc.weight"``.
 
     Args:
         tree: any tree.
-        is_leaf: ``node -> bool``, what counts as a leaf besides the usual ones.
+        is_leaf: a function ``node -> bool`` that selects nodes to be leaves besides the usual ones.
 
     Returns:
         Pairs of a path and a leaf, in the order of :data:`leaves`.
+
+    Example:
+        >>> import torch, funcprecond as fp
+        >>> fp.tree.leaves_by_path({"w": torch.zeros(1), "layers": (torch.ones(1),)})
+        [('w', tensor([0.])), ('layers.0', tensor([1.]))]
     """
     found, _ = pytree.tree_flatten_with_path(tree, is_leaf=is_leaf)
     return [(_path(keys), leaf) for keys, leaf in found]
 
 
 def map_by_path(function: Any, tree: Any, is_leaf: Any = None) -> Any:
-    """The tree with ``function(path, leaf)`` in the place of each leaf; see :func:`leaves_by_path`."""
+    """Replace each leaf of a tree with ``function(path, leaf)``.
+
+    Args:
+        function: a function of a path, as in :func:`leaves_by_path`, and a leaf.
+        tree: any tree.
+        is_leaf: see :func:`leaves_by_path`.
+
+    Returns:
+        A tree with the same structure.
+
+    Example:
+        >>> import torch, funcprecond as fp
+        >>> fp.tree.map_by_path(lambda path, x: path, {"a": (torch.ones(1), torch.ones(1))})
+        {'a': ('a.0', 'a.1')}
+    """
     return pytree.tree_map_with_path(
         lambda keys, leaf: function(_path(keys), leaf), tree, is_leaf=is_leaf
     )
 
 
 def write_over(old: T, new: T) -> T:
-    """Copy the values of ``new`` into the tensors of ``old``, and return those.
+    """Copy the values of ``new`` into the tensors of ``old``, and return these tensors.
 
-    This is the one function here that changes a tensor it was given. It leaves 0-d tensors alone
-    and returns the new ones, because in torch 2.13 a compiled function loses what is written over a
-    0-d float64 argument.
+    This is the only function of this module that changes its arguments. A 0-d tensor is not
+    changed, and the new one is returned in its place, because a function compiled by torch 2.13
+    loses what is written into a 0-d float64 argument.
 
     Args:
         old: the tree to write into.
-        new: the values.
+        new: the tree of values.
 
     Returns:
-        The tree of ``old``'s tensors. If the two trees differ in structure, shapes or dtypes, then
-        nothing is changed and ``new`` is returned.
+        The tree of the tensors of ``old``. If the two trees differ in structure, shapes or dtypes,
+        then nothing is changed and ``new`` is returned.
+
+    Example:
+        >>> import torch, funcprecond as fp
+        >>> old = {"w": torch.zeros(2)}
+        >>> kept = fp.tree.write_over(old, {"w": torch.ones(2)})
+        >>> kept["w"] is old["w"], old["w"]
+        (True, tensor([1., 1.]))
     """
     ours, structure = flatten(old)
     theirs, other = flatten(new)
@@ -144,7 +179,7 @@ def write_over(old: T, new: T) -> T:
     )
     if not alike:
         return new
-    # All are copied before any is written over: one may be a view of another.
+    # All values are cloned before any tensor is written into, because one may be a view of another.
     pairs = [(a, b if a is b else b.clone()) for a, b in zip(ours, theirs, strict=True)]
     return unflatten([a.copy_(b) if a.ndim and a is not b else b for a, b in pairs], structure)
 

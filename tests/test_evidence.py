@@ -135,7 +135,9 @@ def test_what_was_not_measured_is_named_with_what_was():
     evidence = fp.observe(toy.problem, toy.params, toy.batch, (Objective(),))
     assert Objective() in evidence
     assert HessianProbes() not in evidence
-    with pytest.raises(fp.MissingEvidence, match=r"HessianProbes.*contains Objective.*opt.needs\(t\)"):
+    with pytest.raises(
+        fp.MissingEvidence, match=r"HessianProbes.*contains Objective.*opt.needs\(t\)"
+    ):
         evidence[HessianProbes()]
 
 

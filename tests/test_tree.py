@@ -137,7 +137,9 @@ def test_missing_and_unknown_names_are_listed():
 
 @pytest.mark.parametrize("saved", [torch.ones(3), torch.ones(2, dtype=torch.float64)])
 def test_another_shape_or_dtype_is_an_error_that_names_both(saved):
-    with pytest.raises(ValueError, match=r"'a' was saved with .* but shape \(2,\) and dtype torch.float32"):
+    with pytest.raises(
+        ValueError, match=r"'a' was saved with .* but shape \(2,\) and dtype torch.float32"
+    ):
         from_dict({"a": torch.ones(2)}, {"a": saved})
 
 

@@ -1,8 +1,9 @@
 # %% [markdown]
 # # Curvature by hand
 #
-# A preconditioner is three choices: which curvature matrix, how to store it, how to solve with it.
-# Here each is taken by itself, on a network small enough to see the whole matrix.
+# A preconditioner results from three choices: which curvature matrix to use, how to represent it,
+# and how to solve with it. This tutorial makes each choice separately, for a network that is so
+# small that the whole matrix can be computed and drawn.
 
 # %%
 import tempfile
@@ -22,9 +23,9 @@ import matplotlib.pyplot as plt
 torch.set_num_threads(1)
 
 # %% [markdown]
-# Real data that comes with scikit-learn: 150 irises, four lengths each, of three species. A small
-# network learns them to about the middle of training, so that its curvature is not that of an
-# initialisation.
+# The data are four lengths for each of 150 irises of three species, which come with scikit-learn. A
+# small network is first trained for 40 steps, so that the curvature below is not that of randomly
+# initialized weights.
 
 # %%
 lengths, species = load_iris(return_X_y=True)
@@ -48,9 +49,10 @@ assert evidence.loss < 0.6
 # %% [markdown]
 # ## First choice: the matrix
 #
-# The Hessian, the Gauss-Newton matrix and the empirical Fisher matrix of the same loss. They are
-# operators: nothing is computed before it is multiplied. Central differences of the gradient know
-# nothing of how the Hessian's products are made, so they are a fair judge.
+# The candidates are the Hessian, the Gauss-Newton matrix and the empirical Fisher matrix of the
+# same loss. They are operators: nothing is computed until one of them is multiplied by a vector.
+# The product with the Hessian is compared with central differences of the gradient, which are an
+# independent computation.
 
 # %%
 hessian = fp.Hessian(problem, params, batch)
@@ -73,15 +75,16 @@ for name, c in {"Hessian": hessian, "Gauss-Newton": ggn, "empirical Fisher": emp
     print(f"{name:17} trace {float(c.trace()):6.3f}, smallest eigenvalue {float(values[0]):9.2e}, "
           f"largest {float(values[-1]):.3f}")  # fmt: skip
 
-# The Hessian is indefinite here; the other two cannot be.
+# The Hessian is indefinite here. The other two are positive semi-definite.
 assert torch.linalg.eigvalsh(hessian.to_dense())[0] < -1e-4
 assert torch.linalg.eigvalsh(ggn.to_dense())[0] > -1e-12
 
 # %% [markdown]
 # ## Second choice: the representation
 #
-# The whole matrix; its blocks, one a layer; a Kronecker product for each layer; its diagonal. Each
-# has fewer numbers than the one before.
+# There are four candidates: the whole matrix, its diagonal blocks (one per layer), one Kronecker
+# product per layer, and the diagonal. Each stores fewer numbers than the previous one, and none
+# approximates the matrix better than the previous one.
 
 # %%
 kfac = fp.KroneckerFactored(problem, params, batch, labels="exact")
@@ -107,8 +110,9 @@ print(f"The four matrices are in {picture}.")
 # %% [markdown]
 # ## Third choice: the solver
 #
-# `P g = (C + λ I)^-1 g`. Conjugate gradients need products only, and fewer of them with a
-# preconditioner: here a Nyström sketch, a low-rank matrix from twenty products with random vectors.
+# The direction is `P g = (C + λ I)^-1 g`. The method of conjugate gradients (CG) only needs
+# products with `C`, and with a preconditioner it needs fewer of them. The preconditioner here is a
+# Nyström sketch, a low-rank matrix that is computed from twenty products with random vectors.
 
 # %%
 damping = 1e-3
@@ -125,8 +129,9 @@ for name, solution in {"CG": plain, "CG, Nyström": helped}.items():
 assert helped.iterations < plain.iterations
 
 # %% [markdown]
-# A step along each direction, of the length that is best on this batch: with the whole matrix one
-# step goes further down than with any other, or with the gradient.
+# Finally, one step is taken along each direction, with the length that is best on this batch. The
+# step with the whole matrix reaches a lower loss than the steps with the other representations and
+# the step along the gradient.
 
 # %%
 steps = torch.logspace(-3, 1.5, 60, dtype=torch.float64)

@@ -1,8 +1,9 @@
 # %% [markdown]
-# # Products, spectrum and trace of a trained network
+# # Products, trace and spectrum of a trained network
 #
-# A curvature matrix of a network has as many rows as it has parameters, and is never formed. Its
-# products cost one to four gradients, and products are enough for eigenvalues, traces and solves.
+# A curvature matrix of a network has as many rows as the network has parameters, so it is not
+# formed. A product with a vector costs as much as one to four gradients, and products suffice for
+# traces, eigenvalues and linear solves.
 
 # %%
 import tempfile
@@ -45,8 +46,8 @@ assert accuracy > 0.95
 # %% [markdown]
 # ## One product, and many
 #
-# `linearize` opens a batch once and keeps its graphs. What is kept makes every further product
-# cheaper.
+# `linearize` runs the model on a batch once and keeps the graph of that run, so that each further
+# product is cheaper than a single product, which includes the run.
 
 # %%
 batch = (inputs[:512], targets[:512])
@@ -77,9 +78,10 @@ for name, call in costs.items():
 # %% [markdown]
 # ## On all of the data
 #
-# An iterable of batches is streamed, one pass a product. The matrix is that of the loss over all
-# examples, whatever the size of the batches, also where the last one is smaller. `progress` is
-# called with the batches at each pass: `tqdm.tqdm`, or anything else that goes through them.
+# With an iterable of batches, each product makes one pass over them. The matrix is that of the loss
+# over all examples, whatever the sizes of the batches are; here the last batch is smaller. The
+# function `progress` wraps the batches in each pass. It may be `tqdm.tqdm`, or any other function
+# that yields them.
 
 # %%
 batches = list(zip(inputs.split(500), targets.split(500), strict=True))
@@ -102,10 +104,11 @@ assert error < 1e-5
 assert sum(seen) == len(inputs)
 
 # %% [markdown]
-# ## The trace, four ways
+# ## The trace in four ways
 #
-# Exactly, from the layers' inputs and output gradients; and estimated from 30 products each, with
-# standard errors. Where few eigenvalues dominate, the newer estimators are much closer.
+# The exact trace is computed from the layers' inputs and output gradients. Three estimators with 30
+# products each also give a standard error. If a few eigenvalues dominate, as they do here, Hutch++
+# and XTrace are more accurate than Hutchinson's estimator.
 
 # %%
 ggn = fp.GGN(problem, params, batch)
@@ -120,15 +123,15 @@ for estimator in (fp.hutchinson_trace, fp.hutchpp, fp.xtrace):
 # %% [markdown]
 # ## The largest eigenvalues
 #
-# Lanczos finds them, with error bounds. They are a low-rank matrix, which can be applied, inverted
-# with damping and saved.
+# The Lanczos method computes them with error bounds. The result is a low-rank matrix, which can be
+# multiplied by vectors, inverted with damping, and saved.
 
 # %%
 top = fp.eigsh(ggn, 10, generator=torch.Generator().manual_seed(0))
 print("eigenvalues", [round(float(x), 3) for x in top.values])
 assert (top.bounds <= 1e-3 * top.values[0]).all()
 share = float(top.trace()) / exact
-print(f"ten of {size} eigenvalues have {100 * share:.0f} % of the trace")
+print(f"the ten largest of {size} eigenvalues make up {100 * share:.0f} % of the trace")
 assert share > 0.4
 
 path = Path(tempfile.gettempdir()) / "top_eigenvectors.pt"
@@ -139,8 +142,9 @@ assert torch.equal((again @ v)["0.weight"], (top @ v)["0.weight"])
 # %% [markdown]
 # ## The whole spectrum
 #
-# Stochastic Lanczos quadrature: the density of all eigenvalues from a few dozen products. Most are
-# near zero; a handful stands out, and the Hessian has a negative side.
+# Stochastic Lanczos quadrature estimates the density of all eigenvalues, here from 60 products with
+# each of two random vectors. Most eigenvalues are close to zero, and a few are much larger. The
+# Hessian also has negative eigenvalues.
 
 # %%
 hessian = fp.Hessian(problem, params, batch)
@@ -163,11 +167,13 @@ assert densities["Hessian"].nodes.min() < -1e-3
 assert abs(float(densities["Gauss-Newton"].nodes.max() - top.values[0])) < 1e-2 * top.values[0]
 
 # %% [markdown]
-# ## How noisy is the gradient?
+# ## The noise of the gradient
 #
-# From the norms of the examples' gradients, none of which is formed.
+# The gradient noise scale is the batch size at which the noise of the gradient is as large as the
+# gradient itself. It is computed from the norms of the per-sample gradients, without forming these
+# gradients.
 
 # %%
 noise = fp.gradient_noise_scale(problem, params, batches=batches)
-print(f"the gradient's noise equals it at a batch of {float(noise.scale):.0f} examples")
+print(f"gradient noise scale: {float(noise.scale):.0f} examples")
 assert noise.variance > 0

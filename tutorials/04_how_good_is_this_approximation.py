@@ -1,9 +1,11 @@
 # %% [markdown]
 # # How good is this approximation?
 #
-# K-FAC, EKFAC, FOOF and the diagonal stand for a matrix that nobody forms. On a network small
-# enough to form it, layer by layer, they can be held against it: by the relative Frobenius error,
-# and by what a preconditioner is for, the angle between its solve and the exact one.
+# K-FAC, EKFAC and the diagonal approximate a curvature matrix that is usually too large to compute.
+# For a small network it can be computed layer by layer, and the approximations can be compared with
+# it. The first measure is the relative Frobenius error. The second is closer to the purpose of a
+# preconditioner: the cosine of the angle between the solve with the approximation and the exact
+# solve.
 
 # %%
 import tempfile
@@ -35,7 +37,7 @@ problem = fp.problem(model, fp.losses.cross_entropy)
 generator = torch.Generator().manual_seed(0)
 
 # %% [markdown]
-# All candidates against the Gauss-Newton matrix, on 256 images.
+# All candidates are compared with the Gauss-Newton matrix on 256 images.
 
 
 # %%
@@ -77,8 +79,8 @@ at_start = quality(problem.params)
 show(at_start)
 
 # %% [markdown]
-# The same after training, where the model is sure of most images, so that the empirical Fisher
-# matrix and the one of sampled labels see few errors.
+# The same comparison follows after training. The model is then certain of most images, so that the
+# gradients at the sampled labels, and at the labels of the data, are small for most of them.
 
 # %%
 opt = fp.chain(fp.adam(), fp.scale(0.01))
@@ -96,8 +98,9 @@ trained = quality(params)
 show(trained)
 
 # %% [markdown]
-# EKFAC is the best diagonal in K-FAC's basis: its error is never the larger. The diagonal leaves
-# out all that K-FAC is about.
+# EKFAC uses the best diagonal in the eigenbases of K-FAC's factors, so its error is never larger
+# than that of K-FAC. The diagonal of the matrix itself has a larger error than EKFAC here, in every
+# layer.
 
 # %%
 for found in (at_start, trained):
@@ -115,12 +118,13 @@ for row, (title, found) in zip(
     row[0].set_ylabel(title)
 picture = Path(tempfile.gettempdir()) / "approximations.png"
 figure.savefig(picture, dpi=110)
-print(f"The bars are in {picture}.")
+print(f"The bar charts are in {picture}.")
 
 # %% [markdown]
-# What they miss altogether is the curvature *between* layers. So as preconditioners of conjugate
-# gradients on the whole matrix they need not help at all, good as each block may be; a low-rank
-# sketch of the whole, which knows nothing of layers, does.
+# All of these approximations omit the curvature *between* layers. Even if each block is accurate,
+# they may therefore be poor preconditioners for conjugate gradients with the whole matrix: here
+# they increase the number of iterations. A low-rank sketch of the whole matrix, which does not use
+# the layers, reduces it.
 
 # %%
 batch = (images[:256], targets[:256])

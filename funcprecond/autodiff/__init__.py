@@ -1,1 +1,1 @@
-"""The only code that differentiates."""
+"""Differentiation: one forward run of a model, and all derivatives that are taken of it."""

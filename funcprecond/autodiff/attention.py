@@ -1,4 +1,4 @@
-"""Attention that can be recorded and differentiated twice, with dropout by masks that are given."""
+"""Attention that can be recorded and differentiated twice, with given dropout masks."""
 
 import types
 from collections.abc import Callable
@@ -15,7 +15,10 @@ __all__ = ["COMPOSITES", "scaled_dot_product"]
 
 
 def _without_dispatch(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The same Python function with its torch-function test off, so that a mode sees inside it."""
+    """Copy a Python function of torch, so that a mode intercepts the calls inside the copy.
+
+    The copy has no torch-function checks, with which the original is intercepted as one call.
+    """
 
     def no(*_):
         return False
@@ -34,7 +37,7 @@ def _without_dispatch(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 COMPOSITES = {F.multi_head_attention_forward: _without_dispatch(F.multi_head_attention_forward)}
-"""Functions whose insides the recorder is to see, with the ones that let it."""
+"""Functions inside which the recorder must intercept calls, with the copies that allow it."""
 
 
 def scaled_dot_product(
@@ -48,13 +51,17 @@ def scaled_dot_product(
     is_causal: bool = False,
     **kwargs: Any,
 ) -> Tensor:
-    """``F.scaled_dot_product_attention`` of the same arguments.
+    """Compute ``F.scaled_dot_product_attention`` with a given dropout mask.
 
     Args:
-        mask: ``(shape, p, like) -> booleans``, True where an entry is kept by dropout.
-        twice: take the kernel that has a second derivative.
-        query, key, value, attn_mask, dropout_p, is_causal: torch's.
-        **kwargs: torch's.
+        mask: a function ``(shape, p, like) -> booleans`` that returns a dropout mask, True where an
+            entry is kept.
+        twice: whether to use the kernel that has a second derivative.
+        query, key, value, attn_mask, dropout_p, is_causal: the arguments of torch's function.
+        **kwargs: further keyword arguments of torch's function.
+
+    Returns:
+        The output of the attention.
     """
     if dropout_p == 0.0:
         attention = F.scaled_dot_product_attention

@@ -11,11 +11,18 @@ EMBEDDINGS = {F.embedding, F.embedding_bag}
 
 
 def with_dense_gradient(func: Callable[..., Any], args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-    """The arguments of a call of one of :data:`EMBEDDINGS`, with ``sparse=False``.
+    """Set ``sparse=False`` in the arguments of a call of one of :data:`EMBEDDINGS`.
+
+    Args:
+        func: the function that is called.
+        args, kwargs: its arguments.
+
+    Returns:
+        The new (args, kwargs).
 
     Raises:
-        RuntimeError: the call has an option that makes it write into its weight, or change its own
-            gradient.
+        RuntimeError: the call has the option ``max_norm``, which changes the weight, or the option
+            ``scale_grad_by_freq``, which changes the gradient.
     """
     sparse = 6 if func is F.embedding else 7
     for i, name, does in (
@@ -25,8 +32,9 @@ def with_dense_gradient(func: Callable[..., Any], args: tuple, kwargs: dict) -> 
         value = args[i] if len(args) > i else kwargs.get(name)
         if value is not None and value is not False:
             msg = (
-                f"an embedding with {name}={value} {does}, so that the loss is no function of the "
-                "parameters: do the same in the model, to the rows that were looked up"
+                f"an embedding with {name}={value} {does}, so its derivatives are not those of a "
+                "function of the parameters: remove the option, and apply its effect in the model "
+                "to the vectors that the embedding returns"
             )
             raise RuntimeError(msg)
     if len(args) > sparse:

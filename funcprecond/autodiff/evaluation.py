@@ -1,15 +1,17 @@
-"""One batch at one point: the library's only autodiff.
+"""The evaluation of one batch at one point, from which all derivatives of a model are taken.
 
-An :class:`Evaluation` runs the model forward once and shares that run among all that is asked of
-it: the loss and its gradient, pull-backs of any cotangents to the parameters or to the layers'
-outputs, Hessian and Jacobian products. Each is opened at most once, when first asked for.
+An :class:`Evaluation` runs the model forward once and shares this run among all requests: the loss
+and its gradient, pull-backs of cotangents to the parameters or to the outputs of the layers, and
+products with the Hessian and the Jacobian. The graph for each of them is built at its first use,
+and only once.
 
-Two ways lead to the same numbers. Where nothing traces, the run is an ordinary autograd graph of
-this call alone: a layer's output gradient is then the gradient at its edge in the graph, and a
-pull-back computes what it is asked for and nothing else. Under ``vmap``, ``grad``, ``jvp`` or
-``torch.compile`` it is built from ``torch.func.vjp``, with a zero added to each layer's output. It
-is never built from ``torch.func.hessian``, ``jvp`` of ``jacrev`` or ``grad`` of ``jvp``, which torch
-2.13 gets wrong for normalisation layers, and never from ``linearize``.
+There are two implementations with the same results. Where nothing traces the call, the run is an
+ordinary autograd graph that belongs to this call alone. The output gradient of a layer is then the
+gradient at its edge in the graph, and a pull-back computes only what is requested. Under ``vmap``,
+``grad``, ``jvp`` or ``torch.compile``, the run is built with ``torch.func.vjp``, and a zero tensor
+is added to the output of each layer, whose gradient is the output gradient of the layer. It is
+never built with ``torch.func.hessian``, with ``jvp`` of ``jacrev`` or with ``grad`` of ``jvp``,
+which give wrong results for normalization layers in torch 2.13, nor with ``torch.func.linearize``.
 """
 
 from collections.abc import Callable, Sequence
@@ -40,21 +42,47 @@ __all__ = ["Evaluation"]
 
 
 class Evaluation:
-    """One batch at one point of a problem.
+    """The forward run of a problem on one batch at one point, and its derivatives.
+
+    J is the Jacobian of the outputs in the parameters, N the number of examples, and ``c`` the
+    reduction constant of the loss (:mod:`funcprecond.losses`).
 
     Args:
-        problem, params, batch: what is evaluated, and where.
-        buffers: the model's buffers; the problem's own by default.
-        masks: dropout masks drawn beforehand; the missing ones are drawn from ``generator``.
-        generator: see ``masks``.
-        layers: record the layers, so that :attr:`calls`, :attr:`layer_inputs` and
-            :meth:`pull_layers` work.
-        twice: products with the Hessian or the Jacobian will be asked for.
-        keep: more than the gradient will be asked for; if not, its graph is freed by the gradient.
-        forward_only: nothing will be pulled back, so that no graph is made for it.
+        problem, params, batch: the problem, the point and the batch.
+        buffers: the model's buffers; by default the initial ones of the problem.
+        masks: dropout masks drawn beforehand, in the order in which the model draws them. Missing
+            masks are drawn from ``generator``.
+        generator: the source of the missing dropout masks.
+        layers: whether to record the layers, which :attr:`calls`, :attr:`layer_inputs`,
+            :attr:`layer_grads` and :meth:`pull_layers` require.
+        twice: whether products with the Hessian or the Jacobian will be requested.
+        keep: whether more than the gradient will be requested. If not, the computation of the
+            gradient frees the graph.
+        forward_only: whether only the outputs, the buffers and the inputs of the layers will be
+            requested, so that no graph for derivatives is built.
 
     Attributes:
-        inputs, targets: the batch's two halves.
+        problem, params: as given.
+        inputs, targets: the two parts of the batch.
+        masks: all dropout masks of the run.
+
+    Raises:
+        ValueError: the batch is empty, or dropout masks are missing and there is no generator.
+        KeyError: the names in ``params`` or ``buffers`` do not fit the model.
+        RuntimeError: the model does something that cannot be observed, such as activation
+            checkpointing or a draw from torch's global generator.
+        NotImplementedError: here and in the methods, torch has no derivative for a part of the
+            model or the loss.
+
+    Example:
+        >>> import torch, funcprecond as fp
+        >>> problem = fp.problem(torch.nn.Linear(4, 3), fp.losses.mse)
+        >>> batch = torch.ones(8, 4), torch.zeros(8, 3)
+        >>> evaluation = fp.Evaluation(problem, problem.params, batch, twice=True)
+        >>> evaluation.grads["weight"].shape
+        torch.Size([3, 4])
+        >>> evaluation.jvp(problem.params).shape
+        torch.Size([8, 3])
     """
 
     @explained
@@ -84,7 +112,8 @@ class Evaluation:
         eager = is_eager((params, self._buffers, batch))
         self._twice = twice or not eager
         if not eager:
-            # A compiler would guard on the identity of a batch that the layers are asked about.
+            # New views of the batch: the recorder compares identities of tensors, and a compiler
+            # would guard on the identity of the batch.
             self.inputs = tree.map(
                 lambda x: x.view_as(x) if isinstance(x, Tensor) else x, self.inputs
             )
@@ -94,40 +123,44 @@ class Evaluation:
     # --------------------------------------------------------------------------- the forward run
     @property
     def outputs(self) -> Any:
-        """The model's outputs."""
+        """The outputs of the model."""
         return detach(self._run.outputs) if isinstance(self._run, GraphRun) else self._run.outputs
 
     @property
     def buffers(self) -> Buffers:
-        """The model's buffers after the run."""
+        """The buffers of the model after the run."""
         return self._run.buffers
 
     @opened_once
     def count(self) -> int:
-        """N, the number of examples."""
+        """The number of examples, N."""
         return example_count(self._run.outputs)
 
     @property
     def calls(self) -> list[LayerCall]:
-        """The layers' calls, in order."""
+        """The recorded calls of layers, in order."""
         return self._run.calls
 
     @property
     def layer_inputs(self) -> Sequence[Tensor]:
-        """The input of each call."""
+        """The input of each recorded call."""
         return self._run.layer_inputs
 
     @property
     def unrecorded(self) -> dict[str, str]:
-        """Parameters with a use that is not among the calls, and by which function."""
+        """The parameters with a use outside the recorded calls, and the function that uses each."""
         return self._run.unrecorded
 
     def blocks(self, *, per_sample: bool = False, tied: bool = False) -> dict[str, list[int]]:
-        """The indices of the calls of each block, see :func:`funcprecond.layers.blocks.complete_blocks`.
+        """Group the recorded calls by block, see :func:`funcprecond.layers.blocks.complete_blocks`.
 
         Args:
-            per_sample: leave out the blocks whose calls do not tell the examples apart.
-            tied: keep a block that is an embedding and a linear layer too.
+            per_sample: whether to leave out the blocks with a call whose output does not have the
+                examples on axis 0.
+            tied: whether to keep a block whose weight is used by embeddings and by linear layers.
+
+        Returns:
+            The indices of the calls of each block.
         """
         key = (per_sample, tied)
         if key not in self._blocks:
@@ -144,32 +177,34 @@ class Evaluation:
     @property
     @explained
     def grads(self) -> Params:
-        """The gradient of the loss."""
+        """The gradient of the loss, shaped like ``params``."""
         return self._run.grads[0]
 
     @property
     @explained
     def layer_grads(self) -> Sequence[Tensor]:
-        """The gradient of the loss with respect to each call's output."""
+        """The gradient of the loss in the output of each recorded call."""
         return self._run.grads[1]
 
     @opened_once
     def constant(self) -> Tensor:
-        """The loss's reduction constant ``c``, a 0-d tensor."""
+        """The reduction constant ``c`` of the loss, a 0-d tensor."""
         return self.problem.loss.constant(self.outputs, self.targets)
 
     @explained
     def cotangents(self, labels: Labels, noise: Any) -> list[Any]:
-        """What is pulled back for a Fisher matrix, each shaped like the outputs, without ``c``.
+        """Compute the cotangents whose pull-backs make up a Fisher matrix.
 
         Args:
-            labels: "empirical" for one cotangent, at the data's own labels; "mc" for one for each
-                sampled label; "exact" for one for each entry of an example's output.
-            noise: the random numbers of "mc", from the loss's ``label_noise``.
+            labels: "empirical" for one cotangent, at the labels of the data; "mc" for one cotangent
+                per sampled label; "exact" for one cotangent per entry of the output of an example.
+            noise: the random numbers for "mc", from the ``label_noise`` of the loss.
+
+        Returns:
+            The cotangents, each shaped like the outputs, without the factor ``c``.
 
         Raises:
-            TypeError: the loss is not a likelihood that is known, and ``labels`` is not
-                "empirical".
+            TypeError: the loss has no known likelihood, and ``labels`` is not "empirical".
         """
         loss, outputs, targets = self.problem.loss, self.outputs, self.targets
         if labels == "empirical":
@@ -180,21 +215,44 @@ class Evaluation:
 
     @explained
     def pull(self, cotangents: Any, keep: bool = True) -> Params:
-        """``J^T cotangents``: the cotangents are shaped like the outputs. About 0.7 gradients.
+        """Pull cotangents back to the parameters: ``J^T cotangents``.
 
-        Without ``keep`` it is the last question: the graph is freed as it goes, here and below.
+        Args:
+            cotangents: a tree shaped like the outputs.
+            keep: whether the evaluation is used afterwards. If not, this call frees its graph.
+
+        Returns:
+            Shaped like ``params``. Costs about 0.7 gradients.
+
+        Raises:
+            RuntimeError: an earlier call with ``keep=False`` has freed the graph.
         """
         return self._run.pull(cotangents, keep)
 
     @explained
     def pull_layers(self, cotangents: Any, keep: bool = True) -> Sequence[Tensor]:
-        """The cotangents pulled back to each call's output. About 0.3 gradients."""
+        """Pull cotangents back to the output of each recorded call.
+
+        Args:
+            cotangents, keep: see :meth:`pull`.
+
+        Returns:
+            A tensor for each of :attr:`calls`. Costs about 0.3 gradients.
+
+        Raises:
+            RuntimeError: an earlier call with ``keep=False`` has freed the graph.
+        """
         return self._run.pull_layers(cotangents, keep)
 
     def pull_each(
         self, cotangents: Any, names: Sequence[str], chunk_size: int | None = None
     ) -> Params:
-        """For each example its own ``J_n^T cotangents_n``, in the named parameters.
+        """Pull the cotangents of each example back separately: ``J_n^T cotangents_n``.
+
+        Args:
+            cotangents: a tree shaped like the outputs.
+            names: the parameters to pull back to.
+            chunk_size: the number of examples at a time; None for all at once.
 
         Returns:
             (N, *shape) for each name.
@@ -206,7 +264,16 @@ class Evaluation:
         return examples.pull_each(self, cotangents, names, chunk_size)
 
     def objective(self, params: Params) -> tuple[Tensor, Params]:
-        """(loss, gradient) at another point: the same batch, buffers and dropout masks."""
+        """Compute the loss and its gradient at another point.
+
+        The batch, the buffers and the dropout masks are the same.
+
+        Args:
+            params: the other point.
+
+        Returns:
+            (loss, gradient). Costs one gradient.
+        """
         self._run.loss  # noqa: B018 - the masks are drawn by the first run
         if is_eager((params, self._buffers, self.inputs)):
             run = GraphRun(self, params)
@@ -215,7 +282,16 @@ class Evaluation:
         return value, gradient
 
     def value(self, params: Params) -> Tensor:
-        """The loss at another point: the same batch, buffers and dropout masks."""
+        """Compute the loss at another point.
+
+        The batch, the buffers and the dropout masks are the same.
+
+        Args:
+            params: the other point.
+
+        Returns:
+            The loss, a 0-d tensor. Costs one forward run.
+        """
         self._run.loss  # noqa: B018
         with torch.no_grad():
             return self._loss(params)[0]
@@ -223,31 +299,71 @@ class Evaluation:
     # -------------------------------------------------------------------------- second derivatives
     @explained
     def hvp(self, vector: Params, keep: bool = True) -> Params:
-        """The loss's Hessian times a vector. The first call opens the second-order graph."""
+        """Multiply the Hessian of the loss by a vector.
+
+        Args:
+            vector: shaped like ``params``.
+            keep: see :meth:`pull`.
+
+        Returns:
+            Shaped like ``params``. Costs 1.3 to 2.2 gradients, and the first call also builds the
+            graph of the gradient.
+
+        Raises:
+            RuntimeError: the evaluation was made without ``twice``, or an earlier call with
+                ``keep=False`` has freed the graph.
+        """
         return self._run.hvp(self, vector, keep)
 
     @explained
     def jvp(self, vector: Params, keep: bool = True) -> Any:
-        """``J vector``, shaped like the outputs, with the masks and kernels of the forward run.
+        """Multiply the Jacobian of the outputs by a vector: ``J vector``.
 
-        Without ``keep`` it is the last one, but the transpose can be asked for still.
+        The dropout masks and the kernels are those of the forward run.
+
+        Args:
+            vector: shaped like ``params``.
+            keep: whether there are more products with J afterwards. If not, this call frees the
+                graph of J, and cotangents can still be pulled back.
+
+        Returns:
+            Shaped like the outputs. The first call also builds the graph of J.
         """
         return self._run.jvp(self, vector, keep)
 
     @explained
     def ggn_mv(self, vector: Params, keep: bool = True) -> Params:
-        """The Gauss-Newton matrix ``J^T H_L J`` of the loss times a vector."""
+        """Multiply the Gauss-Newton matrix ``G = J^T H_L J`` of the loss by a vector.
+
+        ``H_L`` is the Hessian of the loss in the outputs.
+
+        Args:
+            vector: shaped like ``params``.
+            keep: see :meth:`pull`.
+
+        Returns:
+            Shaped like ``params``. Costs 0.9 to 1.4 gradients, and the first call also builds the
+            graph of J.
+        """
         return self.pull(self.output_hessian_mv(self.jvp(vector, keep)), keep)
 
     @explained
     def ggn_form(self, vector: Params) -> Tensor:
-        """``vector · G vector``, a 0-d tensor, summed wide: no pull-back is needed."""
+        """Compute the quadratic form ``vector · G vector`` without a pull-back.
+
+        Args:
+            vector: shaped like ``params``.
+
+        Returns:
+            A 0-d tensor, summed in float64 where the device supports it. Costs about half of
+            :meth:`ggn_mv`.
+        """
         pushed = self.jvp(vector)
         pairs = zip(tree.leaves(pushed), tree.leaves(self.output_hessian_mv(pushed)), strict=True)
         return torch.stack([(u * c).sum(dtype=wide_dtype(u)) for u, c in pairs]).sum()
 
     def output_hessian_mv(self, pushed: Any) -> Any:
-        """The loss's Hessian in the outputs times a tree shaped like the outputs."""
+        """Multiply the Hessian of the loss in the outputs by a tree shaped like the outputs."""
         return self.problem.loss.hessian_product(self.outputs, self.targets, pushed)
 
     # ------------------------------------------------------------------------------------ internals
@@ -266,11 +382,11 @@ class Evaluation:
 
 
 def _no_checkpoints() -> AbstractContextManager:
-    """Refuses activation checkpointing: what it recomputes is at the module's own parameters."""
+    """Make activation checkpointing raise an error, because it recomputes at other parameters."""
     if torch.compiler.is_compiling():
         return nullcontext()
     return torch.autograd.graph.disable_saved_tensors_hooks(
-        "activation checkpointing recomputes a layer at the module's own parameters, not at those "
-        "that were passed in: switch it off in the model (torch.utils.checkpoint, or "
+        "activation checkpointing recomputes a layer at the module's own parameters, not at the "
+        "parameters that were passed in: switch it off in the model (torch.utils.checkpoint, or "
         "gradient_checkpointing_disable() in transformers), and use smaller batches"
     )

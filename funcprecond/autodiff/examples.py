@@ -1,4 +1,4 @@
-"""Which axis counts the examples, whether the model couples them, and gradients one by one."""
+"""Tests of which axis counts the examples and whether a model couples them; their gradients."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -18,26 +18,26 @@ __all__ = ["are_apart", "lead", "pull_each", "refuse_coupling"]
 
 
 def refuse_coupling(problem: Problem) -> None:
-    """Raise unless every example's outputs depend on that example alone, as far as modules tell.
+    """Raise an error if a module of the model is known to couple the examples of a batch.
 
     Raises:
-        ValueError: a layer makes one example's output depend on the others.
+        ValueError: a layer makes the output of one example depend on the other examples.
     """
     if coupling := problem.couples_examples():
         msg = (
-            f"per-sample gradients are not defined: {coupling} couples the examples of a batch; "
-            "put it in eval mode, or use GroupNorm"
+            f"per-sample gradients are not defined, because {coupling} couples the examples of a "
+            "batch: put it in eval mode, or use GroupNorm"
         )
         raise ValueError(msg)
 
 
 def lead(evaluation: Any) -> list[bool]:
-    """For each call, whether axis 0 of its output counts the examples.
+    """Find for each recorded call whether axis 0 of its output counts the examples.
 
-    Its length tells, unless the inputs have another axis that is N long: inside of attention the
-    first axis may be the position. Then the model is run once more, without gradient, on the first
-    example alone. Where it couples the examples, as a BatchNorm in training mode does, the length
-    has to do.
+    The length of axis 0 decides, unless another axis of the inputs also has length N; then axis 0
+    may be the position, as inside an attention layer. In this case, the model is run once more
+    without a gradient, on the first example alone. If the model couples the examples, as a
+    BatchNorm in training mode does, then the length decides in every case.
     """
     count, calls = evaluation.count, evaluation.calls
     shapes = [x.shape for x in tree.leaves(evaluation.inputs) if isinstance(x, Tensor)]
@@ -53,11 +53,12 @@ def lead(evaluation: Any) -> list[bool]:
 
 
 def are_apart(evaluation: Any) -> bool:
-    """Whether a few examples without the others make the same calls and outputs as among all.
+    """Whether a run on a few examples gives the same calls and outputs as the run on all of them.
 
-    Nothing else tells that a model which is a plain function does not couple its examples. Two from
-    the middle are asked about, whose place is another among themselves: neither what comes before
-    them nor what comes after, first or last, is what it was.
+    For a plain function, no other test can show that the model does not couple its examples. The
+    second and the second to last example are run together. Compared with the whole batch, they have
+    other places, fewer examples before and after them, and another first and last example. A batch
+    of fewer than four examples is run one example at a time.
     """
     count, shapes = evaluation.count, [call.shape for call in evaluation.calls]
     if evaluation.problem.couples_examples() or any(s[:1] != (count,) for s in shapes):
@@ -69,10 +70,7 @@ def are_apart(evaluation: Any) -> bool:
 def pull_each(
     evaluation: Any, cotangents: Any, names: Sequence[str], chunk_size: int | None
 ) -> Params:
-    """For each example its own ``J_n^T cotangents_n``, by ``vmap`` over the model.
-
-    See :meth:`funcprecond.Evaluation.pull_each`.
-    """
+    """Implement :meth:`funcprecond.Evaluation.pull_each` with ``vmap`` over the model."""
     problem, params, buffers = evaluation.problem, evaluation.params, evaluation._buffers
     refuse_coupling(problem)
     count = evaluation.count
@@ -97,15 +95,15 @@ def pull_each(
         return mapped(evaluation.inputs, evaluation.masks, cotangents)
     except RuntimeError as error:
         msg = (
-            f"the per-sample gradients of {list(names)} could not be taken by vmap over the "
-            f"model (torch: {str(error).splitlines()[0]}); rewrite that part of the model, or "
-            "leave these parameters to another method with fp.partition"
+            f"the per-sample gradients of {list(names)} cannot be computed by vmap over the "
+            f"model (torch: {str(error).splitlines()[0]}): rewrite that part of the model, or "
+            "give these parameters to another method with fp.partition"
         )
         raise RuntimeError(msg) from error
 
 
 def _run_part(evaluation: Any, part: slice) -> tuple[list[LayerCall], Any]:
-    """(calls, outputs) of a run without gradient on some of the examples alone."""
+    """Run the model without a gradient on some examples alone; return (calls, outputs)."""
     count = evaluation.count
     inputs = tree.map(
         lambda x: x[part] if isinstance(x, Tensor) and x.ndim and x.shape[0] == count else x,
@@ -119,11 +117,11 @@ def _run_part(evaluation: Any, part: slice) -> tuple[list[LayerCall], Any]:
 
 
 def _are_alike(evaluation: Any, shapes: Sequence[tuple[int, ...]], part: slice) -> bool:
-    """Whether the calls and outputs of these examples alone are those among all."""
+    """Whether a run on these examples alone gives their calls and outputs in the whole batch."""
     try:
         calls, alone = _run_part(evaluation, part)
     except Exception:
-        # A model that cannot run on so few examples, for whatever reason, cannot be asked.
+        # The model cannot run on so few examples, so that nothing can be concluded.
         return False
     size = len(range(evaluation.count)[part])
     return [call.shape for call in calls] == [(size, *s[1:]) for s in shapes] and all(
@@ -133,5 +131,5 @@ def _are_alike(evaluation: Any, shapes: Sequence[tuple[int, ...]], part: slice) 
 
 
 def _rounding(x: Tensor) -> Tensor:
-    """What the outputs of a batch and of a part of it may differ by."""
+    """The rounding error by which the outputs of a batch and of a part of it may differ."""
     return torch.finfo(x.dtype).eps ** 0.5 * x.abs().nan_to_num().amax()

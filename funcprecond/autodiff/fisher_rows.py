@@ -1,11 +1,13 @@
 r"""Products with a Fisher matrix from its rows, layer by layer, without running the model.
 
-A call adds :math:`z_n = \mathrm{call}(a_n; \theta)` to the run, linear in its own parameters. So
-the row that cotangents are pulled back to, example by example, has the inner product
-:math:`r_n \cdot v = \sum_\mathrm{calls} g_n \cdot \mathrm{call}(a_n; v)` with a vector, g being
-the cotangents pulled back to the call's output; and :math:`\sum_n s_n r_n` is :math:`s_n g_n`
-pulled back through the same calls. These are two products with each layer's inputs, where ``J v``
-and ``J^T u`` through the model take up to four, and nothing is differentiated twice.
+The call of a layer computes :math:`z_n = \mathrm{call}(a_n; \theta)` from its input :math:`a_n`,
+and it is linear in its parameters. The row :math:`r_n` is the pull-back of the cotangent of example
+n to the parameters, and :math:`g_n` is its pull-back to the output of a call. The inner product of
+a row with a vector v is then
+:math:`r_n \cdot v = \sum_\mathrm{calls} g_n \cdot \mathrm{call}(a_n; v)`, and a weighted sum
+:math:`\sum_n s_n r_n` is :math:`s_n g_n` pulled back through the same calls. These are two products
+with the inputs of each layer, where ``J v`` and ``J^T u`` through the model take up to four
+products, and nothing is differentiated twice.
 """
 
 import dataclasses
@@ -29,12 +31,12 @@ __all__ = ["FisherRows", "rows_of"]
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class FisherRows:
-    """The matrix ``c Σ_vn r_vn r_vn^T`` of V cotangents, by the calls of one run.
+    """The matrix ``c Σ_vn r_vn r_vn^T`` of V cotangents and N examples, from the calls of one run.
 
     Attributes:
-        calls, inputs: the calls and what each was given.
-        grads: for each cotangent, those pulled back to every call's output, (N, ...).
-        scale: c, a 0-d tensor.
+        calls, inputs: the recorded calls of layers, and the input of each.
+        grads: for each cotangent, its pull-backs to the output of each call, (N, ...).
+        scale: the factor c, a 0-d tensor.
     """
 
     calls: Sequence[LayerCall]
@@ -43,12 +45,19 @@ class FisherRows:
     scale: Tensor
 
     def product(self, vector: Params) -> Params:
-        """The matrix times a vector: 0.5 to 0.9 gradients for each cotangent."""
+        """Multiply the matrix by a vector.
+
+        Args:
+            vector: shaped like the parameters.
+
+        Returns:
+            Shaped like the parameters. Costs 0.5 to 0.9 gradients per cotangent.
+        """
         leaves = {k: v.detach().requires_grad_() for k, v in vector.items()}
         edges = []
 
         def steps() -> Iterator[Tensor]:
-            # Only the place of each in the graph is kept: its value goes into inner products.
+            # Only the edge of each step in the graph is kept. Its value is used in inner products.
             for call, x in zip(self.calls, self.inputs, strict=True):
                 with torch.enable_grad():
                     step = call.apply(leaves, x)
@@ -70,13 +79,25 @@ class FisherRows:
         return {k: found[k] if k in found else torch.zeros_like(v) for k, v in vector.items()}
 
     def form(self, vector: Params) -> Tensor:
-        """``v · F v``, a 0-d tensor, :func:`wide`: half a product."""
+        """Compute the quadratic form ``v · F v``, where F is this matrix.
+
+        Args:
+            vector: v, shaped like the parameters.
+
+        Returns:
+            A 0-d tensor, in the dtype of :func:`funcprecond.linalg.precision.wide`. Costs half of
+            :meth:`product`.
+        """
         pairs = zip(self.calls, self.inputs, strict=True)
         inner = self._inner_products(call.apply(vector, x) for call, x in pairs)
         return self.scale * sum(wide(s).square().sum() for s in inner)
 
     def _inner_products(self, steps: Iterable[Tensor]) -> Sequence[Tensor]:
-        """(N,) inner products of each cotangent's rows with a vector, of what its calls add."""
+        """Compute the (N,) inner products of a vector with the rows of each cotangent.
+
+        Args:
+            steps: the outputs of the calls with the vector in place of the parameters.
+        """
         inner = [self.scale.new_zeros(())] * len(self.grads)
         for i, step in enumerate(steps):
             inner = [
@@ -88,18 +109,18 @@ class FisherRows:
 def rows_of(
     evaluation: Evaluation, cotangents: Sequence[Any], scale: Tensor, keep: bool
 ) -> FisherRows | None:
-    """The rows of these cotangents, opened by one pull-back to the layers for each.
+    """Compute the rows of some cotangents, with one pull-back to the layers for each.
 
     Args:
-        evaluation: made with ``layers``.
-        cotangents: each shaped like the outputs, without ``c``.
-        scale: c.
-        keep: whether anything is asked of the evaluation afterwards; if not, its graph is freed by
-            the last pull-back.
+        evaluation: an evaluation that was made with ``layers=True``.
+        cotangents: the cotangents, each shaped like the outputs, without the factor c.
+        scale: the factor c.
+        keep: whether the evaluation is used afterwards. If not, the last pull-back frees its graph.
 
     Returns:
-        None where the layers do not tell of everything: under a transform, or where a parameter
-        has a use that is not recorded, or where an example's outputs depend on another example.
+        The rows, or None if the recorded layers do not determine them: under a transform, if a
+        parameter has a use that is not recorded, or if the outputs of an example depend on other
+        examples.
     """
     if not is_eager((evaluation.params, evaluation.inputs, cotangents)):
         return None

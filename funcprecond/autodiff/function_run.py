@@ -1,4 +1,4 @@
-"""A run that is differentiated by ``torch.func.vjp``: the way inside of transforms and compilers."""
+"""Forward runs that are differentiated by ``torch.func.vjp``, under transforms and compilers."""
 
 from typing import Any
 
@@ -14,14 +14,17 @@ __all__ = ["ForwardRun", "FunctionRun"]
 
 
 class FunctionRun:
-    """The run built from ``torch.func.vjp``, for use inside other transforms."""
+    """A forward run built from ``torch.func.vjp``, for use under transforms and compilers.
+
+    Its methods implement those of :class:`funcprecond.autodiff.evaluation.Evaluation`.
+    """
 
     def __init__(self, evaluation: Any):
         self._hessian = self._jacobian = None
         self.calls: list[LayerCall] = []
         self.unrecorded: dict[str, str] = {}
         if evaluation._layers:
-            # Only the shapes of the layers' outputs are used; a compiler removes this run.
+            # Only the shapes of the layers' outputs are used, so a compiler removes this run.
             with torch.no_grad():
                 _, _, recorder = evaluation._forward(renamed(evaluation.params), lambda z: z)
             self.calls, self.unrecorded = recorder.calls, recorder.unrecorded
@@ -34,9 +37,10 @@ class FunctionRun:
             tap = (lambda z: z + next(rest)) if evaluation._layers else None
             outputs, buffers, recorder = evaluation._forward(renamed(params), tap)
             if len(recorder.calls) != calls:
-                # Without this check a call missed here would have a gradient of zero, silently.
+                # Without this check, a call that is missing here would get a gradient of zero.
                 msg = (
-                    f"{calls} layer calls were seen in one run and {len(recorder.calls)} in another"
+                    f"one run of the model made {calls} calls of layers and another made "
+                    f"{len(recorder.calls)}: write the model so that every run makes the same calls"
                 )
                 raise RuntimeError(msg)
             return outputs, (buffers, recorder.inputs)
@@ -66,7 +70,7 @@ class FunctionRun:
 
     def jvp(self, evaluation, vector, keep):
         if self._jacobian is None:
-            # A pull-back of its own: the one with zeros would be transposed together with them.
+            # This is a separate pull-back, because ``self._vjp`` also pulls back to the zeros.
             pull = vjp(lambda p: evaluation._forward(p, None)[0], evaluation.params)[1]
             zeros = tree.map(torch.zeros_like, self.outputs)
             self._jacobian = vjp(lambda u: pull(u)[0], zeros)[1]
@@ -74,7 +78,7 @@ class FunctionRun:
 
 
 class ForwardRun:
-    """The run alone: its outputs, and what the layers were given."""
+    """A forward run without derivatives: its outputs, and the inputs of its layers."""
 
     def __init__(self, evaluation: Any):
         params = renamed(evaluation.params)

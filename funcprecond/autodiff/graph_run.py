@@ -1,4 +1,4 @@
-"""A run that is differentiated as an ordinary autograd graph: the way where nothing traces."""
+"""Forward runs that are differentiated as ordinary autograd graphs, where nothing traces them."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -18,25 +18,28 @@ __all__ = ["GraphRun"]
 
 
 class GraphRun:
-    """The run as an autograd graph on leaves of its own.
+    """A forward run as an autograd graph whose leaves are copies of the parameters.
 
-    It does not refer back to its evaluation: the graph is freed when the last user lets go, not
-    when a garbage collector comes by.
+    Its methods implement those of :class:`funcprecond.autodiff.evaluation.Evaluation`. It has no
+    reference to its evaluation, so the graph is freed with the last reference to it and does not
+    wait for the garbage collector.
     """
 
     def __init__(self, evaluation: Any, params: Params | None = None):
         self._twice, self._keep = evaluation._twice, evaluation._keep
         if torch.is_inference_mode_enabled():
             msg = (
-                "nothing can be differentiated under torch.inference_mode: use torch.no_grad there"
+                "nothing can be differentiated under torch.inference_mode: use torch.no_grad "
+                "instead"
             )
             raise RuntimeError(msg)
         records_layers = evaluation._layers and params is None
         source = evaluation.params if params is None else params
-        # New leaves, so that no flag and no .grad of the caller's tensors is touched.
+        # New leaves, so that no flag and no .grad of the caller's tensors changes.
         self.leaves = {k: p.detach().requires_grad_() for k, p in source.items()}
         if self._twice:
-            # Of these torch tells in a backward pass whether it is to reach them.
+            # Views, because torch can tell whether a backward pass reaches a view, but not whether
+            # it reaches a leaf.
             with torch.enable_grad():
                 self.leaves = renamed(self.leaves)
         self.edges = []
@@ -77,10 +80,10 @@ class GraphRun:
 
     def hvp(self, evaluation, vector, keep):
         if not self._twice:
-            msg = "products with the Hessian need twice=True, in the Evaluation or in the Need"
+            msg = "products with the Hessian need twice=True: set it in the Evaluation or the Need"
             raise RuntimeError(msg)
         if self._graph_of_grads is None:
-            # Its value is of no use here, if nobody has asked for it.
+            # Only the graph of these gradients is used, not their values.
             with self._spared.switched_on():
                 grads = self._gradient(self.loss, None, [*self.leaves.values()], create_graph=True)
             self._graph_of_grads = dict(zip(self.leaves, grads, strict=True))
@@ -96,7 +99,7 @@ class GraphRun:
 
     @opened_once
     def _transposed(self):
-        """``u -> J^T u`` as a graph in ``u``, without values: its own pull-back is ``J``."""
+        """``u -> J^T u`` as a graph in ``u`` without values; its pull-back is ``J``."""
         zeros = SymbolicZeros()
         seed = [zeros.zeros_like(x).requires_grad_() for x in tree.leaves(self.outputs)]
         with zeros:
@@ -104,7 +107,7 @@ class GraphRun:
         return seed, dict(zip(self.leaves, pulled, strict=True))
 
     def _through(self, graph, vector, inputs, keep=True):
-        """The vector pulled back through a graph of gradients to its inputs."""
+        """Pull a vector back through a graph of gradients to the inputs of the graph."""
         alive = [k for k, g in graph.items() if g.requires_grad]
         if not alive:
             return {k: torch.zeros_like(x) for k, x in inputs.items()}
@@ -136,14 +139,14 @@ class GraphRun:
                 if "backward through the graph a second time" not in str(error):
                     raise
                 msg = (
-                    "the graph of this run was freed by a call with keep=False, which has to be "
-                    "the last one: open the batch again, or keep it"
+                    "a call with keep=False has freed the graph of this run, so it must be the "
+                    "last call: leave out keep=False, or make a new evaluation of the batch"
                 )
                 raise RuntimeError(msg) from error
         return [self._zero(x) if g is None else g for g, x in zip(found, inputs, strict=True)]
 
     def _zero(self, unreached):
-        """The gradient with respect to what the outputs do not depend on."""
+        """A gradient of zero, for a tensor or an edge that the outputs do not depend on."""
         if isinstance(unreached, Tensor):
             return torch.zeros_like(unreached)
         like = next(iter(self.leaves.values()))

@@ -1,4 +1,4 @@
-"""Where torch has no derivative: its message said again, with the layer's name and the way out."""
+"""Errors for derivatives that torch lacks, with the name of the layer and a way around it."""
 
 import functools
 import re
@@ -22,30 +22,32 @@ __all__ = ["explained"]
 Method = TypeVar("Method", bound=Callable)
 
 _MISSING = re.compile(r"derivative for '?(?:aten::)?(\w+?)(_backward)?'? is not implemented")
-# A kernel without a rule for torch.func, such as CTC's with lengths as tuples, asks for storage.
+# The error of a kernel without a rule for torch.func, such as that of CTC with lengths as tuples.
 _STORAGE = "Tensor that doesn't have storage"
 _OTHER = ("FlexAttention does not support", "cudnn RNN backward", "once_differentiable", _STORAGE)
-# What a part of the operation's name, or of the message, tells to do.
+# The advice for a part of the operation's name, or of torch's message.
 _WAYS = {
     "cudnn": "run it within torch.backends.cudnn.flags(enabled=False)",
     "flexattention": "use F.scaled_dot_product_attention, or matrix products and a softmax",
     "scaleddotproduct": "run it within torch.nn.attention.sdpa_kernel(SDPBackend.MATH)",
-    "ctcloss": "write the loss out with logsumexp, or, for gradients, give its lengths as tensors",
-    "embeddingbag": "use an Embedding and the mean or sum of its rows",
+    "ctcloss": "write the loss out with logsumexp, or, for gradients, pass its lengths as tensors",
+    "embeddingbag": "use an Embedding, and the mean or the sum of the vectors that it returns",
     "cdist": "write the distances out, (x.unsqueeze(-2) - y.unsqueeze(-3)).square().sum(-1).sqrt()",
-    "oncedifferentiable": "make its backward differentiable, or write it out in torch's operations",
+    "oncedifferentiable": "make its backward differentiable, or write it out with torch operations",
 }
 
 
 def explained(method: Method) -> Method:
-    """A function whose missing derivatives are explained.
+    """Decorate a function, such that errors about missing derivatives are explained.
 
-    Its first argument says of what: an :class:`funcprecond.Evaluation`, or a function of params,
-    which are then the second.
+    Args:
+        method: the function. Its first argument is an :class:`funcprecond.Evaluation`, or a
+            function of parameters; these are then the second argument.
 
-    Raises:
-        NotImplementedError: torch cannot differentiate a part of the model, or the loss, as often
-            as is asked; its own error is the cause.
+    Returns:
+        A function of the same arguments. It raises a NotImplementedError if torch cannot
+        differentiate a part of the model or the loss as often as required; torch's error is its
+        cause.
     """
 
     @functools.wraps(method)
@@ -68,30 +70,30 @@ def explained(method: Method) -> Method:
 
 def _sentence(where: str, operation: str, message: str) -> str:
     ways = [way for part, way in _WAYS.items() if part in operation + _plain(message)]
-    way = ways[0] if ways else "write it out in operations that have one"
+    way = ways[0] if ways else "write it out with operations that have derivatives"
     torchs = message.splitlines()[0].split(". ")[0].rstrip(".")
     missing = _MISSING.search(message)
-    # Within a transform such a kernel has not even a first derivative.
+    # Under a transform, such a kernel does not even have a first derivative.
     stored = _STORAGE in message and not in_transform()
     twice = "once_differentiable" in message or stored
     if not twice and not (missing and missing.group(2)):
         return f"{where} cannot be differentiated here: {way} (torch: {torchs})"
     return (
-        f"{where} cannot be differentiated twice: {way}; or take a curvature that needs gradients "
-        "only, fp.KroneckerFactored or fp.DiagonalGGN, with labels='empirical' if the loss is no "
-        f"known likelihood (torch: {torchs})"
+        f"{where} cannot be differentiated twice: {way}; or use a curvature that needs only "
+        "gradients, fp.KroneckerFactored or fp.DiagonalGGN, with labels='empirical' if the "
+        f"likelihood of the loss is not known (torch: {torchs})"
     )
 
 
 def _called(error: BaseException) -> str:
-    """The last of ``torch.nn.functional``'s functions on the way to the error, or nothing."""
+    """The last function of ``torch.nn.functional`` in the traceback, or an empty string."""
     frames = (frame for frame, _ in traceback.walk_tb(error.__traceback__))
     names = [f.f_code.co_name for f in frames if f.f_globals.get("__name__") == F.__name__]
     return _plain(names[-1]) if names else ""
 
 
 def _raised_in(error: BaseException, subject: Any) -> str | None:
-    """The innermost layer in whose forward the error was raised."""
+    """Describe the innermost layer in whose forward the error was raised; None if there is none."""
     owner, step = None, error.__traceback__
     names = _names(subject)
     while step is not None:
@@ -103,7 +105,7 @@ def _raised_in(error: BaseException, subject: Any) -> str | None:
 
 
 def _made_in(operation: str, subject: Any, params: Any = None) -> str:
-    """The innermost layer that makes the operation, or the loss, found by one more run."""
+    """Describe the innermost layer that makes the operation, or the loss, by one more run."""
     is_function = not hasattr(subject, "problem")
     outermost = "the function" if is_function else "the model"
     if not operation or in_transform():
@@ -111,7 +113,7 @@ def _made_in(operation: str, subject: Any, params: Any = None) -> str:
     names, seen, running, found = _names(subject), set(), [], []
 
     def makes(tensors: Any) -> bool:
-        """Whether the operation is new in these tensors' graph."""
+        """Whether the graph of these tensors has the operation among its new nodes."""
         stack = [x.grad_fn for x in tree.leaves(tensors) if isinstance(x, Tensor)]
         new = False
         while stack:
@@ -151,7 +153,7 @@ def _made_in(operation: str, subject: Any, params: Any = None) -> str:
 
 
 def _loss(loss: Any) -> str:
-    """A loss by the name of the function that it was made of, if it was."""
+    """Describe a loss by the name of its function, if it has one."""
     function = getattr(loss, "function", loss)
     return f"the loss {getattr(function, '__name__', function)}"
 

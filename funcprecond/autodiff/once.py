@@ -1,4 +1,4 @@
-"""Properties that are computed once, and parameters that a compiler does not guard on."""
+"""Properties that are computed only once, and parameters that a compiler does not guard on."""
 
 from collections.abc import Callable
 
@@ -8,7 +8,11 @@ __all__ = ["opened_once", "renamed"]
 
 
 def opened_once(method: Callable) -> property:
-    """A property computed at its first use; functools' has a lock, which compilers cannot trace."""
+    """Decorate a method, which becomes a property that is computed at its first use and kept.
+
+    It replaces ``functools.cached_property``, whose lock compilers cannot trace. ``del`` forgets
+    the value.
+    """
     name = f"_{method.__name__}_value"
 
     def get(self):
@@ -23,5 +27,5 @@ def opened_once(method: Callable) -> property:
 
 
 def renamed(params: Params) -> Params:
-    """The same values as tensors made here, whose identities a compiler does not guard on."""
+    """Return views of the parameters, on whose identities a compiler does not guard."""
     return {k: p.view_as(p) for k, p in params.items()}

@@ -1,4 +1,4 @@
-"""Which of torch's functions draw random numbers, and dropout by masks that are given."""
+"""The functions of torch that draw random numbers, and dropout with given masks."""
 
 from collections.abc import Callable
 from typing import NoReturn
@@ -10,7 +10,8 @@ from torch import Tensor
 __all__ = ["DRAWS", "DROPOUTS", "RECURRENT", "dropout", "recurrent_options", "refuse"]
 
 RECURRENT = (torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu)
-# Which axes of the input share one mask entry: none, or all beyond the channels.
+# The kind of each dropout. The masks of an "entry" dropout have an entry for each entry of the
+# input, those of a "channel" dropout an entry for each channel. "alpha" is alpha dropout.
 DROPOUTS = {
     F.dropout: "entry",
     F.dropout1d: "channel",
@@ -33,7 +34,7 @@ def _in_training(index: int, name: str) -> Callable:
 
 
 def recurrent_options(args) -> tuple[int, float, bool]:
-    """(layers, dropout, training) of a recurrent network: they follow its first flag."""
+    """Return the arguments (layers, dropout, training), which follow the first bool argument."""
     bias = next(i for i, a in enumerate(args) if isinstance(a, bool))
     return args[bias + 1 : bias + 4]
 
@@ -43,7 +44,7 @@ def _between_layers(args, kwargs) -> bool:
     return layers > 1 and p > 0 and training
 
 
-# Whether a call draws random numbers; functions written in Python hide the draws inside of them.
+# Functions written in Python are listed too, because the recorder does not intercept their draws.
 _ALWAYS_DRAW = {
     torch.rand_like,
     torch.randn_like,
@@ -84,10 +85,10 @@ def refuse(function: Callable) -> NoReturn:
     """Raise the error for a function that draws from torch's global generator.
 
     Raises:
-        RuntimeError: always.
+        RuntimeError: in every case.
     """
     msg = (
-        f"the model draws random numbers by {function.__name__}, which no generator controls "
+        f"the model draws random numbers with {function.__name__}, which no generator controls "
         "here: use dropout, or make the random numbers part of the batch"
     )
     raise RuntimeError(msg)
@@ -101,12 +102,16 @@ def dropout(
     training: bool = True,
     inplace: bool = False,
 ) -> Tensor:
-    """``function(input, p, training, inplace)``, one of :data:`DROPOUTS`, and never in place.
+    """Compute ``function(input, p, training)`` with a given mask, and never in place.
 
     Args:
-        function: which dropout.
-        mask: ``(shape, p, like) -> booleans``, True where an entry is kept.
-        input, p, training, inplace: its own arguments.
+        function: one of :data:`DROPOUTS`.
+        mask: a function ``(shape, p, like) -> booleans`` that returns a mask, True where an entry
+            is kept.
+        input, p, training, inplace: the arguments of ``function``. ``inplace`` is ignored.
+
+    Returns:
+        The input after dropout.
     """
     if not training or p == 0.0:
         return input
@@ -118,7 +123,8 @@ def dropout(
     kept = mask(shape, p, input).to(input.dtype)
     if "alpha" not in DROPOUTS[function]:
         return input * kept / (1 - p)
-    # Dropped entries take SELU's negative saturation value; a and b restore mean and variance.
+    # Dropped entries take the negative saturation value of SELU. The factor and the shift restore
+    # the mean and the variance.
     saturation = -1.7580993408473766
     a = ((1 - p) * (1 + p * saturation**2)) ** -0.5
     return a * (input * kept + saturation * (1 - kept)) - a * saturation * p

@@ -1,18 +1,19 @@
-"""Watching a model run: which layer uses which parameter, and where it draws random numbers.
+"""A recorder of a model's run: which layer uses which parameter, and which random numbers it draws.
 
-One ``TorchFunctionMode`` sees every torch function that the model calls, whether the model is an
-``nn.Module`` or a plain function, and recognises parameters by identity, not by module class. So a
-weight that is used twice, by ``F.linear`` or inside ``nn.MultiheadAttention``, is seen each time.
-Nothing is registered on the model, and nothing is left behind.
+One ``TorchFunctionMode`` intercepts every torch function that the model calls, whether the model is
+an ``nn.Module`` or a plain function. It recognizes parameters by identity and not by module class,
+so that every use of a weight is found, also a second one or one inside ``nn.MultiheadAttention``.
+Nothing is registered on the model.
 
-Three jobs are done in one pass, because they all need the same interception:
+The mode does three jobs, because they all need the same interception:
 
-* *layers*: each call that applies a weight is recorded with its input, and its output is handed to
-  a ``tap`` so that gradients with respect to it can be taken;
-* *random numbers*: dropout masks come from tensors drawn beforehand, or from the caller's
-  generator, never from the global one;
-* *derivatives*: a run that is differentiated twice takes our own rules, the math kernel of
-  attention, and torch's own recurrent layers instead of cuDNN's.
+* *layers*: each call that applies a weight is recorded with its input. Its output is passed to a
+  function ``tap``, so that gradients can be taken with respect to it;
+* *random numbers*: dropout masks are drawn beforehand or from the caller's generator, never from
+  the global generator;
+* *derivatives*: a run that is differentiated twice uses the derivatives of
+  :mod:`funcprecond.autodiff.rules`, the math kernel of attention, and torch's own recurrent layers
+  instead of those of cuDNN.
 """
 
 import dataclasses
@@ -49,7 +50,7 @@ _TRANSPOSES = {
     torch.Tensor.T.__get__,  # pyright: ignore[reportAttributeAccessIssue]
     torch.Tensor.mT.__get__,  # pyright: ignore[reportAttributeAccessIssue]
 }
-# Functions that only ask what a tensor is, which is no use of it.
+# Functions that only query the properties of a tensor, which is not a use of a parameter.
 _QUESTIONS = {
     torch.Tensor.dim,
     torch.Tensor.size,
@@ -74,21 +75,22 @@ _SPECIAL = {
 
 
 class Recorder(TorchFunctionMode):
-    """The mode that one run of a model happens under; see the module's docstring.
+    """The mode for one run of a model; see the docstring of this module.
 
     Args:
-        params: the parameters, as the model is going to see them.
-        tap: takes a layer's output and returns what the model goes on with; None records no layers.
-        masks: dropout masks drawn beforehand, in the order of the model's draws.
-        generator: draws the masks that are missing.
-        twice: the run will be differentiated twice.
-        spared: then, the parameters whose gradients may be left without a value.
+        params: the tensors that the model receives as its parameters, by name.
+        tap: a function of the output of a layer, whose result replaces the output. With None, no
+            layers are recorded.
+        masks: dropout masks drawn beforehand, in the order in which the model draws them.
+        generator: the source of the missing masks.
+        twice: whether the run will be differentiated twice.
+        spared: the parameters whose gradients may be left without values, in such a run.
 
     Attributes:
-        calls: the layers' calls, in order.
+        calls: the recorded calls of layers, in order.
         inputs: their inputs, in the same order.
-        masks: all masks used.
-        unrecorded: parameters with a use that is not in ``calls``, and by which function.
+        masks: all masks of the run.
+        unrecorded: the parameters with a use outside ``calls``, and the function that uses each.
     """
 
     def __init__(
@@ -114,7 +116,7 @@ class Recorder(TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        # Most functions are nothing special, and are passed on after this one look.
+        # Most functions are not special. They are passed on after this one test.
         if func not in _SPECIAL:
             return self._call(func, args, kwargs)
         if func in DROPOUTS:
@@ -129,7 +131,7 @@ class Recorder(TorchFunctionMode):
         if func in EMBEDDINGS:
             args, kwargs = with_dense_gradient(func, args, kwargs)
         if func in RECURRENT and (self.twice or not recurrent_options(args)[2]):
-            # cuDNN's have no second derivative, and in eval mode no first one.
+            # The layers of cuDNN have no second derivative, and in eval mode no first derivative.
             with torch.backends.cudnn.flags(enabled=False):
                 return self._call(func, args, kwargs)
         return self._call(func, args, kwargs)
@@ -141,7 +143,7 @@ class Recorder(TorchFunctionMode):
         return self._record(self.tap, func, run, args, kwargs)
 
     def _record(self, tap, func, run, args, kwargs):
-        """Run the function, and note which parameters it uses and how."""
+        """Run the function, and record which parameters it uses and how."""
         names = self._names
         if func in _TRANSPOSES and (weight := names.of(args[0])):
             return names.transposed(func(*args, **kwargs), weight)
@@ -150,7 +152,7 @@ class Recorder(TorchFunctionMode):
             uses = kind.recognize(FunctionCall(func, args, kwargs), names)
             if uses:
                 parts = {k for use in uses for k in (use.call.weight, use.call.bias)}
-                # A parameter that is a layer's input has a use that its own pairs do not tell of.
+                # A parameter that is also an input of the layer has a use outside of the call.
                 self._note(func, (x for x in (*args, *kwargs.values())), parts)
                 out = run(*args, **kwargs)
                 for use in uses:
@@ -164,7 +166,7 @@ class Recorder(TorchFunctionMode):
         return run(*args, **kwargs)
 
     def _note(self, func, used, recorded) -> None:
-        """Note the parameters among the arguments that are used in another way than recorded."""
+        """Note the parameters among the arguments ``used`` that are not in ``recorded``."""
         for x in used:
             if not isinstance(x, Tensor):
                 continue
@@ -173,7 +175,7 @@ class Recorder(TorchFunctionMode):
                 self.unrecorded[name] = getattr(func, "__name__", str(func))
 
     def _mask(self, shape: tuple[int, ...], p: float, like: Tensor) -> Tensor:
-        """True where an entry is kept, with probability ``1 - p``."""
+        """Return the next dropout mask: True where an entry is kept, with probability ``1 - p``."""
         if self._masks_used == len(self.masks):
             uniform = random.uniform(shape, self.generator, dtype=torch.float32, device=like.device)
             self.masks.append(uniform >= p)
@@ -182,11 +184,11 @@ class Recorder(TorchFunctionMode):
 
 
 class _Names:
-    """Which tensors of the run are parameters, or transposes of them."""
+    """The tensors of the run that are parameters or transposes of parameters."""
 
     def __init__(self, params: Mapping[str, Tensor]):
         self._names = {id(p): name for name, p in params.items()}
-        # Kept alive, and compared with `is`: identities of dead tensors are used again.
+        # The views are kept alive, because the identity of a dead tensor may be used again.
         self._transposes: list[tuple[Tensor, str]] = []
 
     def of(self, tensor: Any) -> str | None:

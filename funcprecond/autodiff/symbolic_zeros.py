@@ -1,9 +1,9 @@
-"""A pull-back of zeros, of which nothing is computed but its graph.
+"""A pull-back of zeros that builds its graph without computing values.
 
-``J^T u`` is linear in ``u``, so that the graph of one pull-back of any ``u``, pulled back in its
-turn, is ``J``: at zero no number in it is needed. Every tensor in it that is known to be zero is a
-view of one entry, and so is what an operation makes of one that it is linear in. An operation that
-is not known here is computed as ever.
+``J^T u`` is linear in ``u``, so the pull-back through the graph of ``u -> J^T u`` is ``J``, for any
+``u``. At ``u = 0``, no value in this graph has to be computed. Every tensor that is known to be
+zero is a view of one entry in memory. If an operation is linear in such a tensor, then its result
+is such a view too. An operation that is not listed here is computed as usual.
 """
 
 from collections.abc import Sequence
@@ -34,8 +34,8 @@ def _sum(g: Tensor, axes: Sequence[int] | None, keepdim: bool = False) -> Sequen
 
 
 _aten = torch.ops.aten
-# What backward passes are made of: how many arguments each is linear in, one at a time, and the
-# shape of its result,
+# The operations of backward passes. For each: the number of its leading arguments in each of which
+# it is linear, and the shape of its result.
 _LINEAR = {
     _aten.mm.default: (2, lambda a, b: (a.shape[0], b.shape[1])),
     _aten.bmm.default: (2, lambda a, b: (*a.shape[:2], b.shape[2])),
@@ -59,7 +59,8 @@ _LINEAR = {
     _aten.select_backward.default: (1, lambda g, shape, *_: shape),
     _aten.slice_backward.default: (1, lambda g, shape, *_: shape),
 }
-# or of each of its results, where the last argument says which are wanted.
+# Operations that are linear in their first argument and have several results. The last argument
+# says which results are wanted. For each: the shapes of the results.
 _LINEAR_MASKED = {
     _aten.convolution_backward.default: lambda g, x, w, bias, *_: (x.shape, w.shape, bias),
     _aten.native_layer_norm_backward.default: lambda g, x, shape, *_: (x.shape, shape, shape),
@@ -69,15 +70,24 @@ _SUMS = {_aten.add.Tensor, _aten.sub.Tensor}
 
 
 class SymbolicZeros(TorchDispatchMode):
-    """The mode that a pull-back of :meth:`zeros_like` happens under."""
+    """The mode for a pull-back of tensors from :meth:`zeros_like`."""
 
     def __init__(self):
         super().__init__()
-        # All are kept: the address of one that is gone could be another tensor's.
+        # All zeros are kept alive, because the address of a dead tensor may be used again.
         self._memory: list[Tensor] = []
 
     def zeros_like(self, like: Tensor, shape: Sequence[int] | None = None) -> Tensor:
-        """Zeros like a tensor, or of another shape: of a plain tensor one entry in memory."""
+        """Make zeros that have only one entry in memory.
+
+        Args:
+            like: the tensor whose dtype and device the zeros have. For a subclass of Tensor,
+                ordinary zeros are made.
+            shape: the shape of the zeros; by default that of ``like``.
+
+        Returns:
+            The zeros.
+        """
         if type(like) is not Tensor:
             return torch.zeros_like(like)
         shape = like.shape if shape is None else shape
@@ -102,7 +112,7 @@ class SymbolicZeros(TorchDispatchMode):
             axis = args[1] % (like.ndim + 1) if len(args) > 1 else 0
             return self.zeros_like(like, (*like.shape[:axis], len(args[0]), *like.shape[axis:]))
         elif _writes(func) and self._is_zero(args[0]):
-            # What is linear in zero is zero, whatever is written.
+            # Whatever is written into a zero depends linearly on zeros, so it is zero as well.
             return args[0]
         return func(*args, **(kwargs or {}))
 

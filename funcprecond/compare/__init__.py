@@ -1,5 +1,5 @@
-"""Structured comparison of the methods: tasks, learning-rate sweep, cost, report.
+"""A comparison of the methods: tasks, learning-rate sweeps, cost measurements, and a report.
 
-`python -m funcprecond compare` is its command line. Everything here is a client of the library's
-public names; nothing in the library needs it.
+The command is `python -m funcprecond compare`. This package uses the library, and the library does
+not depend on it.
 """

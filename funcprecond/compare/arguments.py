@@ -1,4 +1,4 @@
-"""Reading the values of command-line options, with sentences for what is wrong."""
+"""The conversion and the checks of command-line options."""
 
 import argparse
 import difflib
@@ -8,16 +8,20 @@ import torch
 
 
 def names(text: str) -> list[str]:
-    """Comma-separated names, each kept once, in order."""
+    """Convert comma-separated names to a list of distinct names, in the given order."""
     found = list(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
     if not found:
-        message = "the list is empty; give comma-separated names"
+        message = "the list is empty; pass comma-separated names"
         raise argparse.ArgumentTypeError(message)
     return found
 
 
 def numbers(low: int) -> Callable[[str], list[int]]:
-    """A parser of comma-separated whole numbers of at least `low`, each kept once, in order."""
+    """A function that converts comma-separated integers to a list of distinct integers.
+
+    Args:
+        low: the smallest valid integer.
+    """
 
     def parse(text: str) -> list[int]:
         try:
@@ -25,7 +29,10 @@ def numbers(low: int) -> Callable[[str], list[int]]:
         except ValueError:
             found = []
         if not found or min(found) < low:
-            message = f"{text!r} is not a list of whole numbers of at least {low}, as in 1,10"
+            message = (
+                f"{text!r} is not a comma-separated list of integers of at least {low}, such as "
+                "1,10"
+            )
             raise argparse.ArgumentTypeError(message)
         return found
 
@@ -33,22 +40,22 @@ def numbers(low: int) -> Callable[[str], list[int]]:
 
 
 def check_names(kind: str, given: Iterable[str], valid: Iterable[str]) -> None:
-    """See that every name is known.
+    """Check that every name is valid.
 
     Raises:
-        ValueError: a sentence that lists the valid names.
+        ValueError: a name is not valid; the message lists the valid names.
     """
     valid = list(valid)
     for name in given:
         if name not in valid:
             close = difflib.get_close_matches(name, valid, 1)
             hint = f" (did you mean {close[0]}?)" if close else ""
-            message = f"There is no {kind} {name!r}{hint}; valid are: {', '.join(valid)}."
+            message = f"There is no {kind} {name!r}{hint}; choose from: {', '.join(valid)}."
             raise ValueError(message)
 
 
 def devices() -> list[str]:
-    """Names of the devices that this machine has."""
+    """The names of the devices of this machine."""
     found = ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
     if torch.cuda.device_count():
         found.insert(1, "cuda")
@@ -58,9 +65,9 @@ def devices() -> list[str]:
 
 
 def check_device(name: str) -> None:
-    """See that the device exists.
+    """Check that the device exists.
 
     Raises:
-        ValueError: a sentence that lists the devices of this machine.
+        ValueError: it does not exist; the message lists the devices of this machine.
     """
     check_names("device", [name], devices())

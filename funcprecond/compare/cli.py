@@ -1,4 +1,4 @@
-"""Command line: `compare`, `list-methods`, `list-tasks`."""
+"""The command line: `compare`, `list-methods` and `list-tasks`."""
 
 import argparse
 import sys
@@ -13,44 +13,69 @@ from funcprecond.compare.tasks import TASKS
 from funcprecond.methods.card import CARDS
 from funcprecond.methods.table import table
 
-MISSING = "The comparison needs {name}, which is not installed: pip install 'funcprecond[compare]'."
+MISSING = "The comparison needs {name}, which is missing: run pip install 'funcprecond[compare]'."
 
 
 def working() -> list[str]:
-    """Names of the methods that can be built today."""
+    """The names of the methods that are implemented."""
     return [name for name, card in CARDS.items() if card.build is not None]
 
 
 class Parser(argparse.ArgumentParser):
-    """Argument errors as one sentence and exit code 2."""
+    """An argument parser that reports an error as one sentence, and exits with code 2."""
 
     def error(self, message: str) -> NoReturn:
-        """Say what was wrong, without the usage in front of it."""
+        """Print the message, without the usage text that argparse prints before it, and exit."""
         self.exit(2, f"{message[:1].upper()}{message[1:].rstrip('.')}.\n")
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line as argparse sees it; `--help` prints it."""
-    root = Parser(prog="python -m funcprecond", description="Gradient preconditioners, compared.")
+    """The parser of the command line."""
+    root = Parser(prog="python -m funcprecond", description="Compare gradient preconditioners.")
     commands = root.add_subparsers(dest="command", required=True, parser_class=Parser)
-    commands.add_parser("list-methods", help="the table of methods, and which work today")
-    commands.add_parser("list-tasks", help="the tasks of the comparison")
+    commands.add_parser("list-methods", help="print the table of methods")
+    commands.add_parser("list-tasks", help="print the tasks of the comparison")
     compare = commands.add_parser(
         "compare",
-        help="train every method on a task and report quality and cost",
-        description="Trains every method on a task and reports quality and cost. Started again "
-        "after an interruption, it goes on where it was.",
+        help="train every method on a task, and report quality and cost",
+        description="Train every method on a task, and report quality and cost. The results of "
+        "finished cells (cost measurements and training runs) are stored, so that the same command "
+        "continues after an interruption.",
     )
     add = compare.add_argument
-    add("--methods", type=names, default=working(), help="comma-separated; default: all")
-    add("--task", default="digits-mlp", help="one of list-tasks; default: digits-mlp")
-    add("--batch-sizes", type=numbers(1), help="comma-separated; default: the task's own")
-    add("--intervals", type=numbers(1), default=[10], help="steps between refreshes; default: 10")
-    add("--seeds", type=numbers(0), default=[0, 1, 2], help="default: 0,1,2; the first one sweeps")
-    add("--steps", type=int, help="of each training run; default: the task's own")
-    add("--sweep", type=int, default=3, help="learning rates to begin with, odd; default: 3")
-    add("--device", default="cpu", help="cpu, cuda, cuda:1, mps; default: cpu")
-    add("--threads", type=int, default=1, help="CPU threads of torch; default: 1")
+    add(
+        "--methods",
+        type=names,
+        default=working(),
+        help="comma-separated names from list-methods; default: all that are implemented",
+    )
+    add("--task", default="digits-mlp", help="a name from list-tasks; default: digits-mlp")
+    add(
+        "--batch-sizes",
+        type=numbers(1),
+        help="comma-separated; default: the batch size of the task",
+    )
+    add(
+        "--intervals",
+        type=numbers(1),
+        default=[10],
+        help="comma-separated numbers of steps between two refreshes of the curvature; default: 10",
+    )
+    add(
+        "--seeds",
+        type=numbers(0),
+        default=[0, 1, 2],
+        help="comma-separated; learning rates are swept with the first seed; default: 0,1,2",
+    )
+    add("--steps", type=int, help="steps per training run; default: the number of the task")
+    add(
+        "--sweep",
+        type=int,
+        default=3,
+        help="number of learning rates that are tried first, odd; default: 3",
+    )
+    add("--device", default="cpu", help="cpu, cuda, cuda:1 or mps; default: cpu")
+    add("--threads", type=int, default=1, help="number of CPU threads of torch; default: 1")
     add("--out", type=Path, default=Path("report"), help="folder of the report; default: report/")
     return root
 
@@ -59,10 +84,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command.
 
     Args:
-        arguments: of the command line; None reads the process's own.
+        arguments: the arguments of the command line; those of the process by default.
 
     Returns:
-        0 done; 1 the comparison could not be run; 2 a wrong argument; 130 interrupted.
+        The exit code: 0 for success, 1 if the comparison cannot run, 2 for an invalid argument, 130
+        after an interruption.
     """
     root = parser()
     options = root.parse_args(arguments)
@@ -71,7 +97,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     if options.command == "list-tasks":
         for task in TASKS.values():
-            print(f"{task.name:16}{task.title}; judged by test {task.metric}")
+            print(f"{task.name:16}{task.title}; ranked by test {task.metric}")
         return 0
     try:
         check_names("method", options.methods, working())
@@ -84,14 +110,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 root.error(f"--{name} is {value}; it must be {kind} of at least {low}")
     except ValueError as error:
         root.error(str(error))
-    # The numbers of a report say how many threads they took; torch has no other way to set them.
+    # The measured times belong to this number of threads, which torch can only set globally.
     torch.set_num_threads(options.threads)
     return guarded(lambda: compare(options))
 
 
 def compare(options: argparse.Namespace) -> int:
-    """Run what is not finished yet, then write the report. See `main` for the exit codes."""
-    # rich, matplotlib and scikit-learn come with an extra: list-methods must work without them.
+    """Run the cells that are not finished yet, then write the report.
+
+    Args:
+        options: the parsed command line.
+
+    Returns:
+        The exit code; see `main`.
+    """
+    # These modules need rich, matplotlib and scikit-learn, which are optional dependencies, and
+    # list-methods must work without them.
     from rich.console import Console
 
     from funcprecond.compare.engine import Engine
@@ -105,7 +139,7 @@ def compare(options: argparse.Namespace) -> int:
 
     log, out = Console(stderr=True), Console()
     if not out.is_terminal:
-        out = Console(width=150)  # a log or a file need not wrap the table
+        out = Console(width=150)  # a file does not need a narrow table
     task = TASKS[options.task]
     batch_sizes = options.batch_sizes or [task.batch_size]
     steps = options.steps or task.steps
@@ -118,8 +152,8 @@ def compare(options: argparse.Namespace) -> int:
         data = task.load(torch.device(options.device))
         if max(batch_sizes) > len(data.train):
             say(
-                f"--batch-sizes has {max(batch_sizes)}, and {task.name} has {len(data.train):,} "
-                f"training examples; choose at most that many."
+                f"--batch-sizes contains {max(batch_sizes)}, but {task.name} has only "
+                f"{len(data.train):,} training examples; choose smaller batch sizes."
             )
             return 2
         plan = settings(
@@ -138,12 +172,12 @@ def compare(options: argparse.Namespace) -> int:
             except KeyboardInterrupt:
                 display.bar.stop()
                 say(
-                    f"Interrupted. {len(store.cells)} finished cells are in {store.path}; "
-                    "the same command goes on from there."
+                    f"Interrupted. {len(store.cells)} finished cells are stored in {store.path}; "
+                    "the same command continues from there."
                 )
                 return 130
         found = rows(engine)
-        say("Drawing the report.")
+        say("Writing the report.")
         written = write(options.out, found, about(engine, data, task))
         out.print(data.description, markup=False, highlight=False, soft_wrap=True)
         out.print(rich_table(found, task.title, out.width))
@@ -152,7 +186,14 @@ def compare(options: argparse.Namespace) -> int:
 
 
 def guarded(work: Callable[[], int]) -> int:
-    """Turn what a user can put right into a sentence on standard error."""
+    """Run the comparison, and print errors that the user can correct as one sentence.
+
+    Args:
+        work: runs the comparison, and returns the exit code.
+
+    Returns:
+        The exit code; see `main`.
+    """
     from funcprecond.compare.store import StoreError
 
     try:
@@ -166,5 +207,5 @@ def guarded(work: Callable[[], int]) -> int:
         print(MISSING.format(name=error.name), file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("Interrupted; finished cells are kept.", file=sys.stderr)
+        print("Interrupted. The finished cells are stored.", file=sys.stderr)
         return 130

@@ -1,4 +1,4 @@
-"""The data sets of the comparison, split once and for all, none of them downloaded."""
+"""The data sets of the comparison, with fixed splits. None of them needs a download."""
 
 import platform
 from collections.abc import Iterator
@@ -7,23 +7,23 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-SPLIT_SEED = 0  # the split belongs to the task: every run of every seed sees the same one
+SPLIT_SEED = 0  # the split is part of the task, so it is the same for all seeds of the runs
 
 
 @dataclass(frozen=True)
 class Split:
-    """Examples along the first axis.
+    """One part of a data set, with the examples along the first axis.
 
     Attributes:
-        inputs: (N, ...) model inputs.
-        targets: (N, ...) integer classes, one for each term of the loss.
+        inputs: (N, ...), the inputs of the model.
+        targets: (N, ...), integer classes, one per term of the loss.
     """
 
     inputs: Tensor
     targets: Tensor
 
     def __len__(self) -> int:
-        """Number of examples."""
+        """The number of examples."""
         return self.inputs.shape[0]
 
 
@@ -32,11 +32,11 @@ class Data:
     """A data set in three splits.
 
     Attributes:
-        train: what the methods see.
-        validation: what chooses the learning rate.
-        test: what is reported, read once for each run.
-        classes: number of classes.
-        description: name and sizes, in a sentence for the report.
+        train: the examples on which the methods are trained.
+        validation: the examples by which the learning rate is chosen.
+        test: the examples of the reported results, which are evaluated once per run.
+        classes: the number of classes.
+        description: the name and the sizes, as text for the report.
     """
 
     train: Split
@@ -47,22 +47,24 @@ class Data:
 
 
 def batches(split: Split, size: int, generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
-    """Endless batches of one size: epoch after epoch, reshuffled, the short rest left out.
+    """An endless sequence of batches of one size.
+
+    Each epoch has a new order, and leaves out the last examples if they do not fill a batch.
 
     Args:
-        split: examples to draw from.
-        size: examples in a batch, at most `len(split)`.
-        generator: CPU generator that shuffles.
+        split: the examples.
+        size: the number of examples per batch, at most `len(split)`.
+        generator: a CPU generator for the order.
 
     Yields:
-        `(inputs, targets)`, each with first dimension `size`.
+        `(inputs, targets)`, each with `size` entries along the first axis.
 
     Raises:
-        ValueError: the split has fewer examples than one batch.
+        ValueError: the split has fewer than `size` examples.
     """
     if size > len(split):
         message = (
-            f"A batch of {size} was asked for, but the training split has {len(split)} examples; "
+            f"The batch size is {size}, but the training split has only {len(split)} examples; "
             f"choose --batch-sizes of at most {len(split)}."
         )
         raise ValueError(message)
@@ -73,11 +75,13 @@ def batches(split: Split, size: int, generator: torch.Generator) -> Iterator[tup
 
 
 def digits(device: torch.device, *, images: bool = False) -> Data:
-    """Handwritten digits, 8×8, that scikit-learn bundles: 1,257 train, 180 validation, 360 test.
+    """The handwritten digits of scikit-learn: 1,257 training, 180 validation and 360 test images.
+
+    The pixels are scaled to [-1, 1].
 
     Args:
-        device: where the tensors go.
-        images: inputs as (N, 1, 8, 8) instead of (N, 64). Pixels are scaled to [-1, 1].
+        device: the device of the tensors.
+        images: whether the inputs have the shape (N, 1, 8, 8) instead of (N, 64).
     """
     from sklearn.datasets import load_digits
 
@@ -105,13 +109,13 @@ def digits(device: torch.device, *, images: bool = False) -> Data:
 
 
 def python_topics(device: torch.device, *, context: int = 64) -> Data:
-    """Characters of the help texts that every Python ships; the task is to predict the next one.
+    """The characters of the help texts that come with Python; the target is the next character.
 
-    Training windows start at every character; validation and test windows do not overlap.
+    The training windows start at every character. The validation and test windows do not overlap.
 
     Args:
-        device: where the tensors go.
-        context: characters in a window.
+        device: the device of the tensors.
+        context: the number of characters per window.
     """
     from pydoc_data.topics import topics
 
@@ -119,7 +123,7 @@ def python_topics(device: torch.device, *, context: int = 64) -> Data:
     alphabet = sorted(set(text))
     code = {character: index for index, character in enumerate(alphabet)}
     tokens = torch.tensor([code[character] for character in text], device=device)
-    # Contiguous parts: the same sentence must not be on both sides of a split.
+    # The parts are contiguous, so that no sentence belongs to two of them.
     held_out = len(tokens) // 20
     parts = tokens.split([len(tokens) - 2 * held_out, held_out, held_out])
 
@@ -132,8 +136,8 @@ def python_topics(device: torch.device, *, context: int = 64) -> Data:
         windows(parts[2], context),
         classes=len(alphabet),
         description=(
-            f"pydoc_data.topics of Python {platform.python_version()}, {len(text):,} characters, "
-            f"alphabet of {len(alphabet)}, windows of {context}: {len(parts[0]):,} training, "
+            f"pydoc_data.topics of Python {platform.python_version()}, {len(text):,} characters of "
+            f"{len(alphabet)} kinds, in windows of {context}: {len(parts[0]):,} training, "
             f"{len(parts[1]):,} validation, {len(parts[2]):,} test characters"
         ),
     )

@@ -1,4 +1,4 @@
-"""Runs the cells of a comparison that are not in the store yet, and keeps each as it finishes."""
+"""Runs the cells of a comparison that are not stored yet, and stores each when it finishes."""
 
 import functools
 import warnings
@@ -17,35 +17,44 @@ Result = dict[str, Any]
 
 
 class Watcher(Protocol):
-    """Hears what the engine does; the progress display is one."""
+    """Receives the progress of an engine; the progress display is one."""
 
     def found(self, cells: int) -> None:
-        """So many cells of the plan were finished before this run."""
+        """Called first, with the number of cells that were finished before this run."""
 
     def plan(self, left: int, seconds: float) -> None:
-        """So many cells are left, expected to take so many seconds (0 when nothing is known)."""
+        """Called before each cell, with the number of cells left and their expected time.
+
+        Args:
+            left: the number of cells, including the next one.
+            seconds: the expected time of all of them; 0 if it is not known.
+        """
 
     def begin(self, label: str, expected: float) -> None:
-        """A cell starts."""
+        """Called when a cell starts, with its label and its expected time (0 if not known)."""
 
     def advance(self, fraction: float) -> None:
-        """So much of the current cell is done."""
+        """Called during a cell, with the finished fraction of it."""
 
     def end(self, label: str, result: Result) -> None:
-        """A cell is finished."""
+        """Called when a cell is finished, with its label and its result."""
 
 
 class Engine:
-    """One comparison: costs first, since they tell how long the rest will take, then row by row.
+    """Runs one comparison.
+
+    The cost cells come first, because the expected times of the training runs are computed from
+    them. Then the rows follow one after another.
 
     Args:
-        rows: what to compare, all of one task.
-        seeds: the first one sweeps the learning rate; all of them run the best rate, and if one of
-            them fails there, the best where none does.
-        points: learning rates in the sweep.
-        data: the task's data on the device.
-        store: finished cells.
-        watcher: is told about progress.
+        rows: the rows, all of one task.
+        seeds: the seeds of the training runs. The learning rate is swept with the first one, and
+            the best rate is run with all of them. If one of them fails at that rate, the best rate
+            at which no seed fails takes its place.
+        points: the number of initial learning rates of a sweep.
+        data: the data of the task on the device.
+        store: the finished cells.
+        watcher: receives the progress.
     """
 
     def __init__(
@@ -59,13 +68,16 @@ class Engine:
     ) -> None:
         self.rows, self.seeds, self.points = list(rows), list(seeds), points
         self.data, self.store, self.watcher = data, store, watcher
-        # What the store has of each row, read once and kept up: its cost, and its training runs by
-        # exponent of the learning rate and seed.
+        # The finished cells of each row: its cost, and its training runs by the exponent of the
+        # learning rate and the seed. They are read from the store once, and updated here.
         self.costs = {row: store.get(row.config("cost")) for row in self.rows}
         self.runs = {row: self.stored_runs(row) for row in self.rows}
 
     def run(self) -> None:
-        """Finish every cell. May be stopped at any moment and called again by another process."""
+        """Finish every cell.
+
+        The process may be stopped at any time, and another process may continue.
+        """
         self.watcher.found(sum(map(self.finished, self.rows)))
         for index, row in enumerate(self.rows):
             self.watcher.plan(len(self.rows) - index + self.runs_left(), self.seconds_left())
@@ -77,9 +89,9 @@ class Engine:
             self.finish(row)
 
     def finish(self, row: Setting) -> None:
-        """Sweep the row's learning rate, then run the other seeds at the best steady one."""
+        """Sweep the learning rate of a row, then run the other seeds at the best rate."""
         if self.cost(row)["status"] == "failed":
-            return  # it would fail again, once for each learning rate
+            return  # the training runs would fail in the same way
         while (exponent := next_exponent(self.sweep(row), self.points)) is not None:
             self.train(row, exponent, self.seeds[0])
         tried = None
@@ -89,7 +101,7 @@ class Engine:
             tried = winner
 
     def train(self, row: Setting, exponent: int, seed: int) -> None:
-        """Run one training cell, unless it is finished."""
+        """Run one training cell, unless it is finished already."""
         if (exponent, seed) in self.runs[row]:
             return
         learning_rate = rate(CARDS[row.method].learning_rate, exponent)
@@ -114,7 +126,17 @@ class Engine:
         work: Callable[[], Result],
         expected: float,
     ) -> Result:
-        """Do the work of one cell and keep its result; a failure is a result too."""
+        """Run one cell and store its result; an exception is stored as a failure.
+
+        Args:
+            config: the configuration of the cell.
+            label: its name in the log.
+            work: computes the result.
+            expected: the expected time in seconds; 0 if it is not known.
+
+        Returns:
+            The result, with the warnings that were issued.
+        """
         self.watcher.begin(label, expected)
         with warnings.catch_warnings(record=True) as heard:
             warnings.simplefilter("always")
@@ -130,28 +152,30 @@ class Engine:
         self.watcher.end(label, result)
         return result
 
-    # What is known so far, for the plan and for the report.
+    # The finished and the remaining cells, for the plan and for the report.
 
     def stored_runs(self, row: Setting) -> dict[tuple[int, int], Result]:
-        """The row's finished training runs in the store, by exponent and seed."""
+        """The training runs of a row in the store, by exponent and seed."""
         centre = CARDS[row.method].learning_rate
         exponents = {rate(centre, exponent): exponent for exponent in range(-9, 10)}
         found = self.store.variants(row.config("train"), "learning_rate", "seed")
         return {(exponents[r], seed): x for (r, seed), x in found.items() if r in exponents}
 
     def cost(self, row: Setting) -> Result:
-        """The row's cost cell; `{"status": "missing"}` before it has run."""
+        """The result of the cost cell of a row; `{"status": "missing"}` if it has not run."""
         return self.costs[row] or {"status": "missing"}
 
     def sweep(self, row: Setting) -> dict[int, Result]:
-        """Finished runs of the first seed by exponent of the learning rate, in order."""
+        """The finished runs with the first seed, by the exponent of the learning rate, in order."""
         first = self.seeds[0]
         return {e: x for (e, seed), x in sorted(self.runs[row].items()) if seed == first}
 
     def winner(self, row: Setting) -> int | None:
-        """Exponent of the best rate at which no seed is known to fail; of the best, if all fail.
+        """The exponent of the best learning rate at which no seed has failed so far.
 
-        One seed cannot tell: at the rate that it likes best another one may diverge.
+        If there is no such rate, it is the exponent of the best rate for the first seed; None if
+        the first seed fails at all rates. The other seeds matter, because a rate that is best for
+        one seed may diverge with another.
         """
         sweep = self.sweep(row)
         steady = {
@@ -163,17 +187,17 @@ class Engine:
         return best(sweep) if winner is None else winner
 
     def at(self, row: Setting, exponent: int) -> dict[int, Result]:
-        """Finished runs at one learning rate by seed."""
+        """The finished runs at one learning rate, by seed."""
         runs = self.runs[row]
         return {seed: runs[exponent, seed] for seed in self.seeds if (exponent, seed) in runs}
 
     def repeats(self, row: Setting) -> dict[int, Result]:
-        """Finished runs at the best steady learning rate by seed; empty while there is none."""
+        """The finished runs at the best learning rate, by seed; empty if there is no such rate."""
         winner = self.winner(row)
         return {} if winner is None else self.at(row, winner)
 
     def left(self, row: Setting) -> int:
-        """Training runs the row still needs, further rates of its sweep not counted."""
+        """The number of training runs that a row still needs, without extensions of its sweep."""
         if self.cost(row)["status"] == "failed":
             return 0
         sweep = self.sweep(row)
@@ -185,27 +209,27 @@ class Engine:
         return first + len(self.seeds) - 1 - len(done)
 
     def finished(self, row: Setting) -> int:
-        """Finished cells of the row: its cost, its sweep, the other seeds at the best rate."""
+        """The number of finished cells of a row: cost, sweep, and other seeds at the best rate."""
         others = [seed for seed in self.repeats(row) if seed != self.seeds[0]]
         return (self.cost(row)["status"] != "missing") + len(self.sweep(row)) + len(others)
 
     def runs_left(self) -> int:
-        """Training runs still to do."""
+        """The number of training runs that are left."""
         return sum(self.left(row) for row in self.rows)
 
     def run_seconds(self, row: Setting) -> float:
-        """Expected time of one training run, from the row's cost; 0 when it is not known."""
+        """The expected time of one training run of a row; 0 if its cost is not known."""
         return row.steps * self.cost(row).get("step_ms", 0.0) / 1e3
 
     def seconds_left(self) -> float:
-        """Expected time of all runs still to do; 0 while some row's cost is not known."""
+        """The expected time of all remaining training runs; 0 if the cost of a row is not known."""
         if any(self.cost(row)["status"] == "missing" for row in self.rows):
             return 0.0
         return sum(self.left(row) * self.run_seconds(row) for row in self.rows)
 
 
 def sentence(error: Exception) -> str:
-    """First line of an exception's message, or its name where it has none."""
+    """The first line of an exception's message, with the type if the message may not suffice."""
     text = str(error).strip().splitlines()
     message = text[0].strip() if text else ""
     known = isinstance(error, (ValueError, LookupError, NotImplementedError)) and message

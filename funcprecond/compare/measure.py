@@ -1,4 +1,4 @@
-"""Cost of a method's step beside SGD's: time measured interleaved, memory at its peak."""
+"""The cost of a step of a method compared with a step of SGD: time and peak memory."""
 
 import contextlib
 import gc
@@ -21,18 +21,18 @@ from funcprecond.compare.train import clock
 from funcprecond.methods.card import CARDS
 
 ROUNDS = 25
-SECONDS = 1.0  # no new round is begun after this long, once there are five
-PROFILED = 10  # steps at most whose memory is traced, one refresh among them
+SECONDS = 1.0  # after this time and at least five rounds, no further round is started
+PROFILED = 10  # the maximal number of steps whose memory is traced, including one refresh
 
 
 class Loop:
-    """A training loop that can be run a few steps at a time.
+    """A training loop that runs a few steps at a time.
 
     Args:
-        setting: task, batch size, device.
-        method: name in `CARDS`.
-        interval: its interval, or None.
-        data: the task's data on the device.
+        setting: the task, batch size and device.
+        method: a name in `CARDS`.
+        interval: the interval of the method, or None.
+        data: the data of the task on the device.
     """
 
     def __init__(self, setting: Setting, method: str, interval: int | None, data: Data) -> None:
@@ -44,14 +44,14 @@ class Loop:
         self.step = fp.make_step(self.problem, self.transform, compile=False)
         self.params = self.problem.params
         self.state = self.transform.init(self.params)
-        # Few batches, made beforehand: it is the step that is timed.
+        # The batches are made beforehand, so that only the steps are timed.
         stream = batches(data.train, setting.batch_size, torch.Generator().manual_seed(0))
         self.batches = list(itertools.islice(stream, 8))
         self.generator = torch.Generator(self.device).manual_seed(0)
         self.t = 0
 
     def run(self, steps: int) -> None:
-        """Take so many more steps."""
+        """Take further steps."""
         for _ in range(steps):
             batch = self.batches[self.t % len(self.batches)]
             needs = self.transform.needs(self.t)
@@ -60,33 +60,35 @@ class Loop:
             self.t += 1
 
     def seconds(self, steps: int) -> float:
-        """Wall-clock time of so many steps."""
+        """Take further steps, and return their wall-clock time in seconds."""
         started = clock(self.device)
         self.run(steps)
         return clock(self.device) - started
 
 
 def cost(setting: Setting, data: Data) -> dict[str, Any]:
-    """Time and memory of one step, absolute and as ratios to SGD's on the same batches.
+    """The time and memory of one step, and their ratios to those of SGD on the same batches.
 
-    Method and SGD take turns, a whole interval each, so that both see the machine in the same
-    mood. A time is the least of the rounds: whatever else runs on a machine only makes a step
-    longer. The drawing of random numbers counts.
+    The method and SGD take turns, each for a whole number of intervals, so that changes of the load
+    of the machine affect both. The reported time is the minimum over the rounds, because other
+    processes can only make a step slower. It includes the drawing of random numbers.
 
     Args:
         setting: the row.
-        data: the task's data on its device.
+        data: the data of the task on its device.
 
     Returns:
-        `step_ms`, `sgd_step_ms`, `time_ratio`, `time_ratio_range` (of the rounds one by one),
-        `rounds`, `peak_bytes`, `state_bytes`, `sgd_peak_bytes`, `memory_ratio` (the last two None
-        where the device tells no peak), `load` (the machine's, 1 minute).
+        A dict with `status` ("ok"); `step_ms`, `sgd_step_ms`, and `time_ratio`, their ratio;
+        `time_ratio_range`, the smallest and the largest ratio of a single round; `rounds`, the
+        number of rounds; `peak_bytes`, `sgd_peak_bytes`, and `memory_ratio`, their ratio, which are
+        None if the device does not report its peak; `state_bytes`, the size of the method's state;
+        and `load`, the load average of the machine over one minute.
     """
     method = Loop(setting, setting.method, setting.interval, data)
     sgd = Loop(setting, "sgd", None, data)
     block = setting.interval or 1
-    block *= -(-5 // block)  # at least five steps, and whole intervals
-    # The steady state is measured: past the steps at which everything is refreshed each time.
+    block *= -(-5 // block)  # a multiple of the interval, and at least five steps
+    # The first steps, each of which refreshes the curvature, do not count.
     warm_up = options(setting.method, setting.interval).get("start", 0) // block + 1
     method.run(warm_up * block)
     sgd.run(block)
@@ -115,10 +117,17 @@ def cost(setting: Setting, data: Data) -> dict[str, Any]:
 
 
 def peak_bytes(loop: Loop, interval: int) -> int | None:
-    """Most bytes in use during a step: what stays between steps, and the most allocated on top.
+    """The peak memory of a step: the tensors kept between steps, plus the peak of the allocations.
 
-    On the CPU the allocator's own trace is summed; memory that LAPACK takes past it is not seen.
-    On CUDA it is the caching allocator's peak. Other devices tell neither: None.
+    On the CPU, the peak is computed from a trace of torch's allocator, which does not include the
+    workspace that LAPACK allocates itself. On CUDA, it is the peak of the caching allocator.
+
+    Args:
+        loop: the training loop, which takes a few further steps.
+        interval: the number of steps between two refreshes.
+
+    Returns:
+        The number of bytes, or None on any other device.
     """
     steps = min(interval, PROFILED)
     if loop.device.type == "cuda":
@@ -135,8 +144,9 @@ def peak_bytes(loop: Loop, interval: int) -> int | None:
     old = loop.params, loop.state
     gc.collect()
     with allocations() as changes:
-        # Made anew within the trace, which cannot size what it has not seen being allocated; the
-        # old ones live on until it ends, so that it does not hear of their end either.
+        # The parameters and the state are copied within the trace, because a trace only contains
+        # the sizes of tensors that are allocated within it. The originals live until it ends, so
+        # that it does not contain their deallocation either.
         loop.params, loop.state = tree_map(
             lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, old
         )
@@ -146,19 +156,19 @@ def peak_bytes(loop: Loop, interval: int) -> int | None:
 
 
 def highest(changes: Sequence[int]) -> int:
-    """Greatest sum of the first so many changes."""
+    """The largest partial sum of the changes, at least 0."""
     return max(itertools.accumulate(changes, initial=0))
 
 
 @contextlib.contextmanager
 def allocations() -> Iterator[list[int]]:
-    """Trace the CPU allocator within the block.
+    """Trace torch's CPU allocator.
 
     Yields:
-        a list, filled when the block ends: bytes allocated (positive) and freed (negative), in
-        the order in which it happened.
+        A list that is filled when the block ends: the numbers of bytes that were allocated
+        (positive) and freed (negative), in order.
     """
-    # The profiler's logger is chatty on standard error unless told otherwise before its first use.
+    # This keeps the profiler from logging to standard error; it must be set before the first use.
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")
     changes: list[int] = []
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as trace:
@@ -174,12 +184,15 @@ def allocations() -> Iterator[list[int]]:
 
 
 def module_tensors(module: nn.Module) -> list[Tensor]:
-    """Parameters and buffers."""
+    """The parameters and buffers of a module."""
     return [*module.parameters(), *module.buffers()]
 
 
 def storage_bytes(tree: Any) -> int:
-    """Bytes of the distinct storages under the tensors of a tree; a view counts its whole base."""
+    """The size in bytes of the distinct storages of the tensors of a tree.
+
+    A view counts with the whole storage of its base.
+    """
     storages = {
         tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()
         for tensor in tree_leaves(tree)

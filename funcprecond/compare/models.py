@@ -1,4 +1,4 @@
-"""The networks of the comparison: an MLP, a small convnet, a GLU decoder."""
+"""The networks of the comparison: an MLP, a small convnet and a GLU decoder."""
 
 import itertools
 import math
@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 
 def mlp(*widths: int) -> nn.Module:
-    """Linear layers with ReLU between them.
+    """Linear layers with a ReLU between each two of them.
 
     Args:
-        widths: sizes from the input to the logits.
+        widths: the sizes, from the input to the logits.
     """
     layers: list[nn.Module] = []
     for fan_in, fan_out in itertools.pairwise(widths):
@@ -22,7 +22,7 @@ def mlp(*widths: int) -> nn.Module:
 
 
 def convnet(classes: int) -> nn.Module:
-    """Three convolutions with GroupNorm on (B, 1, 8, 8) images, then a linear layer."""
+    """Three convolutions with GroupNorm, then a linear layer, for (B, 1, 8, 8) images."""
     return nn.Sequential(
         nn.Conv2d(1, 16, 3, padding=1),
         nn.GroupNorm(4, 16),
@@ -39,7 +39,7 @@ def convnet(classes: int) -> nn.Module:
 
 
 class GLUBlock(nn.Module):
-    """Causal attention, then a gated linear unit, both residual and behind a LayerNorm."""
+    """Causal attention and a gated linear unit, each after a LayerNorm and with a residual path."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -53,7 +53,8 @@ class GLUBlock(nn.Module):
         self.down = nn.Linear(2 * width, width, bias=False)
 
     def attend(self, x: Tensor) -> Tensor:
-        """Attention written out: a fused kernel's second derivatives vary by build."""
+        """Causal attention, without a fused kernel."""
+        # The second derivatives of fused kernels depend on torch's build.
         query, key, value = rearrange(
             self.query_key_value(x), "b t (three h d) -> three b h t d", three=3, h=self.heads
         )
@@ -63,14 +64,17 @@ class GLUBlock(nn.Module):
         return self.project(rearrange(weights @ value, "b h t d -> b t (h d)"))
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, T, width) to (B, T, width)."""
+        """Map (B, T, width) to (B, T, width)."""
         x = x + self.attend(self.norm_attention(x))
         y = self.norm_glu(x)
         return x + self.down(nn.functional.silu(self.gate(y)) * self.up(y))
 
 
 class GLUDecoder(nn.Module):
-    """Decoder-only Transformer with gated linear units: (B, T) tokens to (B, T, classes) logits."""
+    """A decoder-only Transformer with gated linear units.
+
+    It maps (B, T) tokens to (B, T, classes) logits.
+    """
 
     def __init__(self, classes: int, *, context: int, width: int, heads: int, depth: int) -> None:
         super().__init__()
@@ -81,36 +85,48 @@ class GLUDecoder(nn.Module):
         self.logits = nn.Linear(width, classes)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """Logits of the next token at each position."""
-        # One position index an example, so that each example uses the table on its own.
+        """The logits of the next token at each position."""
+        # Each example has its own position indices, so that its per-sample gradient in the table
+        # of positions is defined.
         positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
         return self.logits(self.norm(self.blocks(self.token(tokens) + self.position(positions))))
 
 
 def build(make: Callable[[], nn.Module], seed: int, device: torch.device) -> nn.Module:
-    """Make a module whose weights depend on the seed alone, not on torch's global generator.
+    """Make a module whose weights only depend on a seed, not on torch's global generator.
 
     Args:
         make: constructs the module.
-        seed: decides the weights, the same on every device.
-        device: where the module goes.
+        seed: the seed of the weights, which are the same on every device.
+        device: the device of the module.
+
+    Returns:
+        The module, in eval mode.
 
     Raises:
-        TypeError: the module has a layer with parameters that `initialise` does not know.
+        TypeError: the module has a layer with parameters that `initialise` does not support.
     """
     with torch.device("meta"):
         module = make()
     module = module.to_empty(device="cpu")
     initialise(module, torch.Generator().manual_seed(seed))
-    # No layer here behaves differently in training; in eval mode nobody looks for dropout masks.
+    # All layers behave alike in both modes, but eval mode saves a search for dropout masks.
     return module.to(device).eval()
 
 
 @torch.no_grad()
 def initialise(module: nn.Module, generator: torch.Generator) -> None:
-    """Fill every parameter in place, from the generator, with torch's own distributions.
+    """Draw every parameter in place, from torch's default distributions.
 
-    Embeddings are the exception: normal with standard deviation 0.02, as language models use.
+    The exception are embeddings, which are normal with standard deviation 0.02, as is usual for
+    language models.
+
+    Args:
+        module: the module.
+        generator: draws the parameters.
+
+    Raises:
+        TypeError: a layer with parameters is of another type than those below.
     """
     for layer in module.modules():
         match layer:
@@ -126,6 +142,7 @@ def initialise(module: nn.Module, generator: torch.Generator) -> None:
                 nn.init.zeros_(layer.bias)
             case _ if next(layer.parameters(recurse=False), None) is not None:
                 message = (
-                    f"initialise does not know the layer {type(layer).__name__}; add a case for it."
+                    f"initialise does not know the layer {type(layer).__name__}; add a case for it "
+                    "in funcprecond/compare/models.py."
                 )
                 raise TypeError(message)

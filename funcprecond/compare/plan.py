@@ -1,4 +1,8 @@
-"""What a comparison consists of: rows, and cells keyed by everything that decides them."""
+"""The plan of a comparison: its rows, and the configurations that identify their cells.
+
+A row is a method with a batch size and an interval. Its cells are one cost measurement and the
+training runs at each learning rate and seed.
+"""
 
 import hashlib
 import platform
@@ -15,7 +19,7 @@ from funcprecond.compare.recipe import momentum, options
 from funcprecond.compare.tasks import Task
 from funcprecond.methods.card import CARDS
 
-# Changing how results look must not throw results away.
+# Sources that only affect how results are shown. A change of these does not invalidate the results.
 PRESENTATION = {"compare/report", "compare/cli.py", "compare/progress.py", "compare/summary.py"}
 
 
@@ -24,14 +28,14 @@ class Setting:
     """One row of the comparison.
 
     Attributes:
-        task: name in `TASKS`.
-        method: name in `CARDS`.
-        batch_size: examples in a batch.
-        interval: steps between two measurements of the curvature, and two preparations of the
-            solver's factor; None for a method that has no such interval.
-        steps: steps of each training run.
-        device: as torch writes it.
-        threads: torch's CPU threads.
+        task: a name in `TASKS`.
+        method: a name in `CARDS`.
+        batch_size: the number of examples per batch.
+        interval: the number of steps between two measurements of the curvature, and between two
+            preparations of the solver's factor; None for a method without such an interval.
+        steps: the number of steps per training run.
+        device: the name of the device in torch.
+        threads: the number of CPU threads of torch.
     """
 
     task: str
@@ -43,16 +47,20 @@ class Setting:
     threads: int
 
     def label(self) -> str:
-        """Method, batch size and interval, for one line of a log."""
+        """The method, batch size and interval as text."""
         interval = "" if self.interval is None else f", interval {self.interval}"
         return f"{self.method} (batch {self.batch_size}{interval})"
 
     def config(self, kind: str, **more: Any) -> dict[str, Any]:
-        """Full configuration of one cell of this row.
+        """The full configuration of one cell of this row.
 
         Args:
             kind: "cost" or "train".
-            more: what tells this cell from the row's others (learning rate, seed).
+            more: the entries that distinguish this cell from the other cells of the row (learning
+                rate and seed).
+
+        Returns:
+            Everything that determines the result of the cell.
         """
         return {
             "kind": kind,
@@ -73,7 +81,10 @@ def settings(
     device: str,
     threads: int,
 ) -> list[Setting]:
-    """Rows in the order methods, batch sizes, intervals; without intervals, one row."""
+    """The rows of the comparison, in the order of methods, then batch sizes, then intervals.
+
+    A method without intervals has one row per batch size.
+    """
     return [
         Setting(task.name, method, batch_size, interval, steps, device, threads)
         for method in methods
@@ -84,7 +95,10 @@ def settings(
 
 @cache
 def environment(device: str) -> dict[str, str]:
-    """What else decides a number: code, versions, machine. A cell counts only where all agree."""
+    """The code, versions and machine that determine a result besides the settings.
+
+    A stored cell is only used if all of them are the same.
+    """
     return {
         "code": code_digest(),
         "funcprecond": fp.__version__,
@@ -96,7 +110,7 @@ def environment(device: str) -> dict[str, str]:
 
 
 def device_name(device: str) -> str:
-    """Name of the accelerator, or of the processor as far as the system tells."""
+    """The name of the accelerator or of the processor, if the system provides it."""
     if torch.device(device).type == "cuda":
         return torch.cuda.get_device_name(device)
     try:
@@ -108,7 +122,7 @@ def device_name(device: str) -> str:
 
 
 def code_digest() -> str:
-    """Digest of the package's sources, less the presentation: results are those of one code."""
+    """A digest of the package's sources, except for those that only present results."""
     root = Path(__file__).parent.parent
     digest = hashlib.sha256()
     for path in sorted(root.rglob("*.py")):

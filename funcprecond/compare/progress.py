@@ -1,4 +1,4 @@
-"""Live progress: what runs, how far it is, how long it will take."""
+"""The display of the progress: the current cell, the number of cells left, and the time left."""
 
 import time
 from typing import Any
@@ -8,12 +8,12 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
 
 
 class Display:
-    """A bar on a terminal; elsewhere one plain line for each finished cell.
+    """A context manager that displays the progress of an engine, as its `Watcher`.
 
-    Use as a context manager. It is the engine's `Watcher`.
+    It writes one line per finished cell, and on a terminal it also shows a progress bar.
 
     Args:
-        console: where to write.
+        console: the console to write to.
     """
 
     def __init__(self, console: Console) -> None:
@@ -40,16 +40,16 @@ class Display:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        """Take the bar away."""
+        """Remove the bar."""
         self.bar.stop()
 
     def found(self, cells: int) -> None:
-        """Say that an earlier run is continued."""
+        """Print the number of cells that an earlier run has finished."""
         if cells:
-            self.console.print(f"{cells} finished cells were found and are kept.", highlight=False)
+            self.console.print(f"{cells} finished cells were found and are used.", highlight=False)
 
     def plan(self, left: int, seconds: float) -> None:
-        """Cells and seconds left, the coming cell included."""
+        """Set the numbers of cells and seconds left, including the next cell."""
         self.left, self.seconds = left, seconds
 
     def begin(self, label: str, expected: float) -> None:
@@ -62,7 +62,7 @@ class Display:
         self.bar.update(self.bar_task, completed=fraction, note=self.note(fraction))
 
     def end(self, label: str, result: dict[str, Any]) -> None:
-        """Log a finished cell."""
+        """Print the result of a finished cell."""
         took = time.perf_counter() - self.cell_began
         left = "" if self.live else f"  [{self.note(1.0)}]"
         self.console.print(
@@ -74,7 +74,7 @@ class Display:
         )
 
     def note(self, fraction: float) -> str:
-        """How many cells are left and about how long they will take."""
+        """The number of cells left, and their approximate time, as text."""
         left = self.left - (fraction == 1.0)
         cells = f"{left} {'cell' if left == 1 else 'cells'} left"
         if not self.seconds:
@@ -83,7 +83,7 @@ class Display:
 
 
 def outcome(result: dict[str, Any]) -> str:
-    """A finished cell in a few words."""
+    """The result of a cell in a few words."""
     if result["status"] != "ok":
         return f"{result['status']}: {result['why']}"
     if "step_ms" in result:
@@ -96,7 +96,7 @@ def outcome(result: dict[str, Any]) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Seconds below two minutes, else minutes, else hours and minutes."""
+    """A time as text: in seconds below two minutes, in minutes below two hours, else in hours."""
     seconds = max(0.0, seconds)
     if seconds < 120:
         return f"{seconds:.0f} s"

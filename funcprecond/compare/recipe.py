@@ -1,4 +1,4 @@
-"""How the comparison puts a method into a training step: the one place where its rules stand."""
+"""The rules by which the comparison builds a training step from a method."""
 
 import inspect
 from collections.abc import Callable, Sequence
@@ -9,48 +9,50 @@ from funcprecond.methods.card import CARDS
 from funcprecond.transform import Transform
 
 MOMENTUM = 0.9
-# Refreshed at each of the first steps, whatever the interval: roots of the first few statistics, of
-# low rank, kept for a whole interval make Shampoo and CASPR diverge at every learning rate.
+# In this many first steps, the curvature is refreshed at every step, whatever the interval. The
+# first statistics have low rank, and if their roots are kept for a whole interval, Shampoo and
+# CASPR diverge at every learning rate.
 WARM_UP = 20
 
-# Every method is followed by heavy-ball momentum, as in ASDL's comparison, sgd included; but not
-# where its card says that the direction carries momentum already, and not after these.
+# As in the comparison of ASDL, every method including sgd is followed by heavy-ball momentum. The
+# exceptions are the methods whose directions contain momentum (see their cards), and these.
 WITHOUT_MOMENTUM = {
-    "adagrad": "divides by a sum over all steps; defined without momentum",
-    "lbfgs": "its secant pairs assume that the step taken is its own direction",
-    "hessian_free": "solves each step to the end, starting from the last solution",
+    "adagrad": "divides by a sum over all steps, and is defined without momentum",
+    "lbfgs": "assumes in its secant pairs that each step is its own direction",
+    "hessian_free": "solves for each step to convergence, starting from the previous solution",
 }
 
-# Made for hidden matrices: vectors, and what a network starts and ends with, go to Adam at its own
-# card's learning rate, as their users do.
+# These methods are made for hidden matrices. As is usual, all vectors, and the first and last
+# layers of a network, are trained by Adam with the learning rate of its card.
 FOR_HIDDEN_MATRICES = ("muon",)
 
 
 def builder(method: str) -> Callable[..., Transform]:
-    """The function that makes the method.
+    """The builder of a method.
 
     Raises:
-        ValueError: the method is planned only.
+        ValueError: the method is planned, but not implemented.
     """
     build = CARDS[method].build
     if build is None:
-        message = f"{method} is in the table but cannot be built yet."
+        message = f"{method} is planned and cannot be built yet; choose from list-methods."
         raise ValueError(message)
     return build
 
 
 def momentum(method: str) -> float:
-    """Momentum that the comparison puts after a method; 0 for none."""
+    """The momentum that the comparison chains after a method; 0 for none."""
     return 0.0 if CARDS[method].carries_momentum or method in WITHOUT_MOMENTUM else MOMENTUM
 
 
 def options(method: str, interval: int | None) -> dict[str, Any]:
-    """Keyword arguments for the method's builder.
+    """The keyword arguments for the builder of a method.
 
     Args:
-        method: name in `CARDS`.
-        interval: steps between two measurements and between two preparations of the factor, as in
-            ASDL's case studies; None for a method without intervals.
+        method: a name in `CARDS`.
+        interval: the number of steps between two measurements of the curvature, and between two
+            preparations of the solver's factor, as in the case studies of ASDL; None for a method
+            without intervals.
     """
     chosen = dict(CARDS[method].options)
     if interval is not None:
@@ -63,13 +65,13 @@ def options(method: str, interval: int | None) -> dict[str, Any]:
 def recipe(
     method: str, learning_rate: float, interval: int | None, ends: Sequence[str] = ()
 ) -> Transform:
-    """The whole transform: method, momentum where it has none of its own, learning rate.
+    """The chain of a method, momentum (unless the method is an exception) and a learning rate.
 
     Args:
-        method: name in `CARDS`.
-        learning_rate: multiplies the direction.
+        method: a name in `CARDS`.
+        learning_rate: the factor of the direction.
         interval: see `options`.
-        ends: the task's, for a method that leaves those parameters to Adam.
+        ends: patterns of the parameters of the first and last layers, see `Task`.
     """
     parts = [builder(method)(**options(method, interval))]
     if momentum(method):

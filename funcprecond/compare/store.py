@@ -1,4 +1,4 @@
-"""Finished cells, in one file that a crash cannot damage and another process cannot share."""
+"""The file of finished cells, which survives crashes and is used by one process at a time."""
 
 import contextlib
 import hashlib
@@ -15,17 +15,17 @@ SCHEMA = 1
 
 
 class StoreError(RuntimeError):
-    """The results file cannot be used; the message says why and what to do."""
+    """The results file cannot be used; the message says why, and what to do about it."""
 
 
 def key(config: Mapping[str, Any]) -> str:
-    """A cell's name: a digest of its full configuration, whatever the order of its entries."""
+    """The key of a cell: a digest of its configuration, independent of the order of the entries."""
     text = json.dumps(config, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()[:20]
 
 
 def finite(value: Any) -> Any:
-    """The value with every NaN and infinity replaced by None, since JSON has neither."""
+    """The value with each NaN and infinity replaced by None, because JSON cannot store them."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, Mapping):
@@ -36,17 +36,16 @@ def finite(value: Any) -> Any:
 
 
 class Store:
-    """Cells keyed by configuration in `results.json`; each `put` leaves a complete file behind.
+    """The cells in `results.json`, by configuration; each `put` writes a complete file.
 
-    A damaged file is renamed to `results.damaged-<n>.json` and reported through `say`; cells of it
-    that can still be read are kept.
+    A damaged file is renamed to `results.damaged-<n>.json`, and its readable cells are kept.
 
     Args:
-        folder: where `results.json` lies or will lie; made if missing.
-        say: receives a sentence about anything unusual that was found.
+        folder: the folder of `results.json`, which is created if it does not exist.
+        say: a function that receives a message if the file is damaged.
 
     Raises:
-        StoreError: the folder or the file cannot be read or written.
+        StoreError: the folder cannot be created, or the file cannot be read.
     """
 
     def __init__(self, folder: Path, say: Callable[[str], None]) -> None:
@@ -54,24 +53,24 @@ class Store:
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            message = f"Cannot make the folder {folder}: {error.strerror}; choose another --out."
+            message = f"Cannot create the folder {folder}: {error.strerror}; choose another --out."
             raise StoreError(message) from error
         self.cells = self._read(say)
 
     def get(self, config: Mapping[str, Any]) -> dict[str, Any] | None:
-        """Result of the cell with exactly this configuration, or None."""
+        """The result of the cell with exactly this configuration, or None."""
         cell = self.cells.get(key(config))
         return None if cell is None else cell["result"]
 
     def variants(self, config: Mapping[str, Any], *names: str) -> dict[tuple, dict[str, Any]]:
-        """Results of the cells whose configuration has these further entries beside `config`.
+        """The results of all cells that have a common configuration and differ in some entries.
 
         Args:
-            config: what the cells have in common.
-            names: the further entries.
+            config: the common configuration.
+            names: the names of the entries that the cells have in addition to it.
 
         Returns:
-            The results by the values of the further entries.
+            The results by the values of these entries.
         """
         found = {}
         for cell in self.cells.values():
@@ -81,9 +80,14 @@ class Store:
         return found
 
     def put(self, config: Mapping[str, Any], result: Mapping[str, Any]) -> dict[str, Any]:
-        """Keep a finished cell, and return its result as it is kept.
+        """Store a finished cell; when this method returns, it is on disk.
 
-        On return it is on disk, whatever happens next.
+        Args:
+            config: the configuration of the cell.
+            result: its result.
+
+        Returns:
+            The result as it is stored.
         """
         kept = finite(result)
         self.cells[key(config)] = {
@@ -108,22 +112,22 @@ class Store:
             kept = (
                 f"{len(cells)} of its cells can be read and are kept"
                 if cells
-                else "starting afresh"
+                else "none of its cells can be read"
             )
-            say(f"{self.path} is damaged ({fault}). It was set aside as {aside.name}; {kept}.")
+            say(f"{self.path} is damaged ({fault}). It was renamed to {aside.name}; {kept}.")
         return cells
 
 
 def parse(content: bytes) -> tuple[dict[str, Any], str]:
-    """Readable cells of a results file, and what is wrong with it ("" if nothing is)."""
+    """The readable cells of a results file, and a description of its damage ("" for none)."""
     try:
         document = json.loads(content)
     except ValueError as error:
-        return {}, f"not JSON: {error}"
+        return {}, f"it is not JSON: {error}"
     if not isinstance(document, dict) or not isinstance(document.get("cells"), dict):
-        return {}, 'no object "cells" in it'
+        return {}, 'it has no object "cells"'
     if document.get("schema") != SCHEMA:
-        return {}, f"schema {document.get('schema')!r}, and this version reads {SCHEMA}"
+        return {}, f"it has schema {document.get('schema')!r}, but this version reads {SCHEMA}"
     cells = {
         name: cell
         for name, cell in document["cells"].items()
@@ -134,11 +138,11 @@ def parse(content: bytes) -> tuple[dict[str, Any], str]:
         and key(cell["config"]) == name
     }
     broken = len(document["cells"]) - len(cells)
-    return cells, f"{broken} cells do not match their configuration" if broken else ""
+    return cells, f"{broken} cells are incomplete or changed" if broken else ""
 
 
 def set_aside(path: Path) -> Path:
-    """Rename `results.json` to the first free `results.damaged-<n>.json`, and return that path."""
+    """Rename `results.json` to the first unused `results.damaged-<n>.json`; return that path."""
     number = 1
     while (aside := path.with_name(f"{path.stem}.damaged-{number}{path.suffix}")).exists():
         number += 1
@@ -147,14 +151,14 @@ def set_aside(path: Path) -> Path:
 
 
 def replace_file(path: Path, text: str) -> None:
-    """Write a file so that a reader or a crash ever sees the old or the new one whole."""
+    """Replace a file atomically: after a crash, either the old or the new file is complete."""
     descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
     try:
         with os.fdopen(descriptor, "w", encoding="utf-8") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)  # mkstemp makes it private
+        os.chmod(temporary, 0o644)  # mkstemp creates files that only their owner can read
         os.replace(temporary, path)
     except BaseException:
         with contextlib.suppress(OSError):
@@ -164,10 +168,10 @@ def replace_file(path: Path, text: str) -> None:
 
 @contextlib.contextmanager
 def exclusive(folder: Path) -> Iterator[None]:
-    """Hold the folder for this process; the system lets go of it however the process ends.
+    """Lock the folder for this process; the system releases the lock when the process ends.
 
     Raises:
-        StoreError: another comparison is writing there, or the folder cannot be written.
+        StoreError: another comparison holds the lock, or the folder cannot be written.
     """
     import fcntl
 
@@ -182,7 +186,8 @@ def exclusive(folder: Path) -> Iterator[None]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             message = (
-                f"Another comparison is writing to {folder}; wait for it or choose another --out."
+                f"Another comparison is writing to {folder}; wait until it has finished, or choose "
+                "another --out."
             )
             raise StoreError(message) from error
         for orphan in folder.glob(".results.json-*"):  # left by a process killed while writing

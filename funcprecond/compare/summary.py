@@ -1,4 +1,4 @@
-"""From finished cells to rows of a table: one row a setting, at its best learning rate."""
+"""The rows of the result table: one per setting, at its best learning rate."""
 
 import statistics
 from collections.abc import Iterable
@@ -14,11 +14,11 @@ from funcprecond.methods.card import CARDS
 
 @dataclass(frozen=True)
 class Figure:
-    """Mean and spread of one number over seeds.
+    """The mean and the spread of a number over the seeds.
 
     Attributes:
-        mean: arithmetic mean.
-        spread: sample standard deviation; 0 for one seed.
+        mean: the arithmetic mean.
+        spread: the sample standard deviation; 0 for one seed.
     """
 
     mean: float
@@ -26,7 +26,7 @@ class Figure:
 
     @staticmethod
     def of(values: Iterable[float]) -> "Figure":
-        """Of at least one value."""
+        """The figure of one or more values."""
         values = list(values)
         return Figure(
             statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else 0.0
@@ -35,19 +35,19 @@ class Figure:
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table.
+    """One row of the table.
 
     Attributes:
-        setting: task, method, batch size, interval.
+        setting: the task, method, batch size and interval.
         status: "ok", "diverged", "failed" or "unfinished".
-        why: a sentence where the status is not "ok", or where some seeds did not end well.
-        learning_rate: the best of the sweep.
-        sweep: (exponent, learning rate, result) of each rate tried, in order.
-        runs: results at the best rate, one a seed that ended well.
-        accuracy: on the test split, 0 to 1.
-        loss: on the test split, nats.
-        train_loss: over the last tenth of the steps, nats.
-        cost: the cost cell.
+        why: the reason, if the status is not "ok" or if some seeds failed.
+        learning_rate: the best learning rate of the sweep.
+        sweep: (exponent, learning rate, result) for each rate that was tried, in order.
+        runs: the results at the best rate, one per seed that did not fail.
+        accuracy: the accuracy on the test split, between 0 and 1.
+        loss: the loss on the test split, in nats.
+        train_loss: the training loss over the last tenth of the steps, in nats.
+        cost: the result of the cost cell.
     """
 
     setting: Setting
@@ -63,27 +63,27 @@ class Row:
 
     @property
     def task(self) -> Task:
-        """The row's task."""
+        """The task of the row."""
         return TASKS[self.setting.task]
 
     @property
     def metric(self) -> Figure | None:
-        """What the task is judged by."""
+        """The figure by which the task ranks the methods."""
         return self.accuracy if self.task.metric == "accuracy" else self.loss
 
     def order(self) -> float:
-        """Sorts rows best first, rows without a figure last."""
+        """The sort key of the row: better rows come first, and rows without a metric last."""
         if self.metric is None:
             return float("inf")
         return -self.metric.mean if self.task.higher_is_better else self.metric.mean
 
     def warnings(self) -> list[str]:
-        """What the library warned of, each once."""
+        """The distinct warnings that the library issued."""
         results = [self.cost, *self.runs, *(result for _, _, result in self.sweep)]
         return sorted({said for result in results for said in result.get("warnings", [])})
 
     def record(self) -> dict[str, Any]:
-        """The row flat, for a CSV file: ratios to SGD, times in ms, memory in bytes."""
+        """The row as a flat dict for a CSV file, with times in ms and memory in bytes."""
         setting, card = self.setting, CARDS[self.setting.method]
         figures = {
             f"{name}_{part}": getattr(figure, part) if figure else None
@@ -114,13 +114,13 @@ class Row:
 
 
 def rows(engine: Engine) -> list[Row]:
-    """Every row of a comparison, best first, those without a figure last."""
+    """All rows of a comparison, best first; rows without a metric come last."""
     found = [row(engine, setting) for setting in engine.rows]
     return sorted(found, key=lambda row: row.order())
 
 
 def row(engine: Engine, setting: Setting) -> Row:
-    """One row from what the store has for it."""
+    """One row, from the finished cells of its setting."""
     cost = engine.cost(setting)
     if cost["status"] == "failed":
         return Row(setting, "failed", cost["why"])
@@ -134,7 +134,7 @@ def row(engine: Engine, setting: Setting) -> Row:
         why = "; ".join(whys) if len(set(whys)) < 3 else f"at all {len(whys)} rates: {whys[0]}"
         return Row(setting, status, why or "not run yet", sweep=sweep, cost=cost)
     good = [r for r in engine.repeats(setting).values() if r["status"] == "ok"]
-    # Of rates that the first seed ended well at.
+    # The failures of other seeds, at rates at which the first seed did not fail.
     bad = [
         f"at learning rate {lr:g}, seed {seed}: {r['why']}"
         for e, lr, first in sweep
@@ -157,7 +157,7 @@ def row(engine: Engine, setting: Setting) -> Row:
 
 
 def last_loss(result: dict[str, Any], steps: int) -> float:
-    """Mean training loss over the last tenth of the steps."""
+    """The mean training loss over the last tenth of the steps."""
     curve = result["curve"]
     tail = [
         loss for step, loss in zip(curve["step"], curve["loss"], strict=True) if step > 0.9 * steps

@@ -1,4 +1,7 @@
-"""The tasks: a data set, a network, a number to judge by, and a budget. One entry adds a task."""
+"""The tasks: each has a data set, a network, a metric and a number of steps.
+
+A new entry in `TASKS` adds a task.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,18 +16,19 @@ from funcprecond.compare.data import Data, digits, python_topics
 
 @dataclass(frozen=True)
 class Task:
-    """What a method is compared on. The loss is the cross-entropy of every task so far.
+    """A training problem on which the methods are compared. The loss is the cross-entropy.
 
     Attributes:
-        name: what the command line calls it.
-        title: what the report calls it.
-        load: device to data.
-        network: number of classes to a module; built on the meta device, filled from a seed.
+        name: the name on the command line.
+        title: the name in the report.
+        load: a function from a device to the data.
+        network: a function from the number of classes to a module. It is called on the meta device,
+            and the weights are drawn from a seed.
         metric: "accuracy" (higher is better) or "loss" (lower is better, in nats).
-        steps: steps of one training run.
-        batch_size: examples in a batch where the command line names none.
-        ends: patterns of the parameters that the network starts and ends with, where their names do
-            not tell (:func:`funcprecond.muon_rules`).
+        steps: the default number of steps of a training run.
+        batch_size: the default number of examples per batch.
+        ends: patterns of the names of the parameters in the first and last layers, if
+            :func:`funcprecond.muon_rules` does not recognize them by their names.
     """
 
     name: str
@@ -38,11 +42,11 @@ class Task:
 
     @property
     def higher_is_better(self) -> bool:
-        """Direction of the metric."""
+        """Whether a higher value of the metric is better."""
         return self.metric == "accuracy"
 
     def model(self, data: Data, seed: int, device: torch.device) -> nn.Module:
-        """The network, with weights that depend on the seed alone."""
+        """The network, with weights that only depend on the seed."""
         return models.build(partial(self.network, data.classes), seed, device)
 
 

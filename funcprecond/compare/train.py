@@ -1,4 +1,4 @@
-"""One training run: a method, a learning rate, a seed; curves and the three splits' figures."""
+"""A training run of one method at one learning rate and seed."""
 
 import math
 import time
@@ -15,8 +15,8 @@ from funcprecond.compare.recipe import recipe
 from funcprecond.compare.tasks import TASKS
 from funcprecond.problems import Problem
 
-POINTS = 30  # of a training curve, each the mean loss since the one before
-CHUNK = 512  # examples evaluated at a time
+POINTS = 30  # of a training curve; each is the mean loss since the previous one
+CHUNK = 512  # the number of examples that are evaluated at a time
 
 
 def train(
@@ -26,20 +26,23 @@ def train(
     seed: int,
     on_step: Callable[[int], None] = lambda step: None,
 ) -> dict[str, Any]:
-    """Train once and evaluate.
+    """Train once, and evaluate.
 
     Args:
-        setting: task, method, batch size, interval, steps, device.
-        data: the task's data on that device.
-        learning_rate: multiplies the method's direction.
-        seed: decides weights, order of the batches, and the method's own draws.
-        on_step: told the number of finished steps now and then.
+        setting: the task, method, batch size, interval, steps and device.
+        data: the data of the task on that device.
+        learning_rate: the factor of the method's direction.
+        seed: determines the weights, the order of the batches, and the random numbers of the
+            method.
+        on_step: a function that is called with the number of finished steps at each point of the
+            curve.
 
     Returns:
-        `status` "ok" or "diverged" (the loss was not finite, or ended at twice that of guessing;
-        `why` says which), `curve` with lists
-        `step`, `seconds` (spent in steps alone) and `loss`, `validation` and `test` with
-        `accuracy` and `loss`, and `seconds` of all steps.
+        A dict with these entries: `status`, which is "ok" or "diverged"; `why`, if the run
+        diverged, because the loss was not finite or ended at twice the loss of guessing or above;
+        `curve` with the lists `step`, `seconds` (spent in the steps) and `loss`; `seconds`, the
+        time of all steps; and, if the run did not diverge, `validation` and `test`, each with
+        `accuracy` and `loss`.
     """
     task = TASKS[setting.task]
     device = torch.device(setting.device)
@@ -48,7 +51,7 @@ def train(
     step = fp.make_step(problem, transform, compile=False)
     params = problem.params
     state = transform.init(params)
-    # Batches are shuffled on the CPU, so that every device sees the same ones.
+    # The order is drawn on the CPU, so that the batches are the same on every device.
     stream = batches(data.train, setting.batch_size, torch.Generator().manual_seed(seed))
     generator = torch.Generator(device).manual_seed(seed)
 
@@ -80,19 +83,22 @@ def train(
     }
     reached, guessing = figures["validation"]["loss"], math.log(data.classes)
     if not reached < 2 * guessing:
-        why = f"the validation loss ended at {reached:.3g} nats, where guessing has {guessing:.2g}"
+        why = (
+            f"the validation loss ended at {reached:.3g} nats, at least twice that of guessing "
+            f"({guessing:.2g})"
+        )
         return result | {"status": "diverged", "why": why, "seconds": seconds}
     return result | figures | {"seconds": seconds}
 
 
 @torch.no_grad()
 def evaluate(problem: Problem, params: dict[str, Tensor], split: Split) -> dict[str, float]:
-    """Accuracy and mean loss (nats) over a split.
+    """The accuracy and the mean loss (in nats) over all terms of a split.
 
     Args:
-        problem: forward pass and loss.
-        params: the point to evaluate at.
-        split: every term of every example counts once.
+        problem: the model.
+        params: the parameters of the model.
+        split: the examples.
     """
     correct = loss = terms = 0.0
     for start in range(0, len(split), CHUNK):
@@ -106,7 +112,7 @@ def evaluate(problem: Problem, params: dict[str, Tensor], split: Split) -> dict[
 
 
 def clock(device: torch.device) -> float:
-    """Seconds, once the device has finished what it was given."""
+    """The time in seconds, after the device has finished its queued work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     elif device.type == "mps":

@@ -1,6 +1,7 @@
-"""Stage 1: which curvature matrix. Each file has a need, and the direct function for people.
+"""Stage 1: which curvature matrix a method uses.
 
-A need says what to measure on a batch; ``fp.observe(problem, params, batch, needs)`` measures it.
+Each file has a need, and many have a function for direct calls too. A need states what is measured
+on a batch; ``fp.observe(problem, params, batch, needs)`` measures it.
 """
 
 from funcprecond.curvature.ggn import GGNOperator

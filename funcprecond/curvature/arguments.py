@@ -1,4 +1,4 @@
-"""The one form of all products: of a function of the parameters, or of a problem on a batch."""
+"""The arguments of all products, for a function of the parameters or for a problem on a batch."""
 
 from typing import Any
 
@@ -8,15 +8,17 @@ __all__ = ["batch_and_vector"]
 
 
 def batch_and_vector(name: str, f: Any, rest: tuple[Any, ...]) -> tuple[Any, Any]:
-    """What follows ``(f, params, ...)``: ``vector`` for a function, ``batch, vector`` for a problem.
+    """Split the arguments after ``(f, params)`` of a product into the batch and the vector.
+
+    They are ``vector`` for a function, and ``batch, vector`` for a problem.
 
     Args:
-        name: the function's, for the error.
+        name: the name of the product's function, for the error message.
         f: a :class:`funcprecond.Problem` or a function.
-        rest: the arguments after ``params``.
+        rest: the positional arguments after ``params``.
 
     Returns:
-        The batch, None for a function, and the vector.
+        The batch, which is None for a function, and the vector.
 
     Raises:
         TypeError: there are too few or too many arguments.
@@ -24,6 +26,9 @@ def batch_and_vector(name: str, f: Any, rest: tuple[Any, ...]) -> tuple[Any, Any
     of_problem = isinstance(f, Problem)
     if len(rest) != (2 if of_problem else 1):
         form = "problem, params, batch, vector" if of_problem else "f, params, vector"
-        msg = f"the form is {name}({form}); {2 + len(rest)} arguments were given"
+        msg = (
+            f"{name} was called with {2 + len(rest)} positional arguments: call it as "
+            f"{name}({form})"
+        )
         raise TypeError(msg)
     return (rest[0], rest[1]) if of_problem else (None, rest[0])

@@ -1,11 +1,12 @@
-r"""The Fisher matrix :math:`c \sum_v \sum_n g_{vn} g_{vn}^T`, by products.
+r"""The Fisher matrix :math:`F = c \sum_v \sum_n g_{vn} g_{vn}^T`, by products.
 
-Its rows are cotangents pulled back, example by example: at the data's own labels ("empirical"), at
-labels sampled from the model's prediction ("mc", unbiased), or at all that the expectation takes
-("exact", which is the Gauss-Newton matrix). Where the layers tell of every parameter, products are
-taken from the rows by layer (:mod:`funcprecond.autodiff.fisher_rows`). Elsewhere they need no row: with
-``J v`` at hand, :math:`F v = c J^T \sum_v u_v (u_v \cdot J v)`, the inner product taken within
-each example.
+Its rows :math:`g_{vn}` are cotangents pulled back to the parameters, one by one for each example n.
+The cotangents are taken at the data's own labels ("empirical"), at labels sampled from the model's
+prediction ("mc", an unbiased estimate), or they are all that the expectation requires ("exact",
+with which F is the Gauss-Newton matrix). If the layers cover every parameter, products use the
+rows, layer by layer (:mod:`funcprecond.autodiff.fisher_rows`). Otherwise no row is formed: from
+``J x`` and the cotangents :math:`u_v` follows :math:`F x = c J^T \sum_v u_v (u_v \cdot J x)`, with
+the inner product taken within each example.
 """
 
 from collections.abc import Iterator
@@ -38,31 +39,35 @@ def fisher_mv(
     buffers: Buffers | None = None,
     generator: torch.Generator | None = None,
 ) -> Params:
-    """The Fisher matrix of a problem's likelihood times a vector.
+    """The Fisher matrix of the likelihood of a problem, times a vector.
 
     Args:
-        problem, params, batch: whose, and where.
+        problem, params, batch: the problem, and the point and the batch to evaluate.
         vector: shaped like ``params``.
-        labels: "exact", "mc" or "empirical"; see :mod:`funcprecond.curvature.fisher`.
-        samples: sampled labels for each term, with "mc".
-        noise: the random numbers of "mc", from the loss's ``label_noise``; drawn if not given.
-        buffers: the model's buffers; the problem's own by default.
-        generator: draws labels and dropout masks.
+        labels: "exact" takes the expectation over the model's prediction, "mc" samples labels from
+            it, and "empirical" takes the labels of the data.
+        samples: the number of sampled labels for each term of the loss, with "mc".
+        noise: the random numbers of "mc", from the ``label_noise`` of the loss; by default they are
+            drawn from ``generator``.
+        buffers: the model's buffers; by default those of the problem.
+        generator: the source of randomness for labels and dropout masks.
 
     Returns:
-        Shaped like ``params``. Costs about 1.5 gradients, 2 where it takes the model; for many
-        products make a :class:`funcprecond.Fisher`.
+        A dict shaped like ``params``. Costs about 1.5 gradients, or 2 if the product runs the model
+        because the layers do not cover every parameter. For many products, use
+        :class:`funcprecond.Fisher`.
 
     Raises:
-        TypeError: the loss is not a likelihood that is known, and ``labels`` is not "empirical".
-        ValueError: ``labels`` or ``samples`` is out of range, or random numbers are needed and
-            there is no generator.
+        TypeError: the loss has no known likelihood, and ``labels`` is not "empirical".
+        ValueError: ``labels`` or ``samples`` is not allowed, random numbers are needed and there is
+            no generator, or the batch is empty.
 
     Example:
         >>> import torch, funcprecond as fp
         >>> problem = fp.problem(torch.nn.Linear(4, 3), fp.losses.cross_entropy)
-        >>> batch = torch.rand(8, 4), torch.arange(8) % 3
-        >>> product = fp.fisher_mv(problem, problem.params, batch, problem.params)
+        >>> batch = torch.ones(8, 4), torch.arange(8) % 3
+        >>> fp.fisher_mv(problem, problem.params, batch, problem.params)["weight"].shape
+        torch.Size([3, 4])
     """
     check_labels(labels, samples)
     if labels == "mc" and noise is None:
@@ -75,16 +80,23 @@ def fisher_mv(
     rows = fisher_rows(evaluation, labels, noise, keep=False)
     if rows is None:
         return fisher_product(evaluation, vector, labels, noise, keep=False)
-    del evaluation  # the run's graph, which the rows do not need
+    del evaluation  # frees the graph of the run, which the rows do not need
     return rows.product(vector)
 
 
 def fisher_rows(
     evaluation: Evaluation, labels: Labels, noise: Tensor | None, keep: bool = True
 ) -> FisherRows | None:
-    """The rows of the sampled or empirical matrix, on a batch opened with ``taps``; or None.
+    """The rows of the sampled or empirical matrix on an opened batch, or None.
 
-    Without ``keep`` the evaluation is of no use after them.
+    Args:
+        evaluation: the batch, opened with ``layers=True``.
+        labels, noise: see :func:`fisher_mv`.
+        keep: whether the evaluation is still used afterwards; if not, its graph is freed.
+
+    Returns:
+        None if the layers do not cover every parameter, see
+        :func:`funcprecond.autodiff.fisher_rows.rows_of`.
     """
     return rows_of(evaluation, evaluation.cotangents(labels, noise), evaluation.constant, keep)
 
@@ -96,9 +108,15 @@ def fisher_product(
     noise: Tensor | None,
     keep: bool = True,
 ) -> Params:
-    """``F vector`` on an opened batch, through the model."""
+    """``F vector`` on an opened batch, by products with J and its transpose.
+
+    Args:
+        evaluation: the batch, opened with ``twice=True``.
+        vector, labels, noise: see :func:`fisher_mv`.
+        keep: whether the evaluation is still used afterwards; if not, its graph is freed.
+    """
     if labels == "exact":
-        # Raises if there is no likelihood.
+        # This raises an error if the loss has no known likelihood.
         evaluation.cotangents("exact", ())
         return evaluation.ggn_mv(vector, keep)
     total = None
@@ -114,7 +132,7 @@ def fisher_product(
 def fisher_form(
     evaluation: Evaluation, vector: Params, labels: Labels, noise: Tensor | None
 ) -> Tensor:
-    """``vector · F vector`` on an opened batch, a 0-d tensor, :func:`wide`: no pull-back."""
+    """``vector · F vector`` on an opened batch, a 0-d tensor, :func:`wide`, without a pull-back."""
     if labels == "exact":
         evaluation.cotangents("exact", ())
         return evaluation.ggn_form(vector)
@@ -129,7 +147,7 @@ def _inner_products(
     noise: Tensor | None,
     keep: bool = True,
 ) -> Iterator[tuple[Any, Tensor]]:
-    """Each cotangent with (N,) its inner products with ``J vector``, within each example."""
+    """Each cotangent, with the inner product of each example's part with ``J vector``, (N,)."""
     pushed = tree.leaves(evaluation.jvp(vector, keep))
     for cotangent in evaluation.cotangents(labels, noise):
         pairs = zip(tree.leaves(cotangent), pushed, strict=True)
@@ -139,5 +157,5 @@ def _inner_products(
 def draw_labels(
     problem: Problem, batch: Any, samples: int, generator: torch.Generator | None
 ) -> Tensor:
-    """The random numbers from which labels are sampled."""
+    """Draw the random numbers from which labels are sampled."""
     return problem.loss.label_noise(problem.split(batch)[1], samples, generator)

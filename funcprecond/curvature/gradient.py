@@ -1,7 +1,7 @@
 """The batched empirical Fisher matrix: the outer product of a mini-batch gradient with itself.
 
-It costs nothing beside the gradient. Accumulated over steps it is the second moment that AdaGrad,
-Adam, Shampoo and CASPR take the root of.
+It costs nothing in addition to the gradient. Accumulated over steps, it is the second moment whose
+inverse root AdaGrad, Adam, Shampoo and CASPR approximate.
 """
 
 import dataclasses
@@ -18,7 +18,7 @@ __all__ = ["BatchGradient", "OuterProduct"]
 
 @state
 class OuterProduct:
-    """``g g^T`` for each parameter, never formed; its entries are in float32 or wider.
+    """``g g^T`` for each parameter, which is never formed; its entries are in float32 or wider.
 
     Attributes:
         grads: the factor ``g``, shaped like the parameters.
@@ -27,17 +27,20 @@ class OuterProduct:
     grads: Params
 
     def diagonal(self) -> Params:
-        """The squares of the entries."""
+        """The diagonal of ``g g^T``, which is the square of ``g`` entry by entry."""
         return {k: g.to(factor_dtype(g)).square() for k, g in self.grads.items()}
 
     def to_dense(self) -> Params:
-        """(n, n) for a parameter of n entries."""
+        """``g g^T`` as a dense matrix, (n, n) for a parameter of n entries."""
         flat = {k: g.to(factor_dtype(g)).reshape(-1) for k, g in self.grads.items()}
         return {k: torch.outer(g, g) for k, g in flat.items()}
 
 
 @dataclasses.dataclass(frozen=True)
 class BatchGradient(Need):
-    """The gradient that ``update`` was given, as a curvature matrix: nothing is measured."""
+    """The gradient that ``update`` receives, as a curvature matrix; nothing else is measured.
+
+    :func:`funcprecond.compose` turns this gradient into an :class:`OuterProduct`.
+    """
 
     gives: ClassVar[type] = OuterProduct

@@ -1,4 +1,4 @@
-"""The model linearized: opened once for many products, or one product with J or its transpose."""
+"""Products with the Jacobian J of the outputs and its transpose, and many products at one point."""
 
 from collections.abc import Callable
 from typing import Any, overload
@@ -22,29 +22,31 @@ def linearize(
     buffers: Buffers | None = None,
     generator: torch.Generator | None = None,
 ) -> Evaluation:
-    """One batch at one point, opened for many products.
+    """Open one batch at one point for many products.
 
-    ``hvp``, ``ggn_mv``, ``jvp`` and ``pull`` (``J^T u``) of the result share one forward run, one
-    set of dropout masks, and graphs that are kept until the result is let go.
+    The methods ``hvp``, ``ggn_mv``, ``jvp`` (``J v``) and ``pull`` (``J^T u``) of the result share
+    one forward run, one set of dropout masks and their graphs. The graphs are kept until the result
+    is deleted.
 
     Args:
-        problem, params, batch: what is linearized, and where.
-        buffers: the model's buffers; the problem's own by default.
-        generator: draws the dropout masks, if there are any.
+        problem, params, batch: the problem, and the point and the batch to evaluate.
+        buffers: the model's buffers; by default those of the problem.
+        generator: the source of randomness for the model's dropout masks.
 
     Returns:
-        A :class:`funcprecond.Evaluation`, with which a Hessian product costs 1.3 to 2.2 gradients
-        and a Gauss-Newton product 0.9 to 1.4.
+        A :class:`funcprecond.Evaluation`, with which a product with the Hessian costs 1.3 to 2.2
+        gradients, and one with the Gauss-Newton matrix 0.9 to 1.4.
 
     Raises:
-        ValueError: random numbers are needed and there is no generator; the batch is empty.
+        ValueError: random numbers are needed and there is no generator, or the batch is empty.
 
     Example:
         >>> import torch, funcprecond as fp
         >>> problem = fp.problem(torch.nn.Linear(4, 3), fp.losses.cross_entropy)
-        >>> batch = torch.rand(8, 4), torch.arange(8) % 3
+        >>> batch = torch.ones(8, 4), torch.arange(8) % 3
         >>> opened = fp.linearize(problem, problem.params, batch)
-        >>> products = [opened.hvp(v) for v in (problem.params, opened.grads)]
+        >>> [opened.hvp(v)["weight"].shape for v in (problem.params, opened.grads)]
+        [torch.Size([3, 4]), torch.Size([3, 4])]
     """
     return Evaluation(problem, params, batch, buffers=buffers, generator=generator, twice=True)
 
@@ -74,24 +76,25 @@ def jvp(
     buffers: Buffers | None = None,
     generator: torch.Generator | None = None,
 ) -> Any:
-    """``J vector``: the derivative of a function, or of a model's outputs, along a vector.
+    """``J vector``: the derivative of a function, or of the outputs of a model, along a vector.
 
     It is called as ``jvp(f, params, vector)`` or ``jvp(problem, params, batch, vector)``.
 
     Args:
-        f: a function of ``params`` to a tree of tensors; or a :class:`funcprecond.Problem`, whose
-            model's outputs on ``batch`` are taken.
-        params: where.
-        *rest: for a problem the batch first; and the vector, shaped like ``params``.
-        buffers: the model's buffers; the problem's own by default.
-        generator: draws the model's dropout masks.
+        f: a function of ``params`` that returns a tree of tensors; or a
+            :class:`funcprecond.Problem`, of which the model's outputs on ``batch`` are taken.
+        params: the point at which the derivative is taken.
+        *rest: the vector, shaped like ``params``; for a problem, the batch comes before it.
+        buffers: the model's buffers; by default those of the problem.
+        generator: the source of randomness for the model's dropout masks.
 
     Returns:
         A tree shaped like the outputs. Costs about one gradient.
 
     Raises:
-        TypeError: the arguments fit neither form.
-        NotImplementedError: torch has no derivative of a part of it.
+        TypeError: the number of arguments is wrong.
+        ValueError: random numbers are needed and there is no generator, or the batch is empty.
+        NotImplementedError: torch cannot differentiate a part of the function.
 
     Example:
         >>> import torch, funcprecond as fp
@@ -131,23 +134,24 @@ def vjp(
     buffers: Buffers | None = None,
     generator: torch.Generator | None = None,
 ) -> Params:
-    """``J^T cotangents``: what is shaped like the outputs, pulled back to the parameters.
+    """``J^T cotangents``: cotangents of the outputs, pulled back to the parameters.
 
     It is called as ``vjp(f, params, cotangents)`` or ``vjp(problem, params, batch, cotangents)``.
 
     Args:
-        f: a function of ``params`` to a tree of tensors; or a :class:`funcprecond.Problem`, whose
-            model's outputs on ``batch`` are taken.
-        params: where.
-        *rest: for a problem the batch first; and the cotangents, shaped like the outputs.
-        buffers: the model's buffers; the problem's own by default.
-        generator: draws the model's dropout masks.
+        f: a function of ``params`` that returns a tree of tensors; or a
+            :class:`funcprecond.Problem`, of which the model's outputs on ``batch`` are taken.
+        params: the point at which the derivative is taken.
+        *rest: the cotangents, shaped like the outputs; for a problem, the batch comes before them.
+        buffers: the model's buffers; by default those of the problem.
+        generator: the source of randomness for the model's dropout masks.
 
     Returns:
-        Shaped like ``params``. Costs one gradient.
+        A dict shaped like ``params``. Costs one gradient.
 
     Raises:
-        TypeError: the arguments fit neither form.
+        TypeError: the number of arguments is wrong.
+        ValueError: random numbers are needed and there is no generator, or the batch is empty.
 
     Example:
         >>> import torch, funcprecond as fp

@@ -1,12 +1,14 @@
-"""Layer statistics: what each layer was given, and what came back to it.
+"""Layer statistics: the inputs and the output gradients of each layer.
 
-An affine layer ``z = W a + b`` sees inputs ``a`` and, pulled back from cotangents at the model's
-outputs, output gradients ``g``. The gradient of example n in ``[W | b]`` is ``Σ_t g_nt [a_nt, 1]^T``
-over its positions t (tokens, pixels), so inputs and output gradients are all that
-Kronecker-factored, unit-wise, diagonal and Gram representations of the Fisher matrix need. Layers
-are found by which parameter is used, not by module class (:mod:`funcprecond.autodiff.recorder`).
+An affine layer ``z = W a + b`` receives inputs ``a``. Cotangents that are pulled back from the
+model's outputs give its output gradients ``g``. The gradient of example n in ``[W | b]`` is
+``Σ_t g_nt [a_nt, 1]^T`` over its positions t (tokens, pixels). Inputs and output gradients are
+therefore all that the Kronecker-factored, unit-wise, diagonal and Gram representations of the
+Fisher matrix need. Layers are found by the parameters that are used, not by the class of a module
+(:mod:`funcprecond.autodiff.recorder`).
 
-Letters: V cotangents, N examples, T positions, J groups, i and o input and output dimensions.
+Letters: V cotangents, N examples, T positions, J groups; i and o are the input and output
+dimensions.
 """
 
 import dataclasses
@@ -33,23 +35,29 @@ __all__ = ["ExampleRows", "LayerStatistics", "layer_statistics", "layer_uses"]
 
 @dataclasses.dataclass(frozen=True)
 class LayerStatistics(Need):
-    """Inputs and output gradients of every layer.
+    """The inputs and the output gradients of every layer.
+
+    The measured value is a :class:`funcprecond.layers.blocks.Layers`.
 
     Attributes:
-        labels: whose cotangents are pulled back: those of labels sampled from the model's
-            prediction ("mc", an unbiased Fisher matrix), of the data's own ("empirical", the
-            training gradient itself, at no cost), or all that the exact Fisher matrix takes
-            ("exact").
-        samples: sampled labels for each term, with "mc".
-        others: what to measure of parameters that no layer covers: "diagonal", "rows" or "none".
-        sharing: how the positions of one example are combined in Kronecker factors. With "expand"
-            every position is a row of its own, which is exact for losses with a term for each
-            position. With "reduce" inputs are averaged and output gradients summed over the
-            positions, which is exact where the outputs are pooled over them (Eschenhagen et al.,
-            arXiv 2311.00636).
-        per_sample: also leave to ``others`` the layers whose rows do not tell the examples apart.
-        tied: keep a weight that is an embedding and a linear layer's too among the layers, with
-            uses of both kinds; else it is left to ``others``.
+        labels: which cotangents are pulled back. "mc" samples labels from the model's prediction,
+            for an unbiased estimate of the Fisher matrix. "empirical" takes the labels of the data,
+            which gives the training gradient itself, at no cost. "exact" takes all cotangents of
+            the exact Fisher matrix.
+        samples: the number of sampled labels for each term of the loss, with "mc".
+        others: what is measured for parameters that no layer covers: the "diagonal" of their
+            curvature, their "rows", or "none".
+        sharing: how the positions of one example are combined in Kronecker factors. "expand" treats
+            every position as a row of its own, which is exact for losses with one term per
+            position. "reduce" averages the inputs and sums the output gradients over the positions,
+            which is exact if the outputs are pooled over them (Eschenhagen et al., arXiv
+            2311.00636).
+        per_sample: count a layer among ``others`` if its rows do not belong to single examples.
+        tied: keep a weight that is both an embedding and a linear layer among the layers, with uses
+            of both kinds. By default it counts among ``others``.
+
+    Raises:
+        ValueError: ``labels`` or ``samples`` is not allowed.
     """
 
     labels: Labels = "mc"
@@ -73,8 +81,8 @@ class LayerStatistics(Need):
 
     def measure(self, evaluation: Evaluation, noise: Any) -> Layers:
         if self.labels == "empirical":
-            # The gradient that is there already: its rows are c times the terms' gradients, so that
-            # c^-1 is left of c^-2 c.
+            # The gradient of the loss exists already. Its rows are c times those of the loss terms,
+            # so that the scale c becomes c / c^2 = 1 / c.
             grads = [g.unsqueeze(0) for g in evaluation.layer_grads]
             return self._layers(evaluation, None, grads, 1 / evaluation.constant)
         cotangents = evaluation.cotangents(self.labels, noise)
@@ -83,14 +91,14 @@ class LayerStatistics(Need):
         return self._layers(evaluation, cotangents, grads, evaluation.constant)
 
     def each(self, evaluation: Evaluation, noise: Any) -> Iterator[Layers]:
-        """The same measurement in parts of few cotangents, of which one is in memory at a time.
+        """The same measurement in parts of a few cotangents, of which one is in memory at a time.
 
-        The evaluation's graph is freed by the last part, so that no gradient can be asked for
-        besides.
+        The last part frees the graph of the evaluation, from which no other gradient can be taken
+        afterwards.
         """
         cotangents = evaluation.cotangents(self.labels, noise)
-        # So many that their gradients take no more memory than the parameters: second moments of
-        # many rows at once are cheaper than their sum in parts.
+        # The gradients of a part take no more memory than the parameters. Large parts are faster,
+        # because second moments of many rows at once cost less than a sum over parts.
         size = sum(math.prod(call.shape) for call in evaluation.calls)
         room = sum(p.numel() for p in evaluation.params.values())
         last, together = len(cotangents) - 1, max(1, room // max(1, size))
@@ -100,7 +108,7 @@ class LayerStatistics(Need):
             grads = [_stack(g) for g in zip(*pulled, strict=True)]
             del pulled
             yield self._layers(evaluation, some, grads, evaluation.constant)
-            del grads  # so that they are gone while the next ones are made
+            del grads  # frees the memory before the next part is computed
 
     def _layers(
         self,
@@ -115,7 +123,7 @@ class LayerStatistics(Need):
         if not names or self.others == "none":
             return Layers(uses, {}, scale, self.sharing)
         if cotangents is None:
-            # The layers' own rows carry the loss's gradient, c included.
+            # The rows of the layers belong to the gradient of the loss, which includes c.
             (own,) = evaluation.cotangents("empirical", ())
             cotangents = [own * evaluation.constant]
         pulled = [evaluation.pull_each(u, names, chunk_size=32) for u in cotangents]
@@ -128,9 +136,9 @@ class LayerStatistics(Need):
 
 @dataclasses.dataclass(frozen=True)
 class ExampleRows(LayerStatistics):
-    """Layer statistics that tell the examples apart, and rows for everything else.
+    """Layer statistics whose rows belong to single examples, with rows for all other parameters.
 
-    They are all that the Gram matrix of per-sample gradients is made of.
+    The Gram matrix of the per-sample gradients follows from them.
     """
 
     others: Literal["diagonal", "rows", "none"] = "rows"
@@ -150,21 +158,22 @@ def layer_statistics(
     samples: int = 1,
     generator: torch.Generator | None = None,
 ) -> Layers:
-    """The layers' inputs and output gradients on one batch.
+    """The inputs and the output gradients of the layers on one batch.
 
     Args:
-        problem, params, batch: what is measured, and where.
-        labels, samples: see :class:`LayerStatistics`.
-        generator: draws the labels with "mc", and dropout masks.
+        problem, params, batch: the problem, and the point and the batch to evaluate.
+        labels, samples: see :class:`funcprecond.curvature.LayerStatistics`.
+        generator: the source of randomness for the labels of "mc" and for dropout masks.
 
     Returns:
-        A :class:`funcprecond.layers.blocks.Layers`. Costs one gradient, and about a third of one for
-        each pull-back: ``samples`` with "mc", one for each entry of an output with "exact".
+        A :class:`funcprecond.curvature.Layers`. Costs one gradient, and about a third of a gradient
+        per pull-back. The number of pull-backs is ``samples`` with "mc", the number of entries of
+        one example's output with "exact", and 0 with "empirical".
 
     Raises:
-        TypeError: the loss is not a likelihood that is known, and ``labels`` is not "empirical".
-        ValueError: ``labels`` or ``samples`` is out of range, or random numbers are needed and
-            there is no generator.
+        TypeError: the loss has no known likelihood, and ``labels`` is not "empirical".
+        ValueError: ``labels`` or ``samples`` is not allowed, random numbers are needed and there is
+            no generator, or the batch is empty.
 
     Example:
         >>> import torch, funcprecond as fp
@@ -185,7 +194,13 @@ def layer_uses(
     per_sample: bool = False,
     tied: bool = False,
 ) -> dict[str, tuple[LayerUse, ...]]:
-    """The uses of each block that was seen in full, with these (V, *output shape) gradients."""
+    """The uses of each block whose calls were all recorded.
+
+    Args:
+        evaluation: the batch, opened with ``layers=True``.
+        grads: (V, *output shape), the output gradients of each call.
+        per_sample, tied: see :class:`LayerStatistics`.
+    """
     inputs, calls = evaluation.layer_inputs, evaluation.calls
     return {
         name: tuple(LayerUse(inputs[i], grads[i], calls[i]) for i in indices)
@@ -198,12 +213,12 @@ def _stack(tensors: Sequence[Tensor]) -> Tensor:
 
 
 def _warn_of_diagonals(names: list[str], evaluation: Evaluation) -> None:
-    """Warn of each matrix whose curvature is kept as a diagonal only; Python shows a text once."""
+    """Warn of matrices whose curvature is kept as a diagonal only; Python shows each text once."""
     for name in () if torch.compiler.is_compiling() else names:
         if evaluation.params[name].ndim > 1:
             used = evaluation.unrecorded.get(name, "layers of several kinds")
             msg = (
-                f"parameter {name!r} is used by {used}, which is no layer whose inputs and output "
-                "gradients make its gradient: only the diagonal of its curvature is kept"
+                f"parameter {name!r} is used by {used}, for which there are no layer statistics: "
+                "only the diagonal of its curvature is kept"
             )
             warnings.warn(msg, stacklevel=2)

@@ -1,7 +1,8 @@
-"""Per-example gradients, and the empirical Fisher matrix that they are rows of.
+"""Per-sample gradients, which are the rows of the empirical Fisher matrix.
 
-An example's gradient in an affine layer is ``sum_t g_nt a_nt^T``, of the layer's inputs and output
-gradients: one product for all examples. What no layer covers is differentiated by ``vmap``.
+In an affine layer, an example's gradient is ``sum_t g_nt a_nt^T`` over its positions t, from the
+layer's inputs a and output gradients g. One batched product gives the gradients of all examples.
+Parameters that no layer covers are differentiated by ``vmap``.
 """
 
 import dataclasses
@@ -25,11 +26,13 @@ __all__ = ["PerSample", "PerSampleGrads", "per_sample_grads"]
 
 @state
 class PerSample:
-    """Gradients of the single examples' losses.
+    """The gradients of the losses of single examples.
 
     Attributes:
-        grads: (N, *shape) for each parameter: the gradient of the sum of the example's terms.
-        scale: ``c``, by which their sum is multiplied to give the loss's gradient, a 0-d tensor.
+        grads: (N, *shape) for each parameter: for each example, the gradient of the sum of its loss
+            terms.
+        scale: the reduction constant c of the loss, a 0-d tensor. The gradient of the loss is c
+            times the sum of these gradients.
     """
 
     grads: Params
@@ -37,7 +40,7 @@ class PerSample:
 
     def diagonal(self) -> Params:
         """The diagonal of the empirical Fisher matrix ``c sum_n g_n g_n^T``."""
-        # In float32 or wider: the squares of half-precision gradients vanish.
+        # The sum is in float32 or wider, because squares of half-precision gradients underflow.
         return {
             k: self.scale * torch.linalg.vector_norm(g, dim=0, dtype=factor_dtype(g)).square()
             for k, g in self.grads.items()
@@ -46,11 +49,13 @@ class PerSample:
 
 @dataclasses.dataclass(frozen=True)
 class PerSampleGrads(Need):
-    """The gradient of each example.
+    """The gradient of each example's loss.
+
+    The measured value is a :class:`PerSample`.
 
     Attributes:
-        chunk_size: examples at a time, or None for all at once. The result, N times the parameters,
-            is in memory either way.
+        chunk_size: the number of examples that are processed at a time, or None for all at once.
+            The result, which is N times as large as the parameters, is in memory either way.
     """
 
     chunk_size: int | None = None
@@ -59,11 +64,21 @@ class PerSampleGrads(Need):
 
     def measure(self, evaluation: Evaluation, noise: Any) -> PerSample:
         layers = _LAYERS.measure(evaluation, ())
-        # Their output gradients are the loss's, c times those of the examples' terms.
+        # The output gradients belong to the loss: they are c times those of the loss terms. The
+        # scale of the layers, 1 / c, corrects this.
         return PerSample(self.rows(evaluation, layers, layers.scale), evaluation.constant)
 
     def rows(self, evaluation: Evaluation, layers: Layers, factor: Tensor | None = None) -> Params:
-        """The examples' gradients, of the layers' output gradients times ``factor``."""
+        """The per-sample gradients, with the output gradients of the layers times ``factor``.
+
+        Args:
+            evaluation: the batch, opened with ``layers=True``.
+            layers: the statistics of its layers.
+            factor: a 0-d tensor, or None for 1.
+
+        Returns:
+            (N, *shape) for each parameter.
+        """
         refuse_coupling(evaluation.problem)
         params, count = evaluation.params, evaluation.count
         step = self.chunk_size or max(count, 1)
@@ -73,7 +88,7 @@ class PerSampleGrads(Need):
         ]
         found = parts[0]
         if len(parts) > 1:
-            # Popped, so that only the parts that are still to be joined are kept.
+            # ``pop`` frees each part of a gradient once it is joined.
             found = {k: torch.cat([p.pop(k) for p in parts]) for k in [*found]}
         rest = [k for k in params if k not in found]
         if rest:
@@ -96,12 +111,12 @@ def _part(layers: Layers, examples: slice, factor: Tensor | None) -> Layers:
 
 
 def _of_layers(layers: Layers, params: Params) -> Params:
-    """(N, *shape) for each parameter that is in a layer."""
+    """The per-sample gradients, (N, *shape), of each parameter that a layer covers."""
     found: Params = {}
     names = [split_block(block) for block in layers.uses]
     weights = {weight: params[weight] for weight, _ in names}
     biases = {bias: params[bias] for _, bias in names if bias}
-    # Biases by themselves: as a last column of the weights they would be moved about with these.
+    # Biases are formed separately; as a last column of the weights they would have to be copied.
     for own in (weights, biases):
         kept, formed = layers.example_gradients(own)
         for rows in kept:
@@ -118,13 +133,30 @@ def per_sample_grads(
     chunk_size: int | None = None,
     generator: torch.Generator | None = None,
 ) -> Params:
-    """The gradient of each example's loss: (N, *shape) for each parameter.
+    """The gradient of each example's loss.
 
-    Their sum, times the loss's reduction constant (1 / N for a mean over examples), is the
-    gradient. Costs a gradient, and writing the result.
+    Their sum, times the reduction constant of the loss (``1 / N`` for a mean over examples), is the
+    gradient of the loss.
+
+    Args:
+        problem, params, batch: the problem, and the point and the batch to evaluate.
+        chunk_size: the number of examples that are processed at a time; None means all at once.
+        generator: the source of randomness for the model's dropout masks.
+
+    Returns:
+        (N, *shape) for each parameter. Costs one gradient, and the time to write the result.
 
     Raises:
-        ValueError: the model couples the examples of a batch (BatchNorm in training mode).
+        ValueError: the model couples the examples of a batch (BatchNorm in training mode), random
+            numbers are needed and there is no generator, or the batch is empty.
+        RuntimeError: ``vmap`` cannot run the model, which has parameters that no layer covers.
+
+    Example:
+        >>> import torch, funcprecond as fp
+        >>> problem = fp.problem(torch.nn.Linear(4, 3), fp.losses.cross_entropy)
+        >>> batch = torch.ones(8, 4), torch.arange(8) % 3
+        >>> fp.per_sample_grads(problem, problem.params, batch)["weight"].shape
+        torch.Size([8, 3, 4])
     """
     evaluation = Evaluation(problem, params, batch, generator=generator, layers=True)
     (layers,) = _LAYERS.each(evaluation, ())

@@ -1,4 +1,4 @@
-"""The quadratic form of the Gauss-Newton matrix on a few vectors: how much they curve the model."""
+"""The quadratic form of the Gauss-Newton matrix on a few vectors."""
 
 import dataclasses
 import functools
@@ -19,11 +19,11 @@ __all__ = ["GGNForm"]
 
 @dataclasses.dataclass(frozen=True)
 class GGNForm(Need):
-    """The function ``[v_1, ..., v_k] -> (k, k)``, entries ``v_iᵀ G v_j``, on this batch.
+    """The function ``[v_1, ..., v_k] -> (k, k)`` with the entries ``v_iᵀ G v_j``, on this batch.
 
-    A push of each vector to the outputs, where the loss's Hessian is applied, and no pull-back:
-    about one gradient a vector. Parameters that a vector does not name count as zero. The function
-    lives for one step.
+    Each vector is pushed forward to the outputs, where the Hessian of the loss is applied. No
+    pull-back is needed, so that a vector costs about one gradient. Parameters that a vector leaves
+    out count as zero. The function is valid for one step only.
     """
 
     twice: ClassVar[bool] = True

@@ -1,8 +1,8 @@
-"""The mini-batch gradient at labels sampled from the model's own prediction.
+"""The mini-batch gradient at labels that are sampled from the model's own prediction.
 
-The outer product of one such gradient with itself is an unbiased estimate of ``c`` times the Fisher
-matrix of the batch, for one more pull-back through the shared forward run and no per-example
-gradient.
+The outer product of one such gradient with itself is an unbiased estimate of c times the Fisher
+matrix of the batch, where c is the reduction constant of the loss (``1 / N`` for a mean over N
+examples). It costs one more pull-back through the shared forward run, and no per-sample gradient.
 """
 
 import dataclasses
@@ -34,13 +34,19 @@ class SampledGradients:
 class SampledGradient(Need):
     """Gradients of the loss at sampled labels.
 
+    The measured value is a :class:`SampledGradients`. Costs one pull-back per gradient.
+
     Attributes:
-        labels: sampled from the model's prediction ("mc"), or the data's own ("empirical"): then it
-            is the training gradient itself, at no cost.
-        samples: how many gradients, with "mc"; each carries ``1 / sqrt(samples)``.
-        per_sample: divide by the root of the loss's reduction constant c, so that the outer
-            products estimate the Fisher matrix F. Without, they estimate c F, which is the
-            covariance of the mini-batch's gradient.
+        labels: "mc" samples the labels from the model's prediction. "empirical" takes the labels of
+            the data, so that the value is the training gradient itself, at no cost.
+        samples: the number of gradients with "mc". Each is multiplied by ``1 / sqrt(samples)``, so
+            that the sum of the outer products is a mean.
+        per_sample: divide by the root of the reduction constant c of the loss, so that the outer
+            products estimate the Fisher matrix F. By default they estimate c F, which is the
+            covariance of the mini-batch gradient.
+
+    Raises:
+        ValueError: ``labels`` or ``samples`` is not allowed.
     """
 
     labels: Literal["mc", "empirical"] = "mc"

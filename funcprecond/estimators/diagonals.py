@@ -31,11 +31,38 @@ def hutchinson_diagonal(
     probes: Tensor | None = None,
     chunk_size: int | None = None,
 ) -> Estimate:
-    """The diagonal as the mean of ``v * A v`` (Bekas et al. 2007); see :func:`hutchinson_trace`."""
+    """Estimate the diagonal of A by the mean of ``v * A v`` over random vectors v.
+
+    The product ``*`` is entry by entry (Bekas, Kokiopoulou & Saad 2007).
+
+    Args:
+        operator: A.
+        products: the number of random vectors.
+        generator: draws the random vectors, if ``probes`` is None.
+        distribution: the distribution of their entries, "rademacher" (random signs) or "normal".
+        probes: the random vectors, (products, P), from :func:`funcprecond.estimators.draw_probes`.
+        chunk_size: see :meth:`funcprecond.Operator.matmat`.
+
+    Returns:
+        An :class:`funcprecond.Estimate` of two dicts of tensors shaped like the parameters. Costs
+        ``products`` products.
+
+    Raises:
+        ValueError: ``products`` is not positive, ``distribution`` is unknown, ``probes`` has
+            another shape, or ``generator`` and ``probes`` are both None.
+
+    Example:
+        >>> import torch, funcprecond as fp
+        >>> values = {"w": torch.tensor([3.0, 2.0])}
+        >>> a = fp.operators.DiagonalMatrix(values, values)
+        >>> generator = torch.Generator().manual_seed(0)
+        >>> fp.hutchinson_diagonal(a, 4, generator=generator).estimate
+        {'w': tensor([3., 2.])}
+    """
     rows = probes_of(operator, products, generator, distribution, probes)
     columns = from_rows(rows, operator.like)
     pairs = zip(unstack(columns), operator.products(columns, chunk_size), strict=True)
-    # Sums of what is beyond the first sample, so that no more than one further is in memory.
+    # Running sums of the differences from the first sample, which keep one more sample in memory.
     v, product = next(pairs)
     minus = {k: -(v[k] * product[k]) for k in v}
     beyond = {k: torch.zeros_like(x) for k, x in minus.items()}
@@ -61,9 +88,33 @@ def xdiag(
     probes: Tensor | None = None,
     chunk_size: int | None = None,
 ) -> Estimate:
-    """The diagonal by XDiag (Epperly, Tropp & Webber 2024), XTrace's idea for each entry.
+    """Estimate the diagonal of a symmetric A by XDiag (Epperly, Tropp & Webber, arXiv 2301.07825).
 
-    A must be symmetric; probes are signs. See :func:`xtrace` for the arguments.
+    XDiag applies the idea of :func:`funcprecond.xtrace` to every entry of the diagonal.
+
+    Args:
+        operator: A.
+        products: the number of products: an even number, at least 4 and at most 2 P.
+        generator: draws the random vectors, whose entries are random signs, if ``probes`` is None.
+        probes: the random vectors, (products / 2, P), from
+            :func:`funcprecond.estimators.draw_probes`.
+        chunk_size: see :meth:`funcprecond.Operator.matmat`.
+
+    Returns:
+        An :class:`funcprecond.Estimate` of two dicts of tensors shaped like the parameters. Costs
+        ``products`` products.
+
+    Raises:
+        ValueError: ``products`` is odd, less than 4 or more than 2 P, ``probes`` has another shape,
+            or ``generator`` and ``probes`` are both None.
+
+    Example:
+        >>> import torch, funcprecond as fp
+        >>> values = {"w": torch.tensor([3.0, 2.0, 0.0])}
+        >>> a = fp.operators.DiagonalMatrix(values, values)
+        >>> found = fp.xdiag(a, 6, generator=torch.Generator().manual_seed(0))
+        >>> torch.allclose(found.estimate["w"].float(), values["w"], atol=1e-4)
+        True
     """
     w, y, q, r, s, z, regular = leave_one_out(
         operator, products, generator, "rademacher", probes, chunk_size

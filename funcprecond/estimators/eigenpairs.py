@@ -1,9 +1,10 @@
-r"""Extreme eigenpairs: Lanczos with thick restarts (Wu & Simon 2000).
+r"""Extreme eigenpairs by the Lanczos method with thick restarts (Wu & Simon 2000).
 
-The basis grows by one vector a product. Where it may not grow further, it is replaced by the best
-half of its own Ritz vectors, with which the iteration goes on as if it had only ever known these:
-memory is bounded, and little is lost. The projected matrix is taken in whole, from all inner
-products with the basis, so that one loop serves the first and all later rounds.
+The basis grows by one vector per product. When it has reached its maximal size, it is replaced by
+the wanted Ritz vectors and the better half of the others, and the iteration continues from these.
+This bounds the memory and loses little. The projected matrix is computed from the inner products of
+each new vector with the whole basis, not from a recursion, so that the same loop serves before and
+after a restart.
 """
 
 import math
@@ -37,34 +38,51 @@ def eigsh(
     start: Tensor | None = None,
     throw: bool = True,
 ) -> LowRank:
-    """The k extreme eigenpairs of a symmetric operator.
+    """The k largest or smallest eigenvalues of a symmetric A, with eigenvectors.
+
+    Lanczos with thick restarts (Wu & Simon 2000).
 
     Args:
         operator: A.
-        k: how many.
-        which: "LM" largest in magnitude, "LA" largest, "SA" smallest, as SciPy calls them.
-        tol: an error bound this small beside the largest Ritz value ends the iteration.
-        max_steps: at most so many products; 10 k + 50 by default.
-        max_basis: at most so many vectors in memory, at least k + 2; by default one for each
-            product. Fewer of them take more products: half of the basis is given up when it is
-            full.
-        generator: draws the start.
-        start: (P,) instead.
-        throw: raise if a bound is not below ``tol``; read ``bounds`` otherwise. Nothing is raised
-            where a transform watches; there the basis grows to ``max_steps``.
+        k: the number of eigenpairs.
+        which: "LM" for the eigenvalues of largest magnitude, "LA" for the largest, "SA" for the
+            smallest, as in SciPy.
+        tol: the relative accuracy: the iteration ends when the error bounds of all k eigenvalues
+            are at most ``tol`` times the largest magnitude of a Ritz value.
+        max_steps: the maximal number of products; 10 k + 50 by default.
+        max_basis: the maximal number of basis vectors in memory, at least k + 2; ``max_steps`` by
+            default. A smaller basis needs more products, since a restart discards a part of it.
+        generator: draws the first vector, if ``start`` is None.
+        start: the first vector, (P,).
+        throw: whether to raise an error if a bound is larger than the accuracy; otherwise check
+            ``bounds``. Under a ``torch.func`` transform or ``torch.compile`` nothing is raised, and
+            ``max_steps`` products are taken.
 
     Returns:
-        A :class:`LowRank` of the eigenpairs, by falling magnitude for "LM" and from the end inwards
-        otherwise. An eigenvalue that occurs several times has as many vectors where the space is
-        exhausted on the way, as it is for a matrix of low rank; else one of them may be all that is
-        found.
+        A :class:`funcprecond.LowRank` of the eigenpairs, in descending order of magnitude for "LM",
+        in descending order for "LA" and in ascending order for "SA". Costs at most ``max_steps``
+        products. A multiple eigenvalue is found with its multiplicity if the Krylov space becomes
+        invariant during the iteration, as it does for a matrix of low rank; otherwise only one of
+        its eigenvectors may be found.
 
     Raises:
-        RuntimeError: see ``throw``.
-        ValueError: k is not between 1 and P, ``which`` is unknown, or ``max_basis`` is too small.
+        RuntimeError: an error bound is larger than the accuracy, and ``throw`` is true.
+        ValueError: k is not between 1 and P, ``which`` is unknown, ``max_basis`` is too small, or
+            ``generator`` and ``start`` are both None.
+
+    Example:
+        >>> import torch, funcprecond as fp
+        >>> values = {"w": torch.tensor([3.0, 2.0, 1.0])}
+        >>> a = fp.operators.DiagonalMatrix(values, values)
+        >>> found = fp.eigsh(a, 2, generator=torch.Generator().manual_seed(0))
+        >>> torch.allclose(found.values, torch.tensor([3.0, 2.0]), atol=1e-3)
+        True
     """
     if which not in ("LM", "LA", "SA") or not 1 <= k <= operator.size:
-        msg = f"k must be in 1..{operator.size} and which 'LM', 'LA' or 'SA', not {k}, {which!r}"
+        msg = (
+            f"k must be between 1 and {operator.size}, the number of parameters, and which must be "
+            f"'LM', 'LA' or 'SA', not {k} and {which!r}"
+        )
         raise ValueError(msg)
     if max_basis is not None and max_basis < min(k + 2, operator.size):
         msg = f"max_basis must be at least k + 2 = {k + 2}, not {max_basis}"
@@ -83,15 +101,24 @@ def eigsh(
     missing = k - int((bounds <= floor).sum())
     if throw and missing:
         msg = (
-            f"{missing} of {k} eigenvalues are not known to {tol:g} after {basis.products} "
-            "products: raise max_steps, max_basis or tol, or take them with throw=False"
+            f"{missing} of {k} eigenvalues are not known to the relative accuracy {tol:g} after "
+            f"{basis.products} products: raise max_steps, max_basis or tol, or pass throw=False to "
+            "get the result with its error bounds"
         )
         raise RuntimeError(msg)
     return _low_rank(operator, values, vectors.mT.to(start.dtype) @ basis.rows, bounds)
 
 
 class _Basis:
-    """Orthonormal rows V, the projection ``V A V^T``, and the vector that A leads to from there."""
+    """An orthonormal basis that grows by products with A.
+
+    Attributes:
+        rows: the basis vectors, as the rows of a matrix V.
+        projected: ``V A V^T``, in its first ``count`` rows and columns.
+        following: the next basis vector, which is the normalized component of ``A v`` orthogonal to
+            the basis, where v is the last basis vector; zero if the basis spans an invariant space.
+        beta: the length of that component.
+    """
 
     def __init__(self, operator: Operator, start: Tensor, capacity: int):
         self.operator, self.capacity, self.count, self.products = operator, capacity, 0, 0
@@ -106,7 +133,7 @@ class _Basis:
         return self.buffer[: self.count]
 
     def grow(self, count: int) -> None:
-        """Up to so many rows, or until A leads nowhere."""
+        """Extend the basis to ``count`` vectors, or until it spans an invariant space of A."""
         self.invariant = False
         while self.count < count and not self.invariant:
             v, j = self.following, self.count
@@ -120,7 +147,8 @@ class _Basis:
             w = w - inner @ self.rows
             self.beta = w.norm()
             if not bool(self.beta > 0.5 * before):
-                # What rounding leaves of the old directions is no longer small beside the rest.
+                # The first pass removed most of the length, so that its rounding errors in the
+                # directions of the basis are not small compared with the rest.
                 w = w - (self.rows @ w) @ self.rows
                 self.beta = w.norm()
             self.scale = torch.maximum(self.scale, wide(inner.norm()))
@@ -129,21 +157,21 @@ class _Basis:
             self.following = torch.zeros_like(w) if self.invariant else w / self.beta
 
     def ritz(self) -> tuple[Tensor, Tensor, Tensor]:
-        """(values, vectors as columns, error bounds)."""
+        """The eigenvalues, the eigenvectors as columns, and the error bounds of the projection."""
         values, vectors = torch.linalg.eigh(self.projected[: self.count, : self.count])
         reach = torch.zeros_like(self.beta) if self.invariant else self.beta
         return values, vectors, (reach * vectors[-1]).abs()
 
     def keep(self, values: Tensor, vectors: Tensor) -> None:
-        """Only these Ritz pairs."""
+        """Replace the basis by the Ritz vectors of the given eigenpairs of the projection."""
         self.count = len(values)
         self.buffer[: self.count] = vectors.mT.to(self.buffer.dtype) @ self.buffer[: len(vectors)]
         self.projected.zero_()
         self.projected.diagonal()[: self.count] = values
 
     def turn(self) -> None:
-        """Away from an invariant space, in a direction of its own."""
-        # Any will do, and none may depend on chance that the caller has not asked for.
+        """Leave an invariant space: continue from a vector that is orthogonal to the basis."""
+        # Any direction serves. A seed makes it reproducible without the caller's generator.
         g = torch.Generator().manual_seed(self.products)
         like = self.following
         w = random.normal(like.shape, g, dtype=like.dtype, device=like.device)
@@ -153,7 +181,12 @@ class _Basis:
 
 
 def _search(basis: _Basis, k: int, which: Which, tol: float, limit: int):
-    """(values, Ritz vectors as columns, bounds, the largest bound allowed) of the wanted pairs."""
+    """Extend and restart the basis until the k wanted eigenpairs have converged.
+
+    Returns:
+        The eigenvalues, the eigenvectors of the projection as columns, the error bounds, and the
+        largest bound that counts as converged.
+    """
     settled: Tensor | None = None
     target = min(basis.capacity, 2 * k + 10)
     while True:
@@ -167,7 +200,8 @@ def _search(basis: _Basis, k: int, which: Which, tol: float, limit: int):
         if basis.products >= limit or basis.count == basis.operator.size:
             return found
         if basis.invariant:
-            # Another copy of an eigenvalue may lie outside: none does if nothing new comes.
+            # Another eigenvector of one of the eigenvalues may lie outside of the invariant space.
+            # If a search there does not change the wanted eigenvalues, they are complete.
             if (
                 converged
                 and settled is not None
@@ -178,7 +212,7 @@ def _search(basis: _Basis, k: int, which: Which, tol: float, limit: int):
         elif converged:
             return found
         if basis.count == basis.capacity:
-            # At least one row must come new before the next restart.
+            # The restart must leave room for at least one new vector.
             kept = min(k + (basis.capacity - k) // 2, basis.capacity - 1)
             basis.keep(values[order[:kept]], vectors[:, order[:kept]])
             target = basis.capacity

@@ -1,7 +1,7 @@
-"""Norms and inner products of the gradients of single examples, without forming those.
+"""Norms and inner products of per-sample gradients, without forming these gradients.
 
-In an affine layer the gradient of example n is ``Σ_t g_nt a_nt^T`` over its positions t, so that
-both follow from the layer's inputs and output gradients.
+The per-sample gradient of example n in an affine layer is ``Σ_t g_nt a_nt^T`` over its positions t,
+so norms and inner products follow from the layer's inputs a and output gradients g.
 """
 
 from typing import Any
@@ -19,7 +19,7 @@ from funcprecond.tree import Params
 __all__ = ["PER_SAMPLE", "per_sample_gram", "per_sample_norms"]
 
 PER_SAMPLE = LayerStatistics("empirical", others="rows", per_sample=True)
-"""The gradient of each example, from the layers, or as rows where no layer covers a parameter."""
+"""The per-sample gradients: as factors in the layers, and formed for all other parameters."""
 
 
 def per_sample_gram(
@@ -29,19 +29,23 @@ def per_sample_gram(
     *,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """The inner products of the gradients of single examples.
+    """The inner products of the per-sample gradients of a batch.
 
     Args:
-        problem, params, batch: whose gradients, and where; those of :func:`per_sample_grads`.
-        generator: draws dropout masks.
+        problem, params, batch: the problem, the parameters at which its loss is differentiated, and
+            a batch of N examples. The gradients are those of :func:`funcprecond.per_sample_grads`.
+        generator: draws the dropout masks.
 
     Returns:
-        (N, N), entry (n, m) is ``g_n · g_m``. Costs two thirds of a gradient, and for each layer the
-        smaller of two products, of positions or of rows. Parameters in no layer have their rows
-        formed.
+        (N, N), with ``g_n · g_m`` in entry (n, m). Costs two thirds of a gradient, and per layer
+        the cheaper of two products: over pairs of positions, or over the formed gradients of the
+        layer. The gradients of parameters in no layer are always formed.
 
     Raises:
-        ValueError: the model couples the examples of a batch (BatchNorm in training mode).
+        ValueError: the model couples the examples of a batch (BatchNorm in training mode), or
+            dropout masks are needed and there is no generator.
+        RuntimeError: some parameter is in no layer, and ``vmap`` cannot compute its per-sample
+            gradients.
 
     Example:
         >>> import torch, funcprecond as fp
@@ -51,7 +55,7 @@ def per_sample_gram(
         torch.Size([8, 8])
     """
     gram, constant = _rows(problem, params, batch, generator)
-    # U U^T of the empirical Fisher matrix is c times the examples' inner products.
+    # The entries of U U^T are c g_n · g_m.
     return gram.gram() / constant
 
 
@@ -62,17 +66,22 @@ def per_sample_norms(
     *,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """The Euclidean norms of the gradients of single examples.
+    """The Euclidean norms of the per-sample gradients of a batch.
 
     Args:
-        problem, params, batch: whose gradients, and where; those of :func:`per_sample_grads`.
-        generator: draws dropout masks.
+        problem, params, batch: the problem, the parameters at which its loss is differentiated, and
+            a batch of N examples. The gradients are those of :func:`funcprecond.per_sample_grads`.
+        generator: draws the dropout masks.
 
     Returns:
-        (N,). Costs about as much as :func:`per_sample_gram`, and no (N, N) matrix.
+        (N,). Costs about as much time as :func:`funcprecond.per_sample_gram`, but no (N, N) matrix
+        is formed.
 
     Raises:
-        ValueError: the model couples the examples of a batch (BatchNorm in training mode).
+        ValueError: the model couples the examples of a batch (BatchNorm in training mode), or
+            dropout masks are needed and there is no generator.
+        RuntimeError: some parameter is in no layer, and ``vmap`` cannot compute its per-sample
+            gradients.
 
     Example:
         >>> import torch, funcprecond as fp
@@ -86,6 +95,7 @@ def per_sample_norms(
 
 
 def _rows(problem, params, batch, generator) -> tuple[Gram, Tensor]:
+    """The empirical Fisher matrix ``U^T U``, where U has the rows ``√c g_n``, and c."""
     refuse_coupling(problem)
     evaluation = Evaluation(problem, params, batch, generator=generator, layers=True)
     (layers,) = PER_SAMPLE.each(evaluation, ())

@@ -1,9 +1,10 @@
-r"""Lanczos: a Krylov space, and the density of the whole spectrum.
+r"""The Lanczos iteration, which computes an orthonormal basis of a Krylov space.
 
-After m products :math:`A V = V T + \beta_m v_{m+1} e_m^T` with orthonormal V and tridiagonal T,
-whose eigenvalues (Ritz values) approach the extreme ones of A. Every new vector is made orthogonal
-to all earlier ones, twice where it loses its length, so that float32 gives no ghosts. The small
-eigenproblem of T is solved in float64, where the device has it.
+After m products, :math:`A V = V T + \beta_m v_{m+1} e_m^T` with orthonormal V and tridiagonal T.
+The eigenvalues of T (Ritz values) approximate the extreme eigenvalues of A. Each new vector is made
+orthogonal to all previous ones, and a second time if the first pass removes most of its length, so
+that rounding in float32 does not make an eigenvalue appear more than once. The small eigenproblem
+of T is solved in float64 where the device supports it.
 """
 
 import math
@@ -22,13 +23,16 @@ __all__ = ["Krylov", "lanczos"]
 
 @state
 class Krylov:
-    """A Krylov space; where it ended early, because it is invariant, the rest is zero.
+    """An orthonormal basis of a Krylov space, and the projection T of the operator onto it.
+
+    If the space becomes invariant before m steps and the iteration cannot end there (see
+    :func:`lanczos`), the remaining entries are zero.
 
     Attributes:
-        basis: (m, P), orthonormal rows; none if they were not kept.
-        alpha: (m,), T's diagonal, :func:`wide`.
-        beta: (m,), the entries beside it; the last one leads out of the space.
-        following: (P,), the vector that it leads to; zero if the space is invariant.
+        basis: (m, P), the columns of V as rows; (0, P) if they were not stored.
+        alpha: (m,), the diagonal of T, in :func:`wide_dtype`.
+        beta: (m,), the off-diagonal entries of T, and last ``beta_m``.
+        following: (P,), ``v_{m+1}``; zero if the space is invariant.
     """
 
     basis: Tensor
@@ -37,12 +41,17 @@ class Krylov:
     following: Tensor
 
     def tridiagonal(self) -> Tensor:
-        """(m, m): T."""
+        """T, (m, m)."""
         off = self.beta[:-1]
         return torch.diag(self.alpha) + torch.diag(off, 1) + torch.diag(off, -1)
 
     def ritz(self) -> tuple[Tensor, Tensor, Tensor]:
-        """(values, vectors as columns, error bounds ``beta_m |last entry|``) of T."""
+        """The eigenpairs of T.
+
+        Returns:
+            The eigenvalues, (m,); the eigenvectors, as the columns of (m, m); and the error bounds
+            ``beta_m |last entry of the eigenvector|``, (m,).
+        """
         values, vectors = torch.linalg.eigh(self.tridiagonal())
         return values, vectors, (self.beta[-1] * vectors[-1]).abs()
 
@@ -54,16 +63,19 @@ def lanczos(
 
     Args:
         operator: A.
-        start: (P,), where it starts; its length does not matter.
-        steps: m, the number of products. Memory: m vectors.
-        reorthogonalize: make each vector orthogonal to all before it; if not, three vectors are in
-            memory, none is returned, and eigenvalues that are found already come up again.
+        start: (P,), the first vector; its length does not matter.
+        steps: m, the number of products.
+        reorthogonalize: whether each vector is made orthogonal to all previous ones, for which m
+            vectors are stored. If not, three vectors are stored, none is returned, and rounding
+            makes some eigenvalues appear more than once.
 
-    Where nothing watches it ends as soon as the space is invariant, with fewer than m vectors.
+    Returns:
+        A :class:`Krylov` space. In eager mode the iteration ends as soon as the space is invariant,
+        with fewer than m vectors; under a transform or a compiler it always takes m steps.
     """
     plain = is_eager((start, operator.like))
     v = start / start.norm()
-    del start  # it is not kept, where the caller does not
+    del start  # so that its memory is freed if the caller does not hold it
     previous = v
     alphas, betas = [], []
     buffer = v.new_empty(steps if reorthogonalize else 0, v.numel())
@@ -75,14 +87,15 @@ def lanczos(
                 buffer[i] = v
                 v = buffer[i]
             else:
-                # Transforms must know of it; of this form, compilers write in place.
+                # Transforms need an out-of-place operation; compilers turn this one into an
+                # in-place write.
                 row = torch.full((1,), i, device=v.device)
                 buffer = buffer.index_copy(0, row, v.unsqueeze(0))
             rows = buffer[: i + 1]
         vector = treemath.cast(treemath.unravel(v, operator.like), operator.like)
         w = treemath.ravel(operator.matvec(vector)).to(v.dtype)
         alpha = wide(w.dot(v))
-        # What is joined to one vector is new, and written over while nothing watches.
+        # w is a new tensor, so in eager mode it may be overwritten.
         own = plain and not w.requires_grad
         out = w if own else None
         w = torch.addcmul(w, v, -alpha.to(w.dtype), out=out)
@@ -91,18 +104,18 @@ def lanczos(
         before = w.norm()
         beta = before
         if reorthogonalize:
-            # What the recursion leaves is small, unless little is left at all: then once more.
+            # A second pass is needed only if the first one removed most of the vector's length.
             w = _without(w, rows)
             beta = w.norm()
             if not (plain and bool(beta > 0.5 * before)):
                 w = _without(w, rows)
                 beta = w.norm()
         size = torch.maximum(size, torch.maximum(alpha.abs(), wide(beta)))
-        # What is left beside T's own size is rounding: the space is invariant.
+        # If beta is within rounding of zero compared with T, the space is invariant.
         alive = beta > 10 * torch.finfo(v.dtype).eps * math.sqrt(v.numel()) * size
         inverse = torch.where(alive, 1 / torch.where(alive, beta, 1.0), 0.0)
         previous, v = v, torch.mul(w, inverse, out=w if own else None)
-        del w  # while the next product is taken
+        del w  # frees its memory before the next product
         alphas.append(alpha)
         betas.append(wide(torch.where(alive, beta, 0.0)))
         if plain and not bool(alive):
@@ -111,7 +124,7 @@ def lanczos(
 
 
 def _without(w: Tensor, rows: Tensor) -> Tensor:
-    """What is left of a vector beside orthonormal rows."""
-    # As matrices: a compiler takes products of a matrix and a vector apart into slow loops.
+    """The component of a vector that is orthogonal to the orthonormal rows of a matrix."""
+    # In matrix form, because a compiler turns matrix-vector products into slow loops.
     w = w.unsqueeze(0)
     return torch.addmm(w, w @ rows.mT, rows, alpha=-1).squeeze(0)

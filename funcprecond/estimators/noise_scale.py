@@ -1,4 +1,4 @@
-"""The gradient noise scale: how large a batch has to be before more examples hardly help."""
+"""The gradient noise scale: the batch size beyond which more examples hardly improve a step."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -20,14 +20,18 @@ __all__ = ["NoiseScale", "gradient_noise_scale"]
 
 @state
 class NoiseScale:
-    """How noisy the gradient is (McCandlish et al., arXiv 1812.06162).
+    """The noise scale of the gradient, and the two estimates that it is the quotient of.
+
+    S is the covariance matrix of a per-sample gradient, and g its mean, the true gradient
+    (McCandlish et al., arXiv 1812.06162). All attributes are 0-d tensors.
 
     Attributes:
-        scale: the batch size at which the noise is as large as the gradient, ``tr S / |g|²``.
-        variance: ``tr S``, the trace of the covariance of one example's gradient.
-        squared_norm: ``|g|²`` of the true gradient. Like ``variance`` it is unbiased, so that it
-            may come out negative where the noise drowns it.
-        examples: how many were seen.
+        scale: ``tr S / |g|²``, the batch size at which the noise of the batch's gradient is as
+            large as g.
+        variance: an unbiased estimate of ``tr S``.
+        squared_norm: an unbiased estimate of ``|g|²``, which is negative for some data if g is
+            small compared with the noise.
+        examples: the number of examples.
     """
 
     scale: Tensor
@@ -46,16 +50,23 @@ def gradient_noise_scale(
 ) -> NoiseScale:
     """The gradient noise scale of a mean loss, from the norms of per-sample gradients.
 
+    McCandlish et al., arXiv 1812.06162, section 2.2 (the "simple" noise scale).
+
     Args:
-        problem, params: whose, and where.
-        batch, batches: one batch, or an iterable of them; at least two examples in all.
-        generator: draws dropout masks.
+        problem, params: the problem, and the parameters at which its loss is differentiated.
+        batch: one batch. Pass either this or ``batches``.
+        batches: an iterable of batches, such as a list or a ``DataLoader``. There must be at least
+            two examples in all.
+        generator: draws the dropout masks.
 
     Returns:
-        A :class:`NoiseScale`. Costs about 1.3 gradients of all the data.
+        A :class:`funcprecond.NoiseScale`. Costs about 1.3 gradients of all the data.
 
     Raises:
-        ValueError: there are fewer than two examples, or the model couples the examples of a batch.
+        ValueError: there are fewer than two examples, the model couples the examples of a batch,
+            neither or both of ``batch`` and ``batches`` are given, or dropout masks are needed and
+            there is no generator.
+        TypeError: ``batches`` is an iterator.
 
     Example:
         >>> import torch, funcprecond as fp
@@ -71,14 +82,17 @@ def gradient_noise_scale(
         found = observe(problem, params, b, (PER_SAMPLE,), generator=generator)
         n = tree.leaves(found.outputs)[0].shape[0]
         layers = found[PER_SAMPLE]
-        # Rows are 1/n of an example's gradient under a mean loss, and sum to the batch's.
+        # With a mean loss the measured rows are 1/n of the per-sample gradients.
         here = n**2 * (Gram.from_layers(layers, params).squared_norms() / layers.scale).sum()
         squares = here if squares is None else squares + here
         grads = treemath.mul(found.grads, float(n))
         total = treemath.add(total, grads) if total else grads
         count += n
     if squares is None or count < 2:
-        msg = "the noise of a gradient takes at least two examples"
+        msg = (
+            f"the gradient noise scale needs at least two examples, but there are {count}: pass a "
+            "larger batch, or several batches"
+        )
         raise ValueError(msg)
     mean_square = squares / count
     whole = treemath.dot(total, total) / count**2

@@ -1,6 +1,7 @@
-"""Looking at curvature: the matrix by blocks, its spectrum, and how good an approximation is.
+"""Plots of curvature: a matrix with its blocks, a spectrum, and the quality of approximations.
 
-Matplotlib is imported by the functions that draw; what they draw can be had without it.
+Only the functions that draw import Matplotlib. :func:`approximation_quality` computes its numbers
+without it.
 """
 
 from collections.abc import Mapping
@@ -21,12 +22,12 @@ __all__ = ["Quality", "approximation_quality", "matrix", "quality", "spectrum"]
 
 @state
 class Quality:
-    """How far an approximation of a block is from it.
+    """The quality of an approximation A of a matrix C.
 
     Attributes:
         error: ``|A - C|_F / |C|_F``, a 0-d tensor.
-        cosine: of the angle between the damped solves with A and with C, of random vectors, in the
-            mean.
+        cosine: the cosine of the angle between ``(A + λ I)^-1 b`` and ``(C + λ I)^-1 b``, averaged
+            over random vectors b, a 0-d tensor.
     """
 
     error: Tensor
@@ -42,18 +43,32 @@ def approximation_quality(
     probes: int = 16,
     generator: torch.Generator | None = None,
 ) -> dict[str, dict[str, Quality]]:
-    """Every approximation against the truth, block by block, in dense algebra.
+    """Compare approximations with the exact matrix, block by block, as dense matrices.
 
     Args:
         exact: C, such as a :class:`funcprecond.GGN`.
-        approximations: A, by name.
-        damping: of the solves.
-        by: the blocks, see :meth:`Operator.blocks`.
-        probes: random right-hand sides, standard normal.
+        approximations: the approximations A, by name.
+        damping: λ, the damping of the solves that are compared.
+        by: the blocks, see :meth:`funcprecond.Operator.blocks`.
+        probes: the number of random right-hand sides b, which are standard normal.
         generator: draws them.
 
     Returns:
-        ``{block: {name: Quality}}``. Costs as many products as there are parameters.
+        ``{block: {name: Quality}}``. Costs P products with each of the operators, where P is the
+        number of parameters.
+
+    Raises:
+        ValueError: ``by`` is not a partition of the parameters, or ``generator`` is None.
+
+    Example:
+        >>> import torch, funcprecond as fp
+        >>> c = fp.operators.Identity({"a.weight": torch.zeros(2)})
+        >>> generator = torch.Generator().manual_seed(0)
+        >>> found = fp.plots.approximation_quality(
+        ...     c, {"twice": 2 * c}, damping=0.1, generator=generator
+        ... )
+        >>> float(found["a"]["twice"].error)
+        1.0
     """
     found: dict[str, dict[str, Quality]] = {}
     for label, names in partition_of(exact.like, by).items():
@@ -73,12 +88,30 @@ def approximation_quality(
 
 
 def matrix(operator: Operator, *, by: Partition = "layer", axes: Any = None) -> Any:
-    """Draw a curvature matrix entry by entry, with lines between its blocks.
+    """Draw the entries of a curvature matrix, with lines between its blocks.
 
-    The colour is the logarithm of an entry's size: curvature spans many magnitudes.
+    The color of an entry shows the logarithm of its absolute value, because the entries of
+    curvature matrices span many orders of magnitude.
+
+    Args:
+        operator: the matrix.
+        by: the blocks, see :meth:`funcprecond.Operator.blocks`.
+        axes: the Matplotlib axes to draw into; new ones by default.
 
     Returns:
-        The axes.
+        The axes. Costs P products with the operator, where P is the number of parameters.
+
+    Raises:
+        ValueError: ``by`` is not a partition of the parameters.
+        ModuleNotFoundError: Matplotlib is not installed.
+
+    Example:
+        >>> import torch, funcprecond as fp
+        >>> from matplotlib.figure import Figure
+        >>> c = fp.operators.Identity({"a.weight": torch.zeros(2), "b.weight": torch.zeros(1)})
+        >>> axes = fp.plots.matrix(c, axes=Figure().subplots())
+        >>> [label.get_text() for label in axes.get_xticklabels()]
+        ['a', 'b']
     """
     axes = _axes(axes)
     groups = partition_of(operator.like, by)
@@ -110,10 +143,29 @@ def spectrum(
     points: int = 1000,
     axes: Any = None,
 ) -> Any:
-    """Draw a spectral density, logarithmically, with single eigenvalues as marks below.
+    """Draw a spectral density on a logarithmic axis.
+
+    Args:
+        density: the density, from :func:`funcprecond.spectral_density`.
+        eigenvalues: (k,) eigenvalues to mark at the bottom, such as those of
+            :func:`funcprecond.eigsh`.
+        points: the number of points of the curve.
+        axes: the Matplotlib axes to draw into; new ones by default.
 
     Returns:
         The axes.
+
+    Raises:
+        ModuleNotFoundError: Matplotlib is not installed.
+
+    Example:
+        >>> import torch, funcprecond as fp
+        >>> from matplotlib.figure import Figure
+        >>> values = {"w": torch.tensor([3.0, 2.0, 0.0])}
+        >>> c = fp.operators.DiagonalMatrix(values, values)
+        >>> density = fp.spectral_density(c, generator=torch.Generator().manual_seed(0))
+        >>> fp.plots.spectrum(density, axes=Figure().subplots()).get_xlabel()
+        'eigenvalue'
     """
     axes = _axes(axes)
     low, high = float(density.nodes.min()), float(density.nodes.max())
@@ -130,10 +182,25 @@ def spectrum(
 
 
 def quality(measured: Mapping[str, Mapping[str, Quality]], *, axes: Any = None) -> Any:
-    """Draw :func:`approximation_quality` as bars, error and cosine side by side.
+    """Draw the result of :func:`approximation_quality` as two bar charts, for error and cosine.
+
+    Args:
+        measured: ``{block: {name: Quality}}``.
+        axes: two Matplotlib axes to draw into; new ones by default.
 
     Returns:
-        Both axes.
+        The two axes.
+
+    Raises:
+        ModuleNotFoundError: Matplotlib is not installed.
+
+    Example:
+        >>> import torch, funcprecond as fp
+        >>> from matplotlib.figure import Figure
+        >>> one = fp.plots.Quality(torch.tensor(0.5), torch.tensor(0.9))
+        >>> axes = fp.plots.quality({"a": {"kfac": one}}, axes=Figure().subplots(1, 2))
+        >>> axes[0].get_title()
+        'relative Frobenius error'
     """
     if axes is None:
         import matplotlib.pyplot as plt
@@ -156,6 +223,7 @@ def quality(measured: Mapping[str, Mapping[str, Quality]], *, axes: Any = None) 
 
 
 def _axes(axes: Any) -> Any:
+    """The given axes, or new ones."""
     if axes is not None:
         return axes
     import matplotlib.pyplot as plt

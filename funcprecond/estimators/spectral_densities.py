@@ -15,12 +15,12 @@ __all__ = ["SpectralDensity", "spectral_density"]
 
 @state
 class SpectralDensity:
-    """Quadrature nodes of the spectrum, one set a probe: what stochastic Lanczos quadrature gives.
+    """The result of stochastic Lanczos quadrature: one set of weighted nodes per probe.
 
     Attributes:
-        nodes: (probes, m), Ritz values.
-        weights: (probes, m), the share of the spectrum at each; they sum to 1 for a probe.
-        size: P, a 0-d tensor.
+        nodes: (probes, m), the Ritz values.
+        weights: (probes, m), the share of the spectrum at each node; they sum to 1 for each probe.
+        size: P, the number of eigenvalues, a 0-d tensor.
     """
 
     nodes: Tensor
@@ -28,12 +28,15 @@ class SpectralDensity:
     size: Tensor
 
     def density(self, grid: Tensor, width: float | Tensor | None = None) -> Tensor:
-        """The density of eigenvalues on a grid, integrating to 1.
+        """The density of the eigenvalues at the points of a grid; its integral is 1.
 
         Args:
-            grid: any shape.
-            width: the standard deviation of the Gaussian that stands for each node; 1 % of the
-                nodes' range by default.
+            grid: the points, of any shape.
+            width: the standard deviation of the Gaussian that replaces each node; 1 % of the range
+                of the nodes by default.
+
+        Returns:
+            A tensor shaped like ``grid``.
         """
         if width is None:
             width = 0.01 * (self.nodes.max() - self.nodes.min())
@@ -44,9 +47,14 @@ class SpectralDensity:
         return (bells * self.weights.reshape(-1)).sum(-1) / self.nodes.shape[0]
 
     def trace(self, function) -> tuple[Tensor, Tensor]:
-        """The trace of a function of the matrix, as (estimate, standard error).
+        """The trace of a function of the matrix.
 
-        ``function`` acts on eigenvalues: ``torch.log1p`` gives ``log det (I + A)``.
+        Args:
+            function: a function of a tensor of eigenvalues, entry by entry. For example,
+                ``torch.log1p`` gives ``log det (I + A)``.
+
+        Returns:
+            The estimate and its standard error (NaN for a single probe), two 0-d tensors.
         """
         each = self.size * (self.weights * function(self.nodes)).sum(1)
         n = each.shape[0]
@@ -63,18 +71,36 @@ def spectral_density(
     generator: torch.Generator | None = None,
     vectors: Tensor | None = None,
 ) -> SpectralDensity:
-    """The density of a symmetric operator's eigenvalues (stochastic Lanczos quadrature).
+    """The density of the eigenvalues of a symmetric A, by stochastic Lanczos quadrature.
+
+    The moments of each probe's spectral measure are exact up to the order ``2 steps - 1`` (Ubaru,
+    Chen & Saad 2017).
 
     Args:
         operator: A.
-        probes: random sign vectors to average over.
-        steps: m, products for each. Memory: m vectors.
-        reorthogonalize: if not, three vectors are in memory; eigenvalues that are found already
-            then come up again as nodes that share the weight, so that fewer new ones are found.
-        generator: draws the probes.
-        vectors: (probes, P) instead.
+        probes: the number of random sign vectors, over which the density is averaged.
+        steps: m, the number of Lanczos steps per probe; at most P are taken.
+        reorthogonalize: whether each Lanczos vector is made orthogonal to all previous ones, for
+            which m vectors are stored. If not, three vectors are stored, but rounding then makes
+            some eigenvalues appear as several nodes, which share their weight, so that fewer
+            distinct eigenvalues are found.
+        generator: draws the probes, if ``vectors`` is None.
+        vectors: the probes, (probes, P).
 
-    Moments up to ``2 steps - 1`` of each probe's spectral measure are exact.
+    Returns:
+        A :class:`funcprecond.SpectralDensity`. Costs ``steps`` products per probe.
+
+    Raises:
+        ValueError: ``generator`` and ``vectors`` are both None.
+
+    Example:
+        >>> import torch, funcprecond as fp
+        >>> values = {"w": torch.tensor([3.0, 2.0, 0.0])}
+        >>> a = fp.operators.DiagonalMatrix(values, values)
+        >>> generator = torch.Generator().manual_seed(0)
+        >>> density = fp.spectral_density(a, probes=2, generator=generator)
+        >>> density.nodes.shape
+        torch.Size([2, 3])
     """
     dtype = operator.flat_options["dtype"] if vectors is None else vectors.dtype
     if vectors is None:
@@ -86,7 +112,7 @@ def spectral_density(
         space = lanczos(operator, v.to(dtype), steps, reorthogonalize=reorthogonalize)
         values, columns, _ = space.ritz()
         del space
-        # A space that ended early is filled up with nodes that have no weight.
+        # If the iteration ended early, nodes of weight zero are appended.
         missing = steps - len(values)
         nodes.append(torch.cat([values, values[-1:].expand(missing)]))
         weights.append(torch.cat([columns[0] ** 2, values.new_zeros(missing)]))

@@ -1,4 +1,4 @@
-"""The empirical neural tangent kernel: the inner products of the rows of the model's Jacobian."""
+"""The empirical neural tangent kernel: the inner products of the rows of the model's Jacobian J."""
 
 import dataclasses
 from typing import Any, Literal
@@ -29,24 +29,31 @@ def ntk(
     kind: Literal["full", "sum"] = "full",
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """The empirical neural tangent kernel ``J J^T`` of a model whose output is one tensor.
+    """The empirical neural tangent kernel ``J J^T`` of a model whose output is a single tensor.
+
+    J is the Jacobian of the outputs in the parameters. An example's output has O entries.
 
     Args:
-        problem, params, batch: whose kernel, and where. The loss does not matter.
-        other: a second batch of M examples, for the kernel between the two; the first by default.
-        kind: "full", or "sum" for the trace over an output's entries.
-        generator: draws dropout masks.
+        problem, params, batch: the problem, the parameters at which its model is differentiated,
+            and a batch of N examples. The loss is not used.
+        other: a second batch of M examples, for the kernel between the two batches; ``batch`` by
+            default.
+        kind: "full" for the whole kernel, or "sum" for its trace over the entries of an output.
+        generator: draws the dropout masks.
 
     Returns:
-        (N, O, M, O) over all O entries of an output, or (N, M) with "sum". Costs a pull-back to the
-        layers for each of the O entries, and for each layer the smaller of two products, of
-        positions or of rows: O of these for "sum", O² for "full". The Jacobian is not formed; in
-        memory are O times the layers' output gradients. Parameters in no layer have their rows
-        formed.
+        (N, O, M, O), or (N, M) with "sum". Costs one pull-back to the layers' outputs for each of
+        the O entries. In addition it costs, per layer, O products with "sum" or O² with "full",
+        each over pairs of positions or over formed rows of J, whichever is cheaper. J is not
+        formed, except for parameters in no layer; O times the layers' output gradients are in
+        memory.
 
     Raises:
-        ValueError: the model couples the examples of a batch, or ``kind`` is unknown.
-        TypeError: the model's output is not one tensor.
+        ValueError: the model couples the examples of a batch, ``kind`` is unknown, or dropout masks
+            are needed and there is no generator.
+        TypeError: the model's output is not a single tensor.
+        RuntimeError: some parameter is in no layer, and ``vmap`` cannot compute its per-sample
+            gradients.
 
     Example:
         >>> import torch, funcprecond as fp
@@ -70,11 +77,14 @@ def ntk(
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Outputs(Loss):
-    """Each entry of an output by itself: the rows of its "exact" Fisher matrix are those of J."""
+    """A loss whose "exact" Fisher matrix is ``J^T J``: its cotangents select single entries."""
 
     def __call__(self, outputs: Any, targets: Any) -> Tensor:
         if not isinstance(outputs, Tensor):
-            msg = "the tangent kernel is defined for a model with one tensor as its output"
+            msg = (
+                "ntk() needs a model with one tensor as its output, not a "
+                f"{type(outputs).__name__}: wrap the model so that it returns one tensor"
+            )
             raise TypeError(msg)
         return outputs.sum()
 
@@ -86,7 +96,7 @@ class _Outputs(Loss):
 
 
 def _jacobian(problem, params, batch, generator) -> tuple[Gram, int]:
-    """The outputs' Jacobian, rows (o, n), as layers' inputs and output gradients; and O."""
+    """The Jacobian as layers' inputs and output gradients, with rows ordered as (o, n); and O."""
     problem = dataclasses.replace(problem, loss=_Outputs())
     refuse_coupling(problem)
     found = observe(problem, params, batch, (ENTRIES,), generator=generator)
@@ -94,18 +104,18 @@ def _jacobian(problem, params, batch, generator) -> tuple[Gram, int]:
 
 
 def _entry(gram: Gram, entries: int, v: int) -> Gram:
-    """The rows of one entry of the outputs."""
+    """The rows of the Jacobian that belong to the v-th of the output's entries."""
     layers = tuple(dataclasses.replace(x, grads=x.grads[:, v : v + 1]) for x in gram.layers)
     others = {k: x.unflatten(0, (entries, -1))[v] for k, x in gram.others.items()}
     return dataclasses.replace(gram, layers=layers, others=others)
 
 
 def _inner(a: Gram, b: Gram) -> Tensor:
-    """The inner products of two sets of rows."""
+    """The inner products of the rows of two Jacobians."""
     left, right = ({x.weight: x for x in gram.layers} for gram in (a, b))
     shared = left.keys() & right.keys()
     terms = [left[k].gram(right[k]) for k in shared]
-    # What is a layer on one batch only has its rows formed.
+    # The rows are formed for a parameter that is in a layer on one of the two batches only.
     rows = [
         gram.others
         | {k: x for p in gram.layers if p.weight not in shared for k, x in p.rows().items()}

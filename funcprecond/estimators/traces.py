@@ -1,11 +1,12 @@
-r"""Estimates of a trace or a diagonal from products with random vectors, with standard errors.
+r"""Estimates of a trace from products with random vectors, with standard errors.
 
-All take the number of products, so that they can be compared at equal cost; where only ``v · A v``
-is asked for, which a Gauss-Newton matrix gives for half a product, that counts as one. Hutchinson's
-variance is :math:`2 (|A|_F^2 - \sum_i a_{ii}^2)` a probe with signs; Hutch++ and XTrace first take
-out the dominant eigenspace, so that theirs falls with the square of the number of products wherever
-the eigenvalues decay. Probes are drawn from the generator before anything is multiplied; the
-numbers do not depend on the chunk size.
+The argument of all estimators is the number of products, so that they can be compared at equal
+cost. A quadratic form ``v · A v`` counts as one product, although a Gauss-Newton matrix computes it
+for the cost of half a product. With random signs, Hutchinson's estimator has the variance
+:math:`2 (|A|_F^2 - \sum_i a_{ii}^2)` per probe. Hutch++ and XTrace treat the dominant eigenspace
+exactly, so that their variance falls with the square of the number of products if the eigenvalues
+decay. All probes are drawn before the first product, so the estimates do not depend on the chunk
+size.
 """
 
 import torch
@@ -35,18 +36,31 @@ def hutchinson_trace(
     probes: Tensor | None = None,
     chunk_size: int | None = None,
 ) -> Estimate:
-    """The trace as the mean of ``v · A v`` (Hutchinson 1990).
-
-    Of a Gauss-Newton or Fisher matrix these are quadratic forms that need no pull-back, half a
-    product each: see :meth:`Operator.quadratic_forms`.
+    """Estimate the trace of A by the mean of ``v · A v`` over random vectors v (Hutchinson 1990).
 
     Args:
         operator: A.
-        products: the number of probes.
-        generator: draws them.
-        distribution: of the probes' entries, "rademacher" signs or "normal".
-        probes: (products, P) instead, from :func:`draw_probes`.
-        chunk_size: see :meth:`Operator.matmat`.
+        products: the number of random vectors.
+        generator: draws the random vectors, if ``probes`` is None.
+        distribution: the distribution of their entries, "rademacher" (random signs) or "normal".
+        probes: the random vectors, (products, P), from :func:`funcprecond.estimators.draw_probes`.
+        chunk_size: see :meth:`funcprecond.Operator.matmat`.
+
+    Returns:
+        An :class:`funcprecond.Estimate` of two 0-d tensors. Costs one quadratic form per vector,
+        which for a Gauss-Newton or Fisher matrix is about half a product.
+
+    Raises:
+        ValueError: ``products`` is not positive, ``distribution`` is unknown, ``probes`` has
+            another shape, or ``generator`` and ``probes`` are both None.
+
+    Example:
+        >>> import torch, funcprecond as fp
+        >>> values = {"w": torch.tensor([3.0, 2.0])}
+        >>> a = fp.operators.DiagonalMatrix(values, values)
+        >>> generator = torch.Generator().manual_seed(0)
+        >>> float(fp.hutchinson_trace(a, 4, generator=generator).estimate)
+        5.0
     """
     v = probes_of(operator, products, generator, distribution, probes)
     return mean_of(forms(operator, v, chunk_size))
@@ -61,24 +75,47 @@ def hutchpp(
     probes: Tensor | None = None,
     chunk_size: int | None = None,
 ) -> Estimate:
-    """The trace by Hutch++ (Meyer et al. 2021): exact on a subspace, Hutchinson on the rest.
+    """Estimate the trace of A by Hutch++ (Meyer, Musco, Musco & Woodruff, arXiv 2010.09649).
 
-    A third of the products finds the subspace, a third is exact on it, a third is for the rest; the
-    standard error is that of the rest. See :func:`hutchinson_trace` for the arguments, with
-    ``probes`` of shape (2 products / 3, P).
+    The trace on a subspace is exact, and Hutchinson's estimator serves for its orthogonal
+    complement. One third of the products determines the subspace, one third the trace on it, and
+    one third the estimate on the complement, to which the standard error belongs.
+
+    Args:
+        operator: A.
+        products: the number of products, a multiple of three.
+        generator: draws the random vectors, if ``probes`` is None.
+        distribution: the distribution of their entries, "rademacher" (random signs) or "normal".
+        probes: the random vectors, (2 products / 3, P), from
+            :func:`funcprecond.estimators.draw_probes`.
+        chunk_size: see :meth:`funcprecond.Operator.matmat`.
+
+    Returns:
+        An :class:`funcprecond.Estimate` of two 0-d tensors. Costs one third of ``products`` in
+        products and two thirds in quadratic forms.
 
     Raises:
-        ValueError: ``products`` is not a multiple of three.
+        ValueError: ``products`` is not a positive multiple of three, ``distribution`` is unknown,
+            ``probes`` has another shape, or ``generator`` and ``probes`` are both None.
+
+    Example:
+        >>> import torch, funcprecond as fp
+        >>> values = {"w": torch.tensor([3.0, 2.0, 0.0])}
+        >>> a = fp.operators.DiagonalMatrix(values, values)
+        >>> found = fp.hutchpp(a, 6, generator=torch.Generator().manual_seed(0))
+        >>> torch.allclose(found.estimate.float(), torch.tensor(5.0), atol=1e-4)
+        True
     """
     if products % 3:
-        msg = f"Hutch++ takes a multiple of three products, not {products}"
+        msg = f"products must be a multiple of three for Hutch++, not {products}"
         raise ValueError(msg)
     v = probes_of(operator, 2 * products // 3, generator, distribution, probes)
     s, g = v.chunk(2)
     range_of_a = operator.products(from_rows(s, operator.like), chunk_size)
     q = torch.linalg.qr(torch.stack([treemath.ravel(y).to(v.dtype) for y in range_of_a]).mT)[0].mT
     inside = forms(operator, q, chunk_size).sum()
-    # What float32 leaves of the subspace here is rounding beside the probe, and squared.
+    # One projection suffices in float32: the error that remains is as small as the rounding of the
+    # probe, and it enters the quadratic form squared.
     g = torch.addmm(g, g @ q.mT, q, alpha=-1)
     return mean_of(inside + forms(operator, g, chunk_size))
 
@@ -92,15 +129,36 @@ def xtrace(
     probes: Tensor | None = None,
     chunk_size: int | None = None,
 ) -> Estimate:
-    r"""The trace by XTrace (Epperly, Tropp & Webber 2024): Hutch++ with every probe in both roles.
+    r"""Estimate the trace of A by XTrace (Epperly, Tropp & Webber, arXiv 2301.07825).
 
-    With :math:`A \Omega = Q R`, for each probe in turn the subspace of the others, by downdating:
-    :math:`Q_i Q_i^T = Q (I - s_i s_i^T) Q^T` with the normalised columns :math:`s_i` of
-    :math:`R^{-T}`. See :func:`hutchinson_trace` for the arguments, with ``probes`` of shape
-    (products / 2, P).
+    Every probe serves both purposes of Hutch++: it spans the subspace together with the others, and
+    it estimates the trace on the complement of the subspace :math:`Q_i` that the others span. With
+    :math:`A \Omega = Q R`, these subspaces come from one QR decomposition: :math:`Q_i Q_i^T = Q (I
+    - s_i s_i^T) Q^T`, where :math:`s_i` are the normalized columns of :math:`R^{-T}`.
+
+    Args:
+        operator: A.
+        products: the number of products: an even number, at least 4 and at most 2 P.
+        generator: draws the random vectors Ω, if ``probes`` is None.
+        distribution: the distribution of their entries, "rademacher" (random signs) or "normal".
+        probes: the random vectors, (products / 2, P), from
+            :func:`funcprecond.estimators.draw_probes`.
+        chunk_size: see :meth:`funcprecond.Operator.matmat`.
+
+    Returns:
+        An :class:`funcprecond.Estimate` of two 0-d tensors. Costs ``products`` products.
 
     Raises:
-        ValueError: ``products`` is odd.
+        ValueError: ``products`` is odd, less than 4 or more than 2 P, ``distribution`` is unknown,
+            ``probes`` has another shape, or ``generator`` and ``probes`` are both None.
+
+    Example:
+        >>> import torch, funcprecond as fp
+        >>> values = {"w": torch.tensor([3.0, 2.0, 0.0])}
+        >>> a = fp.operators.DiagonalMatrix(values, values)
+        >>> found = fp.xtrace(a, 6, generator=torch.Generator().manual_seed(0))
+        >>> torch.allclose(found.estimate.float(), torch.tensor(5.0), atol=1e-4)
+        True
     """
     w, y, q, r, s, z, regular = leave_one_out(
         operator, products, generator, distribution, probes, chunk_size

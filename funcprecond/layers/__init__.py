@@ -1,1 +1,1 @@
-"""What a layer's inputs and output gradients give."""
+"""The layers of a model, and the curvature that follows from their inputs and output gradients."""

@@ -1,8 +1,9 @@
-"""A layer's parameters as one matrix, which is what Kronecker factors act on from both sides.
+"""The parameters of a layer as one matrix, to which Kronecker factors are applied from both sides.
 
-The matrix is ``[W | b]``: the weight's axis 0 by all of its other axes, and the bias as a last
-column. Of a weight that is stored with the inputs' axis first, the bias is a last row instead; the
-number of rows of the left factor tells. The groups of a convolution are an axis in front.
+The matrix is ``[W | b]``. Its rows are indexed by axis 0 of the weight and its columns by all other
+axes, and the bias is the last column. If axis 0 of the weight is the axis of the inputs, then the
+bias is the last row instead; the number of rows of the left factor distinguishes the two cases. The
+groups of a convolution are an axis in front.
 """
 
 import torch
@@ -15,17 +16,18 @@ __all__ = ["join", "split"]
 
 
 def join(vector: Params, like: Params, block: str, rows: int, groups: int = 1) -> Tensor:
-    """The matrix of a layer's block.
+    """Join the parameters of a layer's block into a matrix.
 
     Args:
         vector: tensors shaped like the parameters, or stacks of them with further axes in front.
         like: the parameters.
-        block: ``"weight+bias"`` or ``"weight"``.
-        rows: how many rows the left factor acts on, in each group.
-        groups: J.
+        block: the names of the parameters, ``"weight+bias"`` or ``"weight"``.
+        rows: the number of rows of the matrix in each group, which the left factor acts on.
+        groups: the number of groups, J.
 
     Returns:
-        (..., rows, columns), or (..., J, rows, columns) for more than one group; float32 or wider.
+        The matrix (..., rows, columns), or (..., J, rows, columns) for more than one group, in
+        float32 or wider.
     """
     weight, bias = split_block(block)
     lead = vector[weight].ndim - like[weight].ndim
@@ -38,7 +40,17 @@ def join(vector: Params, like: Params, block: str, rows: int, groups: int = 1) -
 
 
 def split(matrix: Tensor, like: Params, block: str, lead: tuple[int, ...] = ()) -> Params:
-    """The inverse of :func:`join`, in the matrix's dtype; ``lead`` are the axes in front."""
+    """Split a matrix into the parameters of a block; the inverse of :func:`join`.
+
+    Args:
+        matrix: the matrix, from :func:`join`.
+        like: the parameters.
+        block: ``"weight+bias"`` or ``"weight"``.
+        lead: the lengths of the further axes in front.
+
+    Returns:
+        The parameters (*lead, *shape), in the dtype of the matrix.
+    """
     weight, bias = split_block(block)
     shape = like[weight].shape
     if bias is None:

@@ -1,4 +1,4 @@
-"""The blocks of a curvature matrix that belong to layers, and what is measured of all of them."""
+"""The blocks of a curvature matrix that belong to layers, and the measurements of all layers."""
 
 from collections.abc import Container, Iterable, Sequence
 
@@ -16,18 +16,18 @@ __all__ = ["Layers", "complete_blocks", "split_block"]
 
 @state
 class Layers:
-    """What :class:`funcprecond.curvature.layer_statistics.LayerStatistics` measures.
+    """The measurement of :class:`funcprecond.curvature.layer_statistics.LayerStatistics`.
 
-    With the rows of all cotangents and examples below each other as U, ``scale U^T U`` is the
-    curvature matrix.
+    The curvature matrix is ``scale U^T U``. U has one row for each of V cotangents and N examples:
+    the pull-back of the cotangent of this example to the parameters.
 
     Attributes:
-        uses: for each block ``"weight+bias"`` (or ``"weight"``), the layer's uses; several if the
-            weight is shared.
-        others: parameters that no layer covers, by what was asked for: the diagonal of their
-            curvature, or their rows (V, N, *shape), both without ``scale``.
-        scale: what the sum of outer products is multiplied by, a 0-d tensor.
-        sharing: as asked for.
+        uses: the uses of a layer in the run, for each block ``"weight+bias"`` or ``"weight"``. A
+            shared weight has several uses.
+        others: for each parameter that no layer covers, the diagonal of its curvature or its part
+            (V, N, *shape) of the rows of U, as requested, without ``scale``.
+        scale: the factor of the sum of outer products, a 0-d tensor.
+        sharing: the requested treatment of the positions of an example.
     """
 
     uses: dict[str, tuple[LayerUse, ...]]
@@ -36,10 +36,17 @@ class Layers:
     sharing: Sharing = static(default="expand")
 
     def restrict(self, names: Iterable[str]) -> "Layers":
-        """Only what concerns the named parameters; a block without its bias is its weight's.
+        """Select the measurements of the named parameters.
+
+        Args:
+            names: the parameters. If a weight is named without its bias, then its block becomes
+                that of the weight alone.
+
+        Returns:
+            The selected measurements.
 
         Raises:
-            ValueError: a bias was named without the weight that it is preconditioned with.
+            ValueError: a bias was named without the weight of its block.
         """
         chosen = set(names)
         uses = {}
@@ -49,21 +56,22 @@ class Layers:
                 uses[block if bias in chosen else weight] = of_block
             elif bias in chosen:
                 msg = (
-                    f"{bias!r} is preconditioned together with {weight!r}: give both to one method"
+                    f"{bias!r} is preconditioned together with {weight!r}: assign both to the same "
+                    "method"
                 )
                 raise ValueError(msg)
         others = {k: v for k, v in self.others.items() if k in chosen}
         return Layers(uses, others, self.scale, self.sharing)
 
     def example_gradients(self, params: Params) -> tuple[tuple[ExampleGradients, ...], Params]:
-        """The rows of the curvature matrix, without ``scale``.
+        """Compute the rows of U.
 
         Args:
-            params: the parameters whose rows are wanted: their shapes.
+            params: the parameters for which the rows are wanted. Only their shapes are used.
 
         Returns:
-            The affine layers' rows, kept as inputs and output gradients; and the other rows, formed,
-            (V N, *shape) for each parameter.
+            The rows of the affine layers, kept as inputs and output gradients; and the rows of the
+            other parameters as tensors, (V N, *shape) for each.
         """
         kept: list[ExampleGradients] = []
         formed: Params = {}
@@ -81,7 +89,7 @@ class Layers:
 
 
 def split_block(name: str) -> tuple[str, str | None]:
-    """``"weight+bias"`` or ``"weight"`` to (weight, bias or None)."""
+    """Split the name of a block into the names (weight, bias or None) of its parameters."""
     weight, _, bias = name.partition("+")
     return weight, bias or None
 
@@ -89,16 +97,20 @@ def split_block(name: str) -> tuple[str, str | None]:
 def complete_blocks(
     calls: Sequence[LayerCall], unrecorded: Container[str], usable: Sequence[bool], tied: bool
 ) -> dict[str, list[int]]:
-    """The calls of each block whose every use was recorded, in one kind and with one bias.
+    """Group the calls of a run by block, and keep the complete blocks.
+
+    A block is complete if every use of its parameters is among the calls, and all of its calls are
+    of the same kind and have the same bias.
 
     Args:
         calls: all calls of a run, in order.
-        unrecorded: parameters with a use that is not among the calls.
+        unrecorded: the parameters with a use that is not among the calls.
         usable: for each call, whether it may be in a block.
-        tied: whether a block may be an embedding and a linear layer of the same table, too.
+        tied: whether a block is also complete if it consists of embeddings and linear layers with
+            the same table.
 
     Returns:
-        The indices of the calls, by block.
+        The indices of the calls of each complete block.
     """
     blocks: dict[str, list[int]] = {}
     owners: dict[str, set[str]] = {}
@@ -122,7 +134,7 @@ def complete_blocks(
 
 
 def _are_tied(calls: Sequence[LayerCall]) -> bool:
-    """Whether all apply one (V, d) table: they look up its rows, or give V outputs."""
+    """Whether all calls use one (V, d) table, as embeddings or as linear layers with V outputs."""
     applied = [call for call in calls if isinstance(call, Linear)]
     looked_up = [call for call in calls if isinstance(call, Embedding)]
     return (

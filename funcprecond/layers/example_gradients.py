@@ -1,7 +1,7 @@
-"""The gradients of single examples in one affine layer, kept as inputs and output gradients.
+"""Per-sample gradients of one affine layer, kept as inputs and output gradients.
 
-The gradient is ``Σ_t g_nt a_nt^T`` over an example's positions t. Norms, inner products and
-products with vectors follow from the two factors, so that it need not be formed.
+The gradient of example n is ``Σ_t g_nt a_nt^T``, a sum over its positions t. Norms, inner products
+and products with vectors follow from the factors g and a, without forming the gradient.
 """
 
 from collections.abc import Sequence
@@ -18,14 +18,18 @@ __all__ = ["ExampleGradients"]
 
 @state
 class ExampleGradients:
-    """The rows of one affine layer: row (v, n) is ``Σ_t g_vnt a_nt^T`` in each group.
+    """The rows of one affine layer: row (v, n) is ``Σ_t g_vnt a_nt^T`` in each of the J groups.
+
+    The indices are the cotangent v, the example n and the position t. The columns i of a and o of g
+    are the inputs and the outputs of a group.
 
     Attributes:
-        inputs: (J, N, T, i), a last 1 for the bias included; an embedding's indices, (1, N, T).
-        grads: (J, V, N, T, o), zero at an embedding's padding.
-        weight, bias: which parameters; the bias may be None.
-        shape: the weight's.
-        inputs_first: whether the weight is stored with the inputs' axis first.
+        inputs: a, (J, N, T, i), with a last column of ones if there is a bias; for an embedding the
+            indices, (1, N, T).
+        grads: g, (J, V, N, T, o); zero at the padding of an embedding.
+        weight, bias: the names of the parameters; the bias may be None.
+        shape: the shape of the weight.
+        inputs_first: whether axis 0 of the weight is the axis of the inputs.
     """
 
     inputs: Tensor
@@ -39,12 +43,15 @@ class ExampleGradients:
     def of(
         cls, uses: Sequence[LayerUse], weight: str, bias: str | None, shape: tuple[int, ...]
     ) -> "ExampleGradients":
-        """The rows of all uses of a layer; those of a shared weight are further positions.
+        """Make the rows of a layer from all of its uses.
 
         Args:
-            uses: all uses of the layer.
+            uses: all uses of the layer. Each use of a shared weight adds positions.
             weight, bias: the names of its parameters.
-            shape: the weight's.
+            shape: the shape of the weight.
+
+        Returns:
+            The rows.
         """
         call = uses[0].call
         inputs = [use.call.input_rows(use.inputs) for use in uses]
@@ -63,13 +70,21 @@ class ExampleGradients:
 
     @property
     def one_hot(self) -> bool:
-        """Whether the inputs are one-hot vectors, given by their indices."""
+        """Whether the inputs are one-hot vectors, stored as indices."""
         return self.inputs.ndim == 3
 
     def gram(self, other: "ExampleGradients | None" = None) -> Tensor:
-        """(V N, W M), the inner products with the rows of ``other``, or with its own.
+        """Compute the inner products of the rows with those of another batch, or with themselves.
 
-        By whichever of the two ways takes fewer operations.
+        They are computed from the factors or from the formed rows, whichever takes fewer
+        operations.
+
+        Args:
+            other: the rows of the same layer for W cotangents and M examples; by default, these
+                rows themselves.
+
+        Returns:
+            (V N, W M).
         """
         right = self if other is None else other
         (_, v, n, t, o), (_, w, m, s, _) = self.grads.shape, right.grads.shape
@@ -91,7 +106,7 @@ class ExampleGradients:
         return products.reshape(-1, v * n, t, w * m, s).sum((0, 2, 4))
 
     def squared_norms(self) -> Tensor:
-        """(N,): the squared norms of the first cotangent's rows, by the cheaper of two ways."""
+        """Compute (N,), the squared norms of the rows of the first cotangent."""
         g, a = self.grads[:, 0], self.inputs
         if self.one_hot:
             same = (a.unsqueeze(-1) == a.unsqueeze(-2)).to(g.dtype)
@@ -104,7 +119,7 @@ class ExampleGradients:
         return (g.mT @ a).square().sum((0, 2, 3))
 
     def matrices(self) -> Tensor:
-        """(V, N, J, o, i): the rows, formed."""
+        """Form the rows as matrices, (V, N, J, o, i)."""
         if not self.one_hot:
             return torch.einsum("jvnto,jnti->vnjoi", self.grads, self.inputs)
         (v, n, _, o), tokens = self.grads.shape[1:], self.shape[0]
@@ -114,7 +129,7 @@ class ExampleGradients:
         return flat.reshape(v, n, 1, tokens, o).mT
 
     def matvec(self, vector: Params) -> Tensor:
-        """(V, N): the rows times a vector."""
+        """Multiply the rows by a vector shaped like the parameters; returns (V, N)."""
         if self.one_hot:
             mapped = vector[self.weight].to(self.grads.dtype)[self.inputs]
         else:
@@ -122,7 +137,7 @@ class ExampleGradients:
         return (self.grads * mapped.unsqueeze(1)).sum((0, 3, 4))
 
     def rmatvec(self, weights: Tensor) -> Params:
-        """``sum weights_vn row_vn`` for weights (V, N)."""
+        """Compute ``Σ_vn weights_vn row_vn`` for weights (V, N), shaped like the parameters."""
         g = torch.einsum("jvnto,vn->jnto", self.grads, weights)
         if self.one_hot:
             flat = g.new_zeros(self.shape)
@@ -130,7 +145,7 @@ class ExampleGradients:
         return self._split(torch.einsum("jnto,jnti->joi", g, self.inputs))
 
     def diagonal(self) -> Params:
-        """The sum of the rows' squares."""
+        """Compute the sum of the squared rows, entry by entry, shaped like the parameters."""
         if not self.one_hot and self.inputs.shape[2] == 1:
             return self._split(
                 torch.einsum("jvnto,jnti->joi", self.grads.square(), self.inputs.square())
@@ -138,11 +153,11 @@ class ExampleGradients:
         return self._split(self.matrices().square().sum((0, 1)))
 
     def rows(self) -> Params:
-        """(V N, *shape) for each parameter."""
+        """Form the rows, (V N, *shape) for each parameter."""
         return torch.vmap(self._split)(self.matrices().flatten(0, 1))
 
     def _join(self, vector: Params) -> Tensor:
-        """(J, o, i) from the weight and the bias."""
+        """Join the weight and the bias to (J, o, i)."""
         w = vector[self.weight].to(self.grads.dtype)
         groups = self.inputs.shape[0]
         matrix = w.flatten(1).unflatten(0, (groups, -1))

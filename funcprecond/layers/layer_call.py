@@ -1,9 +1,9 @@
-"""What every kind of layer is: one use of a parameter, and the verbs that curvature is made with.
+"""The interface of every kind of layer: one use of a parameter in a run.
 
-A *kind* is a class in :mod:`funcprecond.layers.kinds`. It says which torch functions are uses of it
-(:meth:`LayerCall.recognize`), and what a layer's inputs and output gradients give: rows, second
-moments, gradients of single examples. To add a kind, write one such file and name the class in
-:data:`funcprecond.layers.kinds.KINDS`.
+A *kind* is a class in :mod:`funcprecond.layers.kinds`. It defines which torch functions are calls
+of such a layer (:meth:`LayerCall.recognize`), and computes rows, second moments and per-sample
+gradients from the inputs and output gradients of the layer. To add a kind, write one such file and
+add the class to :data:`funcprecond.layers.kinds.KINDS`.
 
 Letters: V cotangents, N examples, T positions (tokens, pixels), J groups, i and o input and output
 dimensions.
@@ -24,10 +24,10 @@ Sharing = Literal["expand", "reduce"]
 
 
 class FunctionCall(NamedTuple):
-    """A call of a torch function, as the recorder sees it.
+    """A call of a torch function, as the recorder intercepts it.
 
     Attributes:
-        function: which one.
+        function: the torch function.
         args: its positional arguments.
         kwargs: its keyword arguments.
     """
@@ -37,19 +37,19 @@ class FunctionCall(NamedTuple):
     kwargs: Mapping[str, Any]
 
     def argument(self, i: int, name: str, default: Any = None) -> Any:
-        """The argument that is the i-th, counted from 0, or has this name."""
+        """Look up the argument at position i, counted from 0, or with this name."""
         return self.args[i] if len(self.args) > i else self.kwargs.get(name, default)
 
 
 class Names(Protocol):
-    """Which tensors are parameters; the recorder knows."""
+    """A lookup of the names of parameters, which the recorder implements."""
 
     def of(self, tensor: Any) -> str | None:
-        """The name of a parameter; None for anything else."""
+        """The name of a tensor that is a parameter; None for anything else."""
         ...
 
     def of_transpose(self, tensor: Any) -> str | None:
-        """The name of the parameter that a tensor is the transpose of; None for anything else."""
+        """The name of the parameter whose transpose a tensor is; None for anything else."""
         ...
 
 
@@ -57,8 +57,8 @@ class Recognized(NamedTuple):
     """A use of a parameter that was found in a function call.
 
     Attributes:
-        call: which layer.
-        input: what the layer was given; None stands for ones in the shape of the output.
+        call: the call of the layer.
+        input: the input of the layer; None stands for ones in the shape of the output.
     """
 
     call: "LayerCall"
@@ -67,13 +67,13 @@ class Recognized(NamedTuple):
 
 @state
 class LayerUse:
-    """One use of a layer, in one run.
+    """One use of a layer in one run.
 
     Attributes:
-        inputs: the layer's input as it came; token ids for an embedding, the normalised input for a
-            norm layer.
-        grads: (V, *output shape), the cotangents pulled back to the layer's output.
-        call: the :class:`LayerCall` of the layer's kind.
+        inputs: the input of the layer, as the model passes it. For an embedding, these are the
+            token indices, and for a normalization layer, the normalized input.
+        grads: the cotangents pulled back to the output of the layer, (V, *output shape).
+        call: the :class:`LayerCall`.
     """
 
     inputs: Tensor
@@ -83,12 +83,12 @@ class LayerUse:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LayerCall(abc.ABC):
-    """One use of a parameter by a layer: everything about it that is not a tensor.
+    """One use of a parameter by a layer, without its tensors.
 
     Attributes:
-        weight: the parameter's name.
-        bias: the bias's name, if the call adds one that is a parameter.
-        shape: the output's shape.
+        weight: the name of the parameter.
+        bias: the name of the bias, if the call adds one that is a parameter.
+        shape: the shape of the output.
     """
 
     weight: str
@@ -96,18 +96,31 @@ class LayerCall(abc.ABC):
     shape: tuple[int, ...] = ()
 
     functions: ClassVar[tuple[Callable[..., Any], ...]] = ()
-    """The torch functions that can be a use of this kind."""
+    """The torch functions whose calls can be uses of a layer of this kind."""
     has_block: ClassVar[bool] = True
-    """Whether the uses give the curvature of the weight, so that it has a block of its own."""
+    """Whether the uses determine the curvature of the weight, so that it has its own block."""
 
     @classmethod
     @abc.abstractmethod
     def recognize(cls, call: FunctionCall, names: Names) -> list[Recognized]:
-        """The uses of parameters that a call of one of :attr:`functions` is; none if it is not."""
+        """Find the uses of parameters in a function call.
+
+        Args:
+            call: a call of one of :attr:`functions`.
+            names: the names of the parameters.
+
+        Returns:
+            The uses. The list is empty if the call is not a layer of this kind.
+        """
 
     @abc.abstractmethod
     def apply(self, params: Params, x: Tensor) -> Tensor:
-        """What the call adds to the run, linear in its parameters, where these are ``params``."""
+        """Compute the contribution of the call to its output, which is linear in its parameters.
+
+        Args:
+            params: the values of the parameters.
+            x: the input of the layer.
+        """
 
     @property
     def block(self) -> str:
@@ -115,23 +128,29 @@ class LayerCall(abc.ABC):
         return self.weight if self.bias is None else f"{self.weight}+{self.bias}"
 
     def combines_with(self, other: "LayerCall") -> bool:
-        """Whether the uses of both are further positions of one layer: all but the shape agrees."""
+        """Whether both calls belong to the same layer: everything except the shape agrees."""
         return dataclasses.replace(self, shape=()) == dataclasses.replace(other, shape=())
 
     def example_gradients(self, uses: Sequence[LayerUse], params: Params) -> Any:
-        """The rows of the layer, one for each cotangent and example.
+        """Compute the rows of the layer, one for each cotangent and example.
 
         Args:
             uses: all uses of the layer.
-            params: the parameters whose rows are wanted; some of the layer's may be missing.
+            params: the parameters for which the rows are wanted. Some parameters of the layer may
+                be missing.
 
         Returns:
-            An :class:`funcprecond.layers.example_gradients.ExampleGradients`, or, where there is
-            nothing to be gained from keeping them as products, (V N, *shape) for each parameter.
+            An :class:`funcprecond.layers.example_gradients.ExampleGradients`; or, if there is no
+            advantage in keeping factors, the rows (V N, *shape) for each parameter.
         """
         raise NotImplementedError
 
     def diagonal(self, uses: Sequence[LayerUse], params: Params) -> Params:
-        """The sum of the squared rows, shaped like each of the layer's parameters."""
+        """Compute the sum of the squared rows, shaped like the parameters of the layer.
+
+        Args:
+            uses: all uses of the layer.
+            params: see :meth:`example_gradients`.
+        """
         rows = self.example_gradients(uses, params)
         return {k: x.square().sum(0) for k, x in rows.items()}

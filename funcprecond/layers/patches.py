@@ -1,9 +1,10 @@
-r"""The patches that a convolution multiplies its kernel with, for any number of spatial axes.
+r"""The patches that a convolution multiplies by its kernel, for any number of spatial axes.
 
-The Gram matrix of patches repeats itself, besides being symmetric. Its block at the kernel's rows
-(i, i + d) is :math:`\sum_h x_{h+i}^T x_{h+i+d}` over the output's rows h, so the block at (i + 1, i
-+ 1 + d) has the same terms but for one row at each end. A k x k kernel then takes k products, not
-k², and patches of one row of the kernel, not of k.
+The Gram matrix of the patches is symmetric, and its blocks are similar to each other. The block for
+the rows (i, i + d) of the kernel is :math:`\sum_h x_{h+i}^T x_{h+i+d}`, a sum over the rows h of
+the output. So the block for (i + 1, i + 1 + d) has the same terms, except for one at each end of
+the sum. A k x k kernel then needs k products instead of k², and patches of one row of the kernel
+instead of k rows.
 """
 
 import math
@@ -18,7 +19,7 @@ from funcprecond.linalg.gram import gram
 
 __all__ = ["pads", "patch_gram", "transposed_patches", "unfold", "windows"]
 
-# Patches of fewer entries are multiplied example by example.
+# Patches with fewer entries are multiplied example by example.
 NARROW = 32
 
 
@@ -29,9 +30,16 @@ def unfold(
     padding: Sequence[int] | str,
     dilation: Sequence[int],
 ) -> Tensor:
-    """(N, C, *space) to (N, C * kernel, T) patches, for any number of spatial axes.
+    """Cut out the patches that a convolution multiplies by its kernel.
 
-    The patch axis is ordered as the flattened weight's: channel first, then the kernel's axes.
+    Args:
+        x: the input, (N, C, *space).
+        kernel, stride, padding, dilation: the options of the convolution, one number per axis. The
+            padding may also be a string.
+
+    Returns:
+        (N, C * kernel, T), the patches at T positions. The entries of a patch are in the order of
+        the flattened weight: the channel first, and then the axes of the kernel.
     """
     dims = len(kernel)
     x = windows(F.pad(x, pads(kernel, padding, dilation)), kernel, stride, dilation)
@@ -43,7 +51,7 @@ def unfold(
 def windows(
     x: Tensor, kernel: Sequence[int], stride: Sequence[int], dilation: Sequence[int]
 ) -> Tensor:
-    """(..., *space) as (..., *out, *kernel): all windows over the last axes, a view."""
+    """View (..., *space) as (..., *out, *kernel), all windows over the last axes."""
     first = x.ndim - len(kernel)
     for axis, (size, step, gap) in enumerate(zip(kernel, stride, dilation, strict=True), first):
         x = x.unfold(axis, gap * (size - 1) + 1, step)[..., ::gap]
@@ -58,12 +66,15 @@ def transposed_patches(
     dilation: Sequence[int],
     added: Sequence[int],
 ) -> Tensor:
-    """(N, O, *output space) to (N, O * kernel, T): what each input of a transposed convolution met.
+    """Cut out the patches of the output that the inputs of a transposed convolution contribute to.
 
     Args:
-        g: shaped like the outputs.
-        kernel, stride, padding, dilation: the convolution's.
-        added: its ``output_padding``, by which the padding is less at the end.
+        g: a tensor shaped like the outputs, (N, O, *output space).
+        kernel, stride, padding, dilation: the options of the convolution, one number per axis.
+        added: its ``output_padding``, which reduces the padding at the end of each axis.
+
+    Returns:
+        (N, O * kernel, T), a patch for each of T input positions.
     """
     axes = reversed(list(zip(padding, added, strict=True)))
     ends = [n for before, less in axes for n in (before, before - less)]
@@ -71,7 +82,7 @@ def transposed_patches(
 
 
 def pads(kernel: Sequence[int], padding: Sequence[int] | str, dilation: Sequence[int]) -> list[int]:
-    """What :func:`torch.nn.functional.pad` takes for a convolution's padding."""
+    """Compute the argument of :func:`torch.nn.functional.pad` for the padding of a convolution."""
     found: list[int] = []
     for axis in reversed(range(len(kernel))):
         if padding == "same":
@@ -90,12 +101,16 @@ def patch_gram(
     dilation: Sequence[int],
     groups: int,
 ) -> tuple[Tensor, Tensor]:
-    """(J, F, F) Gram matrices and (J, F) sums of the patches that :func:`unfold` gives.
+    """Compute the Gram matrices and the sums of the patches of :func:`unfold`.
 
     Args:
-        x: (N, C, *space).
-        kernel, stride, padding, dilation, groups: the convolution's; J groups, and F = C / J *
-            kernel in the order of the flattened weight.
+        x: the input, (N, C, *space).
+        kernel, stride, padding, dilation: see :func:`unfold`.
+        groups: the number of groups, J.
+
+    Returns:
+        The Gram matrices (J, F, F) and the sums (J, F). A patch has F = C / J * kernel entries in
+        each group, in the order of the flattened weight.
     """
     narrow = x.shape[1] // groups * math.prod(kernel) < NARROW
     if not narrow and kernel[0] > 1 and stride[0] == 1:
@@ -109,10 +124,14 @@ def patch_gram(
 
 
 def _patch_gram_by_lines(x, kernel, stride, padding, dilation, groups) -> tuple[Tensor, Tensor]:
-    """The same by the products of the kernel's rows, of which k of k² are different."""
+    """Implement :func:`patch_gram` with k products of patches of one row of the kernel.
+
+    See the docstring of this module.
+    """
     k, d = kernel[0], dilation[0]
-    # Patches along the other axes; this one leads, so that shifted rows are a view. The channels
-    # are brought together first, so that what is copied for each patch is in one piece.
+    # The patches are along the other axes. The first spatial axis leads, so that shifted rows are a
+    # view. The channels are made the last axis in memory first, so that each patch is copied in
+    # contiguous pieces.
     added = pads(kernel, padding, dilation)
     x = F.pad(x, added)
     x = rearrange(x, "n (j c) h ... -> j h n ... c", j=groups).contiguous().movedim(-1, 3)
@@ -125,7 +144,7 @@ def _patch_gram_by_lines(x, kernel, stride, padding, dilation, groups) -> tuple[
     out = height - d * (k - 1)
 
     def part(start: int, stop: int, shift: int) -> Tensor:
-        # Rows of padding, the leading axis's last in torch's order, add nothing.
+        # Rows of padding add nothing to the sum. In ``added``, the leading axis comes last.
         start, stop = max(start, added[-2]), min(stop, height - added[-1] - shift)
         if stop <= start:
             return lines.new_zeros(groups, lines.shape[-1], lines.shape[-1])

@@ -1,6 +1,7 @@
-"""Linear algebra that knows no model: iterative solvers, matrix roots, factorizations, searches.
+"""Linear algebra that does not depend on models: iterative solvers, matrix roots, factorizations.
 
-The solvers take a product ``matvec`` and a right-hand side ``b``, both dicts of tensors.
+The iterative solvers take a product ``matvec`` and a right-hand side ``b``. Their vectors are dicts
+of tensors.
 """
 
 from funcprecond.linalg.conjugate_gradients import CGResult, cg

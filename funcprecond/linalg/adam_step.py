@@ -1,9 +1,11 @@
-"""Adam's arithmetic in few passes over memory, for where nothing traces: two ways to one result."""
+"""Adam's arithmetic in few passes over memory, for eager code: two ways to the same result."""
 
 import torch
 from torch import Tensor
 
-__all__ = ["one_by_one", "together"]
+from funcprecond.tracing import multi_tensor
+
+__all__ = ["one_by_one", "quotient", "together"]
 
 Tensors = list[Tensor]
 
@@ -21,22 +23,23 @@ def together(
 ) -> tuple[Tensors, Tensors, Tensors]:
     """New means, new second moments and ``m / (ratio sqrt(v) + shift) + weight_decay p``.
 
-    By torch's multi-tensor operations, where the launch of an operation is what costs.
+    This way uses torch's multi-tensor operations, for devices where the launch of an operation
+    dominates the cost.
 
     Args:
-        m, v, g: the old means and second moments, and the gradients.
-        p: the parameters, or nothing for no weight decay.
-        b1, b2: the weights of the old means and second moments.
-        ratio, shift: 0-d.
-        weight_decay: a number, if there are ``p``.
+        m, v, g: the old means, the old second moments, and the gradients.
+        p: the parameters; an empty list means no weight decay.
+        b1, b2: the weights of the old means and of the old second moments.
+        ratio, shift: 0-d tensors.
+        weight_decay: the coefficient of ``p``; None without ``p``.
     """
-    # Three new copies, changed in place from there: half the time.
+    # The first operation on each result makes a new tensor, which the next ones change in place.
     m = list(torch._foreach_lerp(m, g, 1 - b1))
     v = list(torch._foreach_mul(v, b2))
     torch._foreach_addcmul_(v, g, g, 1 - b2)
     d = list(torch._foreach_sqrt(v))
     torch._foreach_mul_(d, ratio)
-    # With alpha it is a sum with a tensor; without, the host would read the tensor first.
+    # Without alpha, torch would read the 0-d tensor back to the host.
     torch._foreach_add_(d, shift, alpha=1)
     torch._foreach_reciprocal_(d)
     torch._foreach_mul_(d, m)
@@ -56,9 +59,9 @@ def one_by_one(
     shift: Tensor,
     weight_decay: float | None,
 ) -> tuple[Tensors, Tensors, Tensors]:
-    """As :func:`together`, where a launch costs nothing.
+    """The result of :func:`together`, for devices where the launch of an operation costs nothing.
 
-    Two passes over memory fewer, and a tensor stays in the cache.
+    This way takes two fewer passes over memory, and each tensor stays in the cache.
     """
     factor, new_m, new_v, directions = float(ratio), [], [], []
     for i, g_ in enumerate(g):
@@ -69,3 +72,11 @@ def one_by_one(
         torch.div(new_m[i], d, out=d)
         directions.append(d.add_(p[i], alpha=weight_decay) if p else d)  # pyright: ignore
     return new_m, new_v, directions
+
+
+def quotient(m: Tensor, v: Tensor, damping: float | Tensor, factor: Tensor) -> Tensor:
+    """``m / (sqrt(v) + damping) * factor``, with a 0-d ``factor``."""
+    d = v.sqrt()
+    if isinstance(damping, Tensor) or not multi_tensor((m, v, factor)):
+        return m / (d + damping) * factor
+    return torch.div(m, d.add_(damping), out=d).mul_(factor)

@@ -1,8 +1,8 @@
-"""A tensor along each of its axes: their Gram matrices, and a matrix for each.
+"""Gram matrices of a tensor along its axes, and products with one matrix per axis.
 
-Neighbouring axes of a few entries, such as a convolution's kernel, go through memory together: the
-Gram matrix of both holds that of each as a partial trace, and the Kronecker product of their
-matrices is one matrix.
+Neighboring axes of a few entries, such as those of a convolution's kernel, are processed together
+in one pass over memory: the Gram matrix of both axes contains that of each as a partial trace, and
+the Kronecker product of their matrices is one matrix.
 """
 
 import functools
@@ -25,14 +25,14 @@ __all__ = [
     "symmetric",
 ]
 
-# Neighbours up to this many entries together are cheaper as one axis than one after another.
+# Neighboring axes with at most this many entries together are cheaper as one axis.
 TOGETHER = 32
-# Symmetric products of more rows are taken so many rows at a time, up to the diagonal.
+# A symmetric product of more rows than this is computed this many rows at a time.
 ROWS = 128
 
 
 def grams(x: Tensor, axes: Sequence[int]) -> tuple[Tensor, ...]:
-    """``unfold_i(x) unfold_i(x)^T``, (n_i, n_i), for each of the axes, in ascending order."""
+    """``unfold_i(x) unfold_i(x)^T``, (n_i, n_i), for each of the given axes, in ascending order."""
     found = []
     for run in _runs(x.shape, axes):
         if run[0] in axes:
@@ -43,10 +43,10 @@ def grams(x: Tensor, axes: Sequence[int]) -> tuple[Tensor, ...]:
 
 
 def multiply(matrices: Sequence[Tensor], x: Tensor, axes: Sequence[int]) -> Tensor:
-    """``x ×_i M_i``: axis i of x contracted with the second axis of (n_i, n_i) M_i, in its place.
+    """``x ×_i M_i``: axis i of x contracted with the second axis of M_i, (n_i, n_i), for each i.
 
-    Each product takes the first axis to the end, which costs nothing, and leaves the next one where
-    it can be taken without a copy.
+    Each product moves the first axis to the end, which costs nothing, and leaves the next axis
+    where it can be multiplied without a copy.
     """
     of = dict(zip(axes, matrices, strict=True))
     if not of:
@@ -58,7 +58,7 @@ def multiply(matrices: Sequence[Tensor], x: Tensor, axes: Sequence[int]) -> Tens
             y = y.mT
             continue
         matrix = functools.reduce(torch.kron, [of[i] for i in run])
-        # Few rows are written several times faster than few columns, and a copy is less than that.
+        # Writing few rows is several times faster than writing few columns, even with a copy later.
         y = (matrix @ y).mT if len(y) <= TOGETHER else y.mT @ matrix.mT
     return y.reshape(x.shape).contiguous()
 
@@ -72,29 +72,27 @@ def mode_product(matrix: Tensor, x: Tensor, axis: int) -> Tensor:
 
 
 def mode_gram(tensor: Tensor, axis: int) -> Tensor:
-    """(n_axis, n_axis): the Gram matrix of the slices along ``axis``."""
+    """The Gram matrix of the slices along ``axis``, (n_axis, n_axis)."""
     return grams(tensor, (axis,))[0]
 
 
 def axes_of(shape: torch.Size) -> tuple[int, ...]:
-    """The axes that have a factor: those longer than 1, if there are two and no axis is empty.
+    """The axes that have a factor: those longer than 1, if there are two or more and none is empty.
 
-    An axis of length 1 would waste an exponent: an (n, 1) matrix is a vector.
+    An axis of length 1 does not count, because it would take a share of the exponent: an (n, 1)
+    matrix is a vector.
     """
     axes = tuple(i for i, n in enumerate(shape) if n > 1)
     return axes if len(axes) > 1 and 0 not in shape else ()
 
 
 def axes_below(shape: torch.Size, max_dim: int) -> tuple[int, ...]:
-    """The axes with a factor: those longer than 1, if there are two, and not above ``max_dim``.
-
-    0 is no limit.
-    """
+    """The axes of :func:`axes_of` that are at most ``max_dim`` long; 0 means no limit."""
     return tuple(i for i in axes_of(shape) if not max_dim or shape[i] <= max_dim)
 
 
 def symmetric(rows: Tensor) -> Tensor:
-    """``rows rows^T``, of a matrix or a stack; of a large matrix little more than half of it."""
+    """``rows rows^T`` of a matrix or a stack, for little more than half the cost if it is large."""
     n = rows.shape[-2]
     large = rows.ndim == 2 and n > ROWS and rows.device.type == "cpu"
     if not large or torch.compiler.is_compiling() or not multi_tensor((rows,)):
@@ -108,7 +106,7 @@ def symmetric(rows: Tensor) -> Tensor:
 
 
 def _runs(shape: Sequence[int], axes: Sequence[int]) -> list[tuple[int, ...]]:
-    """All axes in order, neighbours to be taken together in one tuple."""
+    """All axes in order, where neighbors that are processed together share one tuple."""
     runs: list[tuple[int, ...]] = []
     for i, n in enumerate(shape):
         last = runs[-1] if runs else ()
@@ -121,7 +119,7 @@ def _runs(shape: Sequence[int], axes: Sequence[int]) -> list[tuple[int, ...]]:
 
 
 def _gram(x: Tensor) -> Tensor:
-    """Of the middle axis of three."""
+    """The Gram matrix along the middle axis of a tensor with three axes."""
     if x.shape[0] == 1:
         return symmetric(x[0])
     if x.shape[2] == 1:
@@ -130,7 +128,7 @@ def _gram(x: Tensor) -> Tensor:
 
 
 def _partial_traces(gram: Tensor, sizes: Sequence[int]) -> list[Tensor]:
-    """Of a Gram matrix over several axes that of each."""
+    """The Gram matrix of each axis, from the Gram matrix over several axes."""
     k = len(sizes)
     both = gram.reshape(*sizes, *sizes)
     return [
@@ -140,7 +138,7 @@ def _partial_traces(gram: Tensor, sizes: Sequence[int]) -> list[Tensor]:
 
 
 def along(vectors: tuple[Tensor, ...], axes: tuple[int, ...], like: Tensor) -> Tensor:
-    """The outer product of vectors along some axes of a tensor, in a shape to be broadcast."""
+    """The outer product of vectors along some axes of a tensor, shaped to broadcast with it."""
     product = torch.ones((), dtype=like.dtype, device=like.device)
     for v, axis in zip(vectors, axes, strict=True):
         product = product * v.reshape([-1 if i == axis else 1 for i in range(like.ndim)])

@@ -1,4 +1,4 @@
-"""Equal shapes as one stack: one batched operation where a loop would launch many."""
+"""Functions mapped over lists of tensors, in one batched operation for all tensors of one shape."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -8,20 +8,27 @@ from torch import Tensor
 
 __all__ = ["by_shape", "over_stacks"]
 
-# Entries: a matrix of 64 by 64.
+# The number of entries of a 64 by 64 matrix.
 LARGE = 4096
 
 
 def by_shape(
     function: Callable[..., Any], *lists: Sequence[Tensor], static: Sequence[Any]
 ) -> list[Any]:
-    """Map ``function(*tensors, static)`` over lists of tensors, equal shapes as one stack.
+    """Map ``function(*tensors, static)`` over lists of tensors, with equal shapes in one stack.
 
-    The function takes any number of leading axes, and returns a tensor or a tuple of tensors. A CPU
-    gains nothing from a stack of large tensors and pays for its copies, so there they go one by
-    one.
+    Two entries share a stack if their first tensors have the same shape, dtype and device and if
+    they have the same ``static``. On a CPU, a stack of large tensors would save nothing and cost
+    copies, so large tensors are passed one by one there.
 
-    Entries are grouped by the first list's shape, dtype and device and by ``static``.
+    Args:
+        function: takes tensors with any number of leading axes, and returns a tensor or a tuple of
+            tensors with the same leading axes.
+        *lists: lists of equal length; call i receives the i-th tensor of each.
+        static: the hashable last argument of each call.
+
+    Returns:
+        The results in the order of the lists.
     """
     groups: dict[Any, list[int]] = {}
     for i, (x, s) in enumerate(zip(lists[0], static, strict=True)):
@@ -43,7 +50,7 @@ def by_shape(
 def over_stacks(
     function: Callable[..., Any], *lists: Sequence[Tensor], static: Sequence[Any]
 ) -> list[Any]:
-    """:func:`by_shape` for a function of single tensors: stacks go through ``vmap``."""
+    """:func:`by_shape` for a function of single tensors, which is applied to stacks by ``vmap``."""
 
     def either(*args: Any) -> Any:
         *tensors, (s, ndim) = args

@@ -1,11 +1,13 @@
-r"""BFGS: an inverse Hessian from steps ``s`` and the changes ``y`` of the gradient along them.
+r"""BFGS: an inverse Hessian H from steps ``s`` and the changes ``y`` of the gradient along them.
 
 .. math:: H \leftarrow (I - \rho s y^T) H (I - \rho y s^T) + \rho s s^T, \quad \rho = 1 / s^T y
 
-as a dense matrix (:func:`bfgs_update`), and limited to the last m pairs without one
+H is a dense matrix (:func:`bfgs_update`), or it is given by the last m pairs and never formed
 (:class:`History`, Nocedal's two-loop recursion). :math:`H y = s` holds for the newest pair, and H
 stays positive definite as long as every pair has :math:`s^T y > 0`.
 """
+
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -18,14 +20,14 @@ __all__ = ["History", "bfgs_update", "powell", "two_loop"]
 
 @state
 class History:
-    """The last m pairs, oldest first. Rows not filled yet are zero and drop out of every sum.
+    """The last m pairs, oldest first. Empty rows are zero and contribute nothing to any sum.
 
     Attributes:
-        steps: (m, P), the ``s``.
-        changes: (m, P), the ``y``.
-        rho: (m,), ``1 / s.y``, :func:`wide`; 0 for a row not filled yet.
-        gamma: 0-d, :func:`wide`, ``s.y / y.y`` of the newest pair, 1 without one: the scale of H
-            before the pairs act.
+        steps: (m, P), one ``s`` per row.
+        changes: (m, P), one ``y`` per row.
+        rho: (m,), ``1 / s.y`` of each pair, :func:`wide`; 0 for an empty row.
+        gamma: 0-d, :func:`wide`, ``s.y / y.y`` of the newest pair, 1 without one. H is ``gamma I``
+            before the pairs are applied.
     """
 
     steps: Tensor
@@ -35,7 +37,7 @@ class History:
 
     @classmethod
     def init(cls, size: int, like: Tensor) -> "History":
-        """``size`` empty rows for vectors like ``like`` (P,)."""
+        """The history with ``size`` empty rows for vectors shaped like ``like``, (P,)."""
         return cls(
             like.new_zeros((size, like.numel())),
             like.new_zeros((size, like.numel())),
@@ -43,12 +45,27 @@ class History:
             like.new_ones((), dtype=wide_dtype(like)),
         )
 
-    def push(self, s: Tensor, y: Tensor, *, min_curvature: float | Tensor = 1e-4) -> "History":
-        """The history with one more pair, or the same if the pair is not fit.
+    def push(
+        self,
+        s: Tensor,
+        y: Tensor,
+        *,
+        min_curvature: float | Tensor = 1e-4,
+        curvature_fix: Literal["none", "powell"] = "none",
+    ) -> "History":
+        """The history with one more pair, or the same history if the pair is not suitable.
 
-        Fit is a finite pair with ``s.y >= min_curvature |s|^2`` and ``s.y > 0``, which bounds
-        ``gamma`` by ``1 / min_curvature``. The oldest pair leaves.
+        A pair is suitable if it is finite and has ``s.y >= min_curvature |s|^2`` and ``s.y > 0``,
+        which bounds ``gamma`` by ``1 / min_curvature``. The new pair replaces the oldest one.
+
+        Args:
+            s, y: (P,), the pair.
+            min_curvature: the least curvature along ``s``.
+            curvature_fix: "powell" replaces ``y`` by :func:`powell` first, with the estimate
+                ``I / gamma`` of the Hessian; "none" does not.
         """
+        if curvature_fix == "powell":
+            y = powell(s, y, s / self.gamma.to(s.dtype))
         wide_s, wide_y = wide(s), wide(y)
         sy, yy = wide_s.dot(wide_y), wide_y.dot(wide_y)
         fit = (sy > 0) & (sy >= min_curvature * wide_s.dot(wide_s)) & torch.isfinite(yy)
@@ -61,22 +78,25 @@ class History:
         )
 
     def filled(self) -> Tensor:
-        """How many pairs there are, a 0-d integer."""
+        """The number of pairs, a 0-d integer tensor."""
         return (self.rho != 0).sum()
 
     def apply(self, vector: Tensor) -> Tensor:
-        """``H v`` for a vector (P,), in 4 m P operations."""
+        """``H v`` for a vector (P,), in 4 m P multiplications."""
         return two_loop(self.steps, self.changes, self.rho, self.gamma, vector)
 
 
 def two_loop(steps: Tensor, changes: Tensor, rho: Tensor, gamma: Tensor, vector: Tensor) -> Tensor:
-    """The product of the inverse Hessian that m pairs make of ``gamma I`` with a vector.
+    """The product of a vector with the inverse Hessian that m pairs make of ``gamma I``.
 
     Args:
         steps, changes: (m, P), oldest first.
-        rho: (m,), ``1 / s.y``, or 0 for a row that does not count.
+        rho: (m,), ``1 / s.y`` of each pair, or 0 for a row that is not used.
         gamma: 0-d.
         vector: (P,).
+
+    Returns:
+        (P,).
     """
     rho, gamma = rho.to(vector.dtype), gamma.to(vector.dtype)
     q, alphas = vector, []
@@ -92,22 +112,25 @@ def two_loop(steps: Tensor, changes: Tensor, rho: Tensor, gamma: Tensor, vector:
 
 
 def bfgs_update(inverse: Tensor, s: Tensor, y: Tensor) -> Tensor:
-    """The inverse Hessian (P, P) after the pair ``s``, ``y`` (P,); ``s.y`` must not be zero."""
+    """The inverse Hessian, (P, P), updated by a pair ``s``, ``y``, (P,), with nonzero ``s.y``."""
     rho = 1 / s.dot(y)
     left = torch.eye(len(s), dtype=s.dtype, device=s.device) - rho * torch.outer(s, y)
     return left @ inverse @ left.mT + rho * torch.outer(s, s)
 
 
 def powell(s: Tensor, y: Tensor, bs: Tensor, *, threshold: float = 0.2) -> Tensor:
-    """Powell's damped ``y``, with which ``s.y >= threshold s.Bs``.
+    """Powell's damped ``y``, which satisfies ``s.y >= threshold s.Bs``.
 
-    Where ``s.y`` is smaller, ``y <- θ y + (1 - θ) B s`` with the θ that gives equality (Nocedal &
-    Wright, procedure 18.2).
+    Where ``s.y`` is smaller, the result is ``θ y + (1 - θ) B s`` with the θ for which equality
+    holds (Nocedal & Wright, procedure 18.2).
 
     Args:
         s, y: (P,), the pair.
-        bs: (P,), the current Hessian estimate times ``s``.
-        threshold: in (0, 1).
+        bs: (P,), the product of the current estimate B of the Hessian with ``s``.
+        threshold: a number in (0, 1).
+
+    Returns:
+        (P,).
     """
     sy, sbs = s.dot(y), s.dot(bs)
     low = sy < threshold * sbs

@@ -11,13 +11,13 @@ Block = Literal["kernel", "row"] | int
 
 
 def block_mean(x: Tensor, block: Block | None) -> Tensor:
-    """Each entry's mean over its block, shaped like ``x``.
+    """A tensor shaped like ``x`` in which each entry is the mean over its block.
 
     Args:
-        x: any tensor.
-        block: "kernel" is all axes from the third on, "row" all from the second on, a number n is n
-            consecutive entries of a row (the last of a row may be shorter); None leaves the tensor
-            as it is.
+        x: any tensor. A vector counts as a single row.
+        block: "kernel" takes the mean over all axes from the third on, and "row" over all axes from
+            the second on. A number n takes it over n consecutive entries of each ``x[i]``; the last
+            block may be shorter. None returns ``x`` unchanged.
     """
     if block is None or x.numel() == 0:
         return x

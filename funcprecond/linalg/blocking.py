@@ -1,9 +1,9 @@
-"""How a parameter becomes the tensors that the axis methods precondition.
+"""The layout of a parameter: how it is divided into blocks with one factor per axis.
 
-Axes of length 1 carry nothing and are dropped; small neighbouring axes can be merged, so that the
-3 x 3 kernel of a convolution is not two tiny factors; and long axes can be cut into blocks, each
-preconditioned as if it were a parameter of its own, which bounds the cost of a factor.
-:func:`funcprecond.transforms.in_blocks.in_blocks` does that to any method.
+Axes of length 1 carry no information and are dropped. Small neighboring axes can be merged, so that
+the 3 x 3 kernel of a convolution does not have two tiny factors. Long axes can be cut into blocks,
+each of which is preconditioned as if it were a parameter of its own; this bounds the cost of a
+factor. :func:`funcprecond.transforms.in_blocks.in_blocks` applies a layout to any method.
 """
 
 import dataclasses
@@ -25,11 +25,11 @@ Side = Literal["all", "shortest", "first", "last"]
 
 
 class _Layout(NamedTuple):
-    """What becomes of parameters of one shape.
+    """The layout of parameters of one shape.
 
     Attributes:
         view: the shape after dropping and merging axes.
-        places: the slices of each block, by its place; None for a single block.
+        places: the slices of each block, by its place, such as "0,1"; None for a single block.
         counts: the number of blocks along each axis of the view.
         has_factors: whether any block has a factor.
     """
@@ -45,13 +45,17 @@ class Blocking:
     """The layout of every parameter, from its shape alone.
 
     Attributes:
-        merge: neighbouring axes are multiplied together while their product is at most this; 0 for
-            never.
-        block: longer axes are cut into pieces of this length, the last one shorter; 0 for never.
-        max_dim: longer axes, after that, have no factor: the identity stands for it; 0 for no
-            limit.
-        side: which axes of a block have a factor: all of them, or the shortest, the first or the
-            last alone.
+        merge: neighboring axes are merged while the product of their lengths is at most this; 0
+            means never.
+        block: longer axes are cut into pieces of this length, of which the last may be shorter; 0
+            means never.
+        max_dim: an axis that is longer than this after cutting has no factor, and the identity
+            takes its place; 0 means no limit.
+        side: which axes of a block have a factor: "all" of them, or only the "shortest", the
+            "first" or the "last".
+
+    Raises:
+        ValueError: a number is negative, or ``side`` is none of these.
     """
 
     merge: int = 0
@@ -68,7 +72,7 @@ class Blocking:
         return self._layout(shape).view
 
     def axes(self, shape: Sequence[int]) -> Shape:
-        """The axes of a block that have a factor."""
+        """The axes of a block of this shape that have a factor."""
         axes = tuple(i for i, n in enumerate(shape) if not self.max_dim or n <= self.max_dim)
         if self.side == "all" or not axes:
             return axes
@@ -79,13 +83,13 @@ class Blocking:
     def has_factors(self, shape: Sequence[int]) -> bool:
         """Whether a parameter of this shape has any factor.
 
-        Vectors and scalars have none, and neither has a parameter all of whose axes are too long:
-        the diagonal of the second moment stands in.
+        A vector or a scalar has none, and neither has a parameter whose axes are all too long. The
+        diagonal of the second moment takes their place.
         """
         return self._layout(shape).has_factors
 
     def split(self, name: str, tensor: Tensor) -> dict[str, Tensor]:
-        """The parameter's blocks by name: its own, with the block's place if there are several."""
+        """The blocks of a parameter: ``name`` for a single block, otherwise ``name[place]``."""
         layout = self._layout(tensor.shape)
         view = tensor if layout.view == tensor.shape else tensor.reshape(layout.view)
         if layout.places is None:
@@ -101,7 +105,7 @@ class Blocking:
         return _assembled(parts, layout.counts, 0).reshape(like.shape)
 
     def _layout(self, shape: Sequence[int]) -> _Layout:
-        # Remembered, because it is asked for at every step; a compiler traces it once anyway.
+        # Layouts are cached because every step uses them; a compiler traces this only once anyway.
         of = _layout.__wrapped__ if torch.compiler.is_compiling() else _layout
         return of(self, tuple(shape))
 
@@ -129,9 +133,9 @@ def _pieces(n: int, block: int) -> list[slice]:
 
 
 def merged(shape: Sequence[int], limit: int) -> list[int]:
-    """Neighbouring axes multiplied together, from left to right, while the product is within limit.
+    """The shape with neighboring axes merged, from left to right, up to a product of ``limit``.
 
-    ``[1, 2, 512, 1, 2048, 1, 3, 4]`` with 1024 is ``[1024, 2048, 12]``.
+    ``[1, 2, 512, 1, 2048, 1, 3, 4]`` with the limit 1024 becomes ``[1024, 2048, 12]``.
     """
     result: list[int] = []
     for n in shape:

@@ -1,10 +1,12 @@
 r"""Preconditioned conjugate gradients, for products with a curvature matrix that is never formed.
 
-Minimises :math:`\phi(x) = \frac12 x^T B x - b^T x`, whose value at every iterate comes from the
-residual at no cost, :math:`\phi(x) = -\frac12 x^T (b + r)`, and stops when it stalls: Martens' two
-rules. One loop serves plain, vmapped and compiled calls: a problem that is finished stays as it is
-while others go on, by ``where``. Only where nothing watches does the loop end early, after one host
-read an iteration; the result is the same, since the iterations left out would have changed nothing.
+The method minimizes :math:`\phi(x) = \frac12 x^T B x - b^T x`. The value at every iterate follows
+from the residual at no cost, :math:`\phi(x) = -\frac12 x^T (b + r)`, and the iteration stops when
+these values stall, by one of Martens' two rules.
+
+One loop serves eager, vmapped and compiled calls: ``where`` keeps a finished problem unchanged
+while others continue. Only an eager call ends the loop early, at the cost of one host read per
+iteration. The result is the same, since the omitted iterations would change nothing.
 """
 
 import math
@@ -26,16 +28,19 @@ Rule = Literal["2010", "2012", "none"]
 
 @state
 class CGResult:
-    """What :func:`cg` returns.
+    """The result of :func:`cg`.
 
     Attributes:
         solution: the last iterate, shaped like ``b``.
-        residual: ``b - B x`` there, by the recursion.
-        iterations: how many changed the iterate, a 0-d integer.
-        reason: a :class:`Stop`, as a 0-d integer.
-        phi: (max_iter + 1,), the model's value from the start on; the last one repeats to the end.
-        stored: (keep, ...) for each entry, the last of the iterates numbered ``ceil(1.3^j)``.
-        stored_at: (keep,), their numbers, increasing; 0 where there were fewer.
+        residual: ``b - B x`` at the last iterate, as the recursion gives it.
+        iterations: the number of iterations that changed the iterate, a 0-d integer tensor.
+        reason: the :class:`Stop` value, a 0-d integer tensor.
+        phi: (max_iter + 1,), the values of the model from the first iterate on; after the end of
+            the iteration, the last value repeats.
+        stored: (keep, ...) for each entry, the last ``keep`` of the iterates with the numbers
+            ``ceil(1.3^j)``.
+        stored_at: (keep,), the numbers of these iterates in increasing order, after zeros if there
+            are fewer.
     """
 
     solution: Params
@@ -59,21 +64,34 @@ def cg(
     refresh: int = 50,
     keep: int = 8,
 ) -> CGResult:
-    """Solve ``B x = b`` for a symmetric positive definite ``B``.
+    """Solve ``B x = b`` for a symmetric positive definite matrix B by conjugate gradients.
+
+    If ``p^T B p <= 0`` for a search direction p, the iteration stops and returns the current
+    iterate. In the first iteration it returns ``b`` itself, the direction of steepest descent. The
+    method keeps four vectors and ``keep`` iterates in memory.
 
     Args:
-        matvec: ``v -> B v``.
-        b: a dict of tensors, not empty; so is every vector here.
-        x0: where to start, zero by default. Costs one product.
-        precondition: ``r -> M^-1 r``, symmetric positive definite.
-        rule: when the model counts as stalled, see :func:`has_stalled`.
-        max_iter: at most so many products.
-        tol: stop at ``|r| <= tol |b|``.
-        refresh: the residual is computed anew each so many iterations: its recursion drifts.
-        keep: how many iterates to store for :attr:`CGResult.stored`.
+        matvec: the product ``v -> B v``.
+        b: the right-hand side, a dict of tensors that is not empty, like every vector here.
+        x0: the first iterate, zero by default. It costs one product.
+        precondition: the product ``r -> M^-1 r``, where M is symmetric positive definite.
+        rule: when the model counts as stalled: "2010" (Martens), "2012" (Martens & Sutskever) or
+            "none"; see :func:`funcprecond.linalg.conjugate_gradients.has_stalled`.
+        max_iter: the maximum number of iterations.
+        tol: stop with RESIDUAL at ``|r| <= tol |b|``, where r is the residual.
+        refresh: the residual is computed by a product of its own in every ``refresh``-th iteration,
+            because the recursion accumulates rounding errors.
+        keep: the number of iterates in :attr:`CGResult.stored`.
 
-    Where ``p^T B p <= 0`` it stops with the iterate that it has, and with ``b`` itself, steepest
-    descent, if that is the first iteration. Memory: four vectors and ``keep`` more.
+    Returns:
+        A :class:`CGResult`. Costs one product per iteration, and those of ``x0`` and ``refresh``.
+
+    Example:
+        >>> import torch, funcprecond as fp
+        >>> matrix = torch.tensor([[2.0, 1.0], [1.0, 2.0]])
+        >>> found = fp.linalg.cg(lambda v: {"x": matrix @ v["x"]}, {"x": torch.tensor([3.0, 3.0])})
+        >>> torch.allclose(found.solution["x"], torch.ones(2)), int(found.iterations)
+        (True, 1)
     """
     precondition = precondition or (lambda r: r)
     plain = is_eager((b, x0))
@@ -89,7 +107,7 @@ def cg(
     active = finite & ~small
     iterations = torch.zeros_like(reason)
     phis, numbers = [_model_value(x, b, r)], _schedule(max_iter)
-    # Built from x, so that they carry the transforms' levels that x does.
+    # These are built from x, so that the same transforms batch them.
     stored = {k: torch.zeros_like(v).expand(keep, *v.shape) for k, v in x.items()}
     stored_at = torch.zeros_like(reason).expand(keep)
 
@@ -135,14 +153,14 @@ def cg(
 
 
 def has_stalled(phi: Sequence[Tensor], rule: Rule = "2012") -> Tensor:
-    """Whether the model improves too slowly to go on, a 0-d boolean.
+    """Whether the model improves too slowly for the iteration to go on, a 0-d boolean.
 
     Args:
-        phi: its values at the iterates 0 to i, each 0-d.
-        rule: "2010", ``(φ_i - φ_{i-k}) / φ_i < 5e-4 k`` (Martens 2010); "2012",
-            ``(φ_i - φ_{i-k}) / (φ_i - φ_0) < 1e-4`` (Martens & Sutskever 2012, with φ_0 so that a
-            warm start does not look like progress); both with ``k = max(10, i / 10)``, for
-            ``i > k`` and ``φ_i < 0`` only. "none" never stops.
+        phi: the values of the model at the iterates 0 to i, each 0-d.
+        rule: "2010" is ``(φ_i - φ_{i-k}) / φ_i < 5e-4 k`` (Martens 2010). "2012" is
+            ``(φ_i - φ_{i-k}) / (φ_i - φ_0) < 1e-4`` (Martens & Sutskever 2012), where φ_0 keeps a
+            warm start from counting as progress. In both, ``k = max(10, i // 10)``, and the
+            iteration goes on if ``i <= k`` or ``φ_i >= 0``. "none" never stops it.
     """
     i = len(phi) - 1
     k = max(10, i // 10)
@@ -154,10 +172,10 @@ def has_stalled(phi: Sequence[Tensor], rule: Rule = "2012") -> Tensor:
 
 
 def within(operator: Matvec, params: Params, names: Sequence[str]) -> Matvec:
-    """The block of an operator on ``params`` that belongs to some of them.
+    """The block of an operator on ``params`` that belongs to the named parameters.
 
-    What a method in a :func:`funcprecond.partition` works with; all of ``params`` otherwise.
-    Vectors are cast to the parameters' dtypes, and products back.
+    A method in a :func:`funcprecond.partition` works with such a block. Vectors are cast to the
+    dtypes of ``params``, and the products back to those of the vector.
     """
 
     def block(vector: Params) -> Params:

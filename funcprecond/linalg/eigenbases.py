@@ -1,8 +1,8 @@
-r"""Orthogonal bases of symmetric matrices, and tensors in them.
+"""Eigenbases of symmetric matrices, and the coordinates of tensors in them.
 
-What SOAP, KL-Shampoo and SPlus keep of Shampoo's factors: one basis an axis, found by decomposition
-(:func:`eigenvectors`) or followed by one QR decomposition a refresh (:func:`orthogonal_step`). To a
-derivative, bases are constants.
+SOAP, KL-Shampoo and SPlus keep one orthogonal basis per axis of a parameter. A decomposition finds
+it (:func:`eigenvectors`), or one QR decomposition per refresh follows it (:func:`orthogonal_step`).
+Derivatives treat bases as constants.
 """
 
 from collections.abc import Callable
@@ -19,22 +19,23 @@ __all__ = ["eigenvectors", "identities", "orthogonal_step", "rotate", "rotate_ba
 
 Bases = dict[str, tuple[Tensor, ...]]
 
-# Eigenvalues below this many roundings of the largest one are rounding themselves.
+# Eigenvalues up to this many machine epsilons times the largest one count as zero.
 NULL = 10
-# Matrices of a multiple of so many rows get so many more for their QR decomposition.
+# A matrix whose size is a multiple of ALIASING gets ALIASING_PAD more rows in a QR decomposition.
 ALIASING, ALIASING_PAD = 512, 8
 
 
 def eigenvectors(matrices: Tensor, previous: Tensor) -> Tensor:
     """The eigenvectors of each matrix of a stack as columns, by descending eigenvalue.
 
-    In the null space, where every basis is one of eigenvectors, it is the one in which diag(1..2)
-    is diagonal. Left to rounding it would be another one in each dtype, under ``vmap``, or
-    compiled; methods that divide by magnitudes make that a visible difference.
+    In the null space every orthonormal basis consists of eigenvectors. The result there is the
+    basis that diagonalizes a fixed matrix, the diagonal matrix with entries from 1 to 2. A choice
+    left to rounding would differ between dtypes, under ``vmap`` and under a compiler, and the
+    difference would show in methods that divide by magnitudes.
 
     Args:
         matrices: (..., n, n), symmetric positive semi-definite up to rounding.
-        previous: what stays where a matrix is zero or not finite.
+        previous: the result where a matrix is zero or not finite.
     """
     dtype = decomposition_dtype(matrices)
     a = matrices.detach()
@@ -49,10 +50,10 @@ def eigenvectors(matrices: Tensor, previous: Tensor) -> Tensor:
     null = vectors * (values <= rounding * values[..., -1:]).to(dtype).unsqueeze(-2)
     null = null @ null.mT
     ramp = torch.linspace(1, 2, a.shape[-1], dtype=dtype, device=a.device)
-    # Eigenvalues of the range are positive, those of the null space now in [-2, -1] and apart.
+    # Eigenvalues of the range are positive; those of the null space are now distinct, in [-2, -1].
     seen = a - null @ a @ null
     _, vectors = torch.linalg.eigh(seen - (null * ramp.unsqueeze(-2)) @ null)
-    # LAPACK returns columns; a state that changes its strides would be compiled anew.
+    # LAPACK stores matrices by columns; a state whose strides change would be compiled again.
     return torch.where(ok, vectors.flip(-1).to(matrices.dtype), previous).contiguous()
 
 
@@ -63,29 +64,30 @@ def orthogonal_step(
 
     Args:
         matrices: (..., n, n), symmetric positive semi-definite up to rounding.
-        bases: (..., n, n), orthogonal. Where a matrix is zero or not finite they stay.
-        epsilon: S is shifted by this much of its largest eigenvalue, which leaves its eigenvectors
-            as they are and keeps the old columns where S has seen nothing, instead of rounding.
-        sort: take the columns by descending ``q_i^T S q_i``, which speeds convergence, instead of
-            from left to right.
+        bases: (..., n, n), orthogonal. They are returned where a matrix is zero or not finite.
+        epsilon: S is shifted by this fraction of its largest eigenvalue. The shift does not change
+            the eigenvectors. In the null space of S it keeps the old columns, which rounding errors
+            would replace.
+        sort: orthogonalize the columns in descending order of ``q_i^T S q_i``, which speeds
+            convergence, instead of from left to right.
 
     Returns:
-        The new bases. Each column has the place of the old one that it comes from, and its side
-        (the triangular factor's diagonal is positive).
+        The new bases. Each column has the place and the orientation of the old column that it comes
+        from: the diagonal of the triangular factor is positive.
     """
     s, q = matrices.detach(), bases.detach()
     product = s @ q
     estimates = (q * product).sum(-2)
-    # Not finite if any entry is not.
+    # This is not finite if any entry of the matrix is not.
     largest = estimates.amax(-1)[..., None, None]
     bad = ~(torch.isfinite(largest) & (largest > 0))
-    # Where this is not finite LAPACK's result is not either, and dropped below.
+    # Where x is not finite, LAPACK's result is not finite either; it is not used below.
     x = product / largest + epsilon * q
     order = torch.sort(estimates, dim=-1, descending=True, stable=True).indices
     new, diagonal = _qr(_columns(x, order) if sort else x)
     new = new * torch.where(diagonal < 0, -1.0, 1.0).to(new.dtype).unsqueeze(-2)
     new = _columns(new, order.argsort(-1)) if sort else new
-    # LAPACK returns columns; the result of ``where`` has the strides of its first tensor.
+    # LAPACK stores matrices by columns, and the result of ``where`` can inherit such strides.
     return torch.where(bad, q, new).contiguous()
 
 
@@ -94,10 +96,11 @@ def _columns(x: Tensor, places: Tensor) -> Tensor:
 
 
 def _qr(x: Tensor) -> tuple[Tensor, Tensor]:
-    """The orthogonal factor, and the diagonal alone of the triangular one."""
+    """The orthogonal factor of a QR decomposition, and the diagonal of the triangular factor."""
     n = x.shape[-1]
-    # LAPACK walks along the rows of a matrix stored by columns. Those of a length that is a
-    # multiple of 512 fall on few lines of the cache; rows of zeros below change nothing else.
+    # LAPACK goes along the rows of a matrix that is stored by columns. If the columns' length is a
+    # multiple of 512, the entries of a row share few lines of the cache. Rows of zeros at the end
+    # avoid this and do not change the decomposition.
     rows = ALIASING_PAD if x.device.type == "cpu" and n % ALIASING == 0 else 0
     reflectors, scales = torch.geqrf(pad(x, (0, 0, 0, rows)) if rows else x)
     q = torch.linalg.householder_product(reflectors, scales)
@@ -105,14 +108,14 @@ def _qr(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def decomposed(statistics: Bases, bases: Bases) -> Bases:
-    """:func:`eigenvectors` of every factor, equal sizes as one stack."""
+    """:func:`eigenvectors` of every factor, with factors of equal size in one stack."""
     return _of_all(lambda s, q, _: eigenvectors(s, q), statistics, bases)
 
 
 def followed(
     statistics: Bases, bases: Bases, epsilon: float | Tensor, *, sort: bool = True
 ) -> Bases:
-    """:func:`orthogonal_step` of every factor, equal sizes as one stack."""
+    """:func:`orthogonal_step` of every factor, with factors of equal size in one stack."""
     return _of_all(lambda s, q, _: orthogonal_step(s, q, epsilon, sort=sort), statistics, bases)
 
 
@@ -123,7 +126,7 @@ def _of_all(function: Callable[..., Tensor], *trees: Bases) -> Bases:
 
 
 def identities(p: Tensor, axes: tuple[int, ...], dtype: torch.dtype) -> tuple[Tensor, ...]:
-    """An identity for each of the axes of a parameter."""
+    """One identity matrix for each of the given axes of a parameter."""
     return tuple(torch.eye(p.shape[i], dtype=dtype, device=p.device) for i in axes)
 
 
@@ -140,10 +143,11 @@ def rotate_back(x: Tensor, bases: tuple[Tensor, ...], axes: tuple[int, ...]) -> 
 def rotate_over(
     x: Tensor, old: tuple[Tensor, ...], new: tuple[Tensor, ...], axes: tuple[int, ...]
 ) -> Tensor:
-    """The coordinates in the new bases of the tensor whose coordinates in the old ones are x.
+    """The coordinates in the new bases of the tensor whose coordinates in the old bases are x.
 
-    Each axis by ``Q_new^T Q_old``, or back and forth where that product costs more, on an axis
-    longer than all others together.
+    Each axis is multiplied by ``Q_new^T Q_old``. On an axis that is longer than all others
+    together, this product costs more than the two rotations, which are then applied one after the
+    other.
     """
     short = [x.shape[i] ** 2 <= x.numel() for i in axes]
     for q, n, i, one in zip(old, new, axes, short, strict=True):
@@ -154,24 +158,29 @@ def rotate_over(
 
 
 def eigenvalues_in(statistics: tuple[Tensor, ...], bases: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """The diagonals ``q_i^T S q_i``, of each axis by the columns of its basis."""
+    """For each axis, ``q_i^T S q_i`` for the columns of its basis: the diagonal of ``Q^T S Q``."""
     return tuple((q * (s @ q)).sum(-2) for s, q in zip(statistics, bases, strict=True))
 
 
 def turned_eigenvalues(
     values: tuple[Tensor, ...], old: tuple[Tensor, ...], new: tuple[Tensor, ...]
 ) -> tuple[Tensor, ...]:
-    """The diagonals, in the new bases, of the matrices that are ``diag(values)`` in the old ones."""
+    """The diagonals, in the new bases, of the matrices with ``diag(values)`` in the old bases."""
     return tuple(x.square() @ v for x, v in zip(turns(old, new), values, strict=True))
 
 
 def turned_squares(
     v: Tensor, old: tuple[Tensor, ...], new: tuple[Tensor, ...], axes: tuple[int, ...]
 ) -> Tensor:
-    """The diagonal, in the new bases, of the matrix that is ``diag(v)`` in the old ones."""
+    """The diagonal, in the new bases, of the matrix with ``diag(v)`` in the old bases."""
     return multiply([x.square() for x in turns(old, new)], v, axes)
 
 
 def turns(old: tuple[Tensor, ...], new: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """``Q_new^T Q_old``: what takes old coordinates to new ones."""
+    """``Q_new^T Q_old`` for each axis, which maps old coordinates to new ones."""
     return tuple(n.mT @ o for o, n in zip(old, new, strict=True))
+
+
+def floored(eigenvalues: Tensor, limit: int) -> Tensor:
+    """Eigenvalues l, (n,), raised where ``1 / sqrt(l)`` exceeds ``max(10, min(n, limit))``."""
+    return eigenvalues.clamp_min(max(10, min(eigenvalues.shape[-1], limit)) ** -2.0)

@@ -1,4 +1,4 @@
-"""Eigendecompositions of symmetric matrices that do not give up on difficult ones."""
+"""Eigendecompositions of symmetric matrices, with a second attempt for difficult ones."""
 
 import torch
 from torch import Tensor
@@ -10,7 +10,11 @@ __all__ = ["eigenbases", "eigh", "thin_eigenbasis"]
 
 
 def eigh(a: Tensor) -> tuple[Tensor, Tensor, bool]:
-    """Eigenvalues, vectors, and whether they were found, in ``a``'s dtype or a :func:`wide` one."""
+    """The eigenvalues and eigenvectors of ``a``, and whether the decomposition succeeded.
+
+    If it fails in the dtype of ``a``, it is repeated on the :func:`wide` matrices. If that fails
+    too, the eigenvalues are ones and the eigenvectors are zeros.
+    """
     try:
         return *torch.linalg.eigh(a), True
     except torch.linalg.LinAlgError:
@@ -23,10 +27,11 @@ def eigh(a: Tensor) -> tuple[Tensor, Tensor, bool]:
 
 
 def eigenbases(factors: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """(eigenvalues, clamped at zero; eigenvectors) of each factor; no vectors for diagonal ones.
+    """The eigenvalues, clamped at zero, and the eigenvectors of each factor.
 
-    A factor that is not finite has the identity's decomposition times NaN values, so that the fault
-    shows in the direction instead of raising inside a compiled step.
+    A diagonal factor, (n,), has no eigenvectors. A factor that is not finite has the eigenvalues
+    NaN, so that the fault shows in the direction instead of raising an error inside a compiled
+    step.
     """
     values = {k: x.clamp_min(0.0) for k, x in factors.items() if x.ndim == 1}
     names = [k for k, x in factors.items() if x.ndim > 1]
@@ -47,16 +52,17 @@ def eigenbases(factors: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str,
 
 
 def thin_eigenbasis(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """(eigenvalues (..., r), eigenvectors (..., n, r)) of ``rows^T rows``.
+    """The eigenvalues, (..., r), and eigenvectors, (..., n, r), of ``rows^T rows``.
 
-    A direction whose eigenvalue is rounding beside the largest is given the zero vector and value.
+    Where an eigenvalue is as small as rounding errors of the largest one, it and its eigenvector
+    are set to zero.
     """
     if rows.dtype == wide_dtype(rows):
         _, s, vectors = torch.linalg.svd(rows, full_matrices=False)
         values, vectors = s**2, vectors.mT
         limit = 2000 * torch.finfo(rows.dtype).eps ** 2
     else:
-        # What float32 rows lose by squaring, float64 has to spare.
+        # Products of float32 numbers are exact in float64, so the Gram matrix loses little.
         x = wide(rows)
         values, q = torch.linalg.eigh(x @ x.mT)
         values = values.clamp_min(0.0)

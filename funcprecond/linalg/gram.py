@@ -1,20 +1,22 @@
-"""Gram matrices ``X^T X``, without the half of the work that their symmetry makes needless."""
+"""Gram matrices ``X^T X``, computed with less work than a general product, by their symmetry."""
 
 import torch
 from torch import Tensor
 
 __all__ = ["bordered", "gram", "is_thin", "square"]
 
-# Blocks along each axis of a Gram matrix, and the fewest columns and products for which they pay.
+# The number of blocks along each axis of a Gram matrix, and the smallest numbers of columns and of
+# multiplications for which blocks are faster.
 BLOCKS, WIDE, MANY = 4, 64, 2**25
 
 
 def gram(rows: Tensor, count: int | None = None) -> Tensor:
-    """``rows^T rows``, in 5/8 of the multiplications of a general product.
+    """``rows^T rows``; a large product takes 5/8 of the multiplications of a general product.
 
     Args:
         rows: (..., M, n).
-        count: M, if the rows are to have a 1 appended, see :func:`bordered`.
+        count: M, if a column of ones is to be appended to ``rows``, see :func:`bordered`; None
+            appends nothing.
 
     Returns:
         (..., n, n), or (..., n + 1, n + 1) with ``count``.
@@ -37,12 +39,12 @@ def gram(rows: Tensor, count: int | None = None) -> Tensor:
 
 
 def bordered(moment: Tensor, sums: Tensor, count: int) -> Tensor:
-    """The Gram matrix of rows with a 1 appended, from that of the rows themselves.
+    """The Gram matrix of ``[X, 1]``, from the Gram matrix and the column sums of X.
 
     Args:
-        moment: (..., n, n), the Gram matrix of the rows.
-        sums: (..., n), the sum of the rows.
-        count: how many rows there are.
+        moment: (..., n, n), the Gram matrix of X.
+        sums: (..., n), the sum of the rows of X.
+        count: the number of rows of X.
 
     Returns:
         (..., n + 1, n + 1).
@@ -53,10 +55,10 @@ def bordered(moment: Tensor, sums: Tensor, count: int) -> Tensor:
 
 
 def is_thin(factor: Tensor) -> bool:
-    """Whether a symmetric (n, n) factor is kept as fewer rows X, (r, n), that stand for ``X^T X``."""
+    """Whether a factor is stored as X, (r, n) with r < n, and stands for ``X^T X``, (n, n)."""
     return factor.ndim > 1 and factor.shape[-2] < factor.shape[-1]
 
 
 def square(factor: Tensor) -> Tensor:
-    """A factor as a square matrix, formed if it :func:`is_thin`; a diagonal (n,) as it is."""
+    """A factor as a square matrix, formed if it :func:`is_thin`; a diagonal (n,) stays as it is."""
     return gram(factor) if is_thin(factor) else factor

@@ -1,4 +1,4 @@
-r"""Functions of a low-rank matrix :math:`B B^T` on its span, through its Gram matrix :math:`B^T B`."""
+"""The inverse root of a low-rank matrix :math:`B B^T`, from its Gram matrix :math:`B^T B`."""
 
 import torch
 from torch import Tensor
@@ -11,19 +11,22 @@ __all__ = ["inverse_root_coefficients"]
 def inverse_root_coefficients(
     gram: Tensor, y: Tensor, *, damping: float | Tensor, epsilon: float | Tensor, outside: bool
 ) -> Tensor:
-    """What B is to be multiplied by to give ``[(B B^T)^½ + λ I]^(-1) m`` on its span.
+    """The vector z for which ``B z`` is ``[(B B^T)^½ + λ I]^(-1) m`` on the span of B.
 
-    With ``B^T B = V diag(s²) V^T`` it is ``V f(s) V^T B^T m`` for ``f(s) = 1 / ((s + λ) s²)``.
+    With ``B^T B = V diag(s²) V^T`` it is ``z = V f(s) V^T B^T m``, where
+    ``f(s) = 1 / ((s + λ) s²)``.
 
     Args:
         gram: (..., r, r), ``B^T B``.
         y: (..., r), ``B^T m``.
         damping: λ.
-        epsilon: what is taken for the span, relative to the largest eigenvalue of the Gram matrix.
-        outside: subtract what ``m / λ`` puts into the span, so that it can be added to the result.
+        epsilon: eigenvalues of the Gram matrix up to this fraction of the largest one count as
+            zero, and their eigenvectors do not belong to the span.
+        outside: subtract the part of ``m / λ`` that lies in the span, so that ``B z + m / λ`` is
+            the result on the whole space.
 
     Returns:
-        (..., r), not finite where the Gram matrix is not.
+        (..., r), NaN where the Gram matrix is not finite.
     """
     dtype = decomposition_dtype(gram)
     a = (gram + gram.mT).to(dtype) / 2
@@ -39,5 +42,5 @@ def inverse_root_coefficients(
     f = 1 / (squares.sqrt() + damping)
     f = torch.where(kept, (f - 1 / damping if outside else f) / squares, 0.0)
     z = vectors @ (f.unsqueeze(-1) * (vectors.mT @ y.to(dtype).unsqueeze(-1)))
-    # Of a window of zeros y is zero, and so is this.
+    # Where the Gram matrix is zero, y is zero, and therefore z is too.
     return torch.where(finite.unsqueeze(-1), z.squeeze(-1), torch.nan).to(y.dtype)

@@ -1,8 +1,8 @@
-"""How far to go along a step: Armijo's condition, strong Wolfe, and CG backtracking.
+"""The factor of a step: Armijo's condition, the strong Wolfe conditions, and CG backtracking.
 
-Pure functions of a loss along a line, or of a table of losses. All candidates are tried in order
-and ``where`` keeps the first that is accepted; with ``eager``, where nothing traces, the search
-ends there.
+These are pure functions of a loss along a line, or of the losses of a list of candidates. All
+candidates are tried in order, and ``where`` keeps the first one that is accepted. With ``eager``,
+for code that nothing traces, the search ends at that candidate.
 """
 
 from collections.abc import Callable
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from funcprecond.linalg import treemath
 from funcprecond.linalg.conjugate_gradients import CGResult
+from funcprecond.tracing import is_eager
 from funcprecond.tree import Params
 
 __all__ = ["armijo", "backtrack", "best_iterate", "search", "wolfe"]
@@ -29,15 +30,17 @@ def armijo(
     first: Tensor | None = None,
     eager: bool = False,
 ) -> Tensor:
-    """The first of ``1, shrink, shrink^2, ...`` with ``f(a) <= f(0) + c1 a slope``, else 0.
+    """The first factor of ``1, shrink, shrink^2, ...`` with ``f(a) <= f(0) + c1 a f'(0)``, or 0.
 
     Args:
-        loss_at: the loss as a function of the 0-d factor ``a``.
-        loss: its value at 0.
-        slope: its derivative there; unless it is negative the answer is 0.
-        c1, shrink, trials: how much descent is enough, the ratio of two candidates, how many.
-        first: the loss at 1, if it is known.
-        eager: end at the first success, by one host read for each trial.
+        loss_at: the loss f as a function of the factor ``a``, 0-d.
+        loss: f(0).
+        slope: f'(0). The result is 0 unless it is negative.
+        c1: the required share of the descent that the slope predicts.
+        shrink: the ratio of successive candidates.
+        trials: the number of candidates.
+        first: f(1), if it is known.
+        eager: end the search at the first success, at the cost of one host read per trial.
     """
     factor, found = torch.ones_like(loss), ~(slope < 0)
     result = torch.zeros_like(loss)
@@ -64,15 +67,18 @@ def wolfe(
 ) -> Tensor:
     """A factor with Armijo's condition and ``|f'(a)| <= c2 |f'(0)|``, by doubling and bisection.
 
-    The bracket always holds such a factor: its lower end has enough descent and a steep slope, its
-    upper end too little descent or a rising slope. If the trials run out, its lower end, which is 0
-    if none had enough descent.
+    The bracket always contains such a factor: its lower end has enough descent and a steep slope,
+    its upper end has too little descent or a rising slope. If no trial succeeds, the result is the
+    lower end, which starts at 0.
 
     Args:
-        evaluate: (loss, derivative) as functions of the 0-d factor ``a``; 1 is tried first.
-        loss, slope: the two at 0; unless the slope is negative the answer is 0.
-        c1, c2, trials: how much descent, how flat, how many evaluations.
-        eager: end at the first success, by one host read for each trial.
+        evaluate: the loss f and its derivative as functions of the factor ``a``, 0-d. The first
+            trial is 1.
+        loss, slope: f(0) and f'(0). The result is 0 unless the slope is negative.
+        c1: the required share of the descent that the slope predicts.
+        c2: the largest allowed ratio of the slopes.
+        trials: the maximum number of evaluations.
+        eager: end the search at the first success, at the cost of one host read per trial.
     """
     low, high = torch.zeros_like(loss), torch.full_like(loss, torch.inf)
     factor, found = torch.ones_like(loss), ~(slope < 0)
@@ -90,7 +96,7 @@ def wolfe(
         high = torch.where(~found & ~longer, factor, high)
         found = found | accepted
         factor = torch.where(torch.isinf(high), 2 * factor, (low + high) / 2)
-    # A found factor is never 0; a slope that does not descend leaves both at 0.
+    # An accepted factor is never 0. With a slope that is not negative, both are 0.
     return torch.where(result > 0, result, low)
 
 
@@ -98,44 +104,54 @@ def search(
     objective: Any,
     loss: Tensor,
     slope: Tensor,
-    step: Params,
+    direction: Params,
     *,
     rule: Literal["armijo", "wolfe"],
     trials: int = 20,
-    eager: bool = False,
-) -> Tensor:
-    """A factor of a step, by :func:`armijo` or :func:`wolfe` with their defaults.
+) -> Params:
+    """Scale a direction by a line search along the step ``-direction``.
 
     Args:
-        objective: :class:`funcprecond.curvature.ObjectiveFunctions`.
-        loss, slope: the loss, and its derivative along the step, where the step begins.
-        step: shaped like some of the parameters.
-        rule, trials, eager: which rule, and its options.
+        objective: the :class:`funcprecond.curvature.ObjectiveFunctions` of the batch.
+        loss, slope: the loss, and its derivative along the step, at the start of the step.
+        direction: shaped like all parameters or some of them.
+        rule: "armijo" or "wolfe", for :func:`armijo` or :func:`wolfe` with their default constants.
+        trials: the maximum number of trials.
+
+    Returns:
+        The direction times the factor that was found.
     """
-    options = {"trials": trials, "eager": eager}
-    if rule == "armijo":
-        return armijo(lambda a: objective.loss_after(treemath.mul(step, a)), loss, slope, **options)
+    step = treemath.mul(direction, -1.0)
+    options = {"trials": trials, "eager": is_eager((loss, direction))}
 
     def evaluate(factor: Tensor) -> tuple[Tensor, Tensor]:
         value, there = objective.gradient_after(treemath.mul(step, factor))
         return value, treemath.dot({k: there[k] for k in step}, step)
 
-    return wolfe(evaluate, loss, slope, **options)
+    if rule == "wolfe":
+        return treemath.mul(direction, wolfe(evaluate, loss, slope, **options))
+
+    def loss_at(factor: Tensor) -> Tensor:
+        return objective.loss_after(treemath.mul(step, factor))
+
+    return treemath.mul(direction, armijo(loss_at, loss, slope, **options))
 
 
 def backtrack(
     loss_at: Callable[[int], Tensor], counts: Tensor, last: Tensor, *, eager: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """Martens' CG backtracking: from the last candidate backwards while the loss decreases.
+    """Martens' CG backtracking: go from the last candidate backwards while the loss decreases.
 
     Args:
         loss_at: the loss of candidate ``j``.
-        counts: (n,) booleans, which candidates count; the others are passed over.
-        last: the loss of what comes after candidate ``n - 1``, the start of the search.
-        eager: end at the first that is not better, by one host read for each candidate.
+        counts: (n,) booleans. A candidate for which this is False is skipped.
+        last: the loss at the start of the search, which comes after candidate ``n - 1``.
+        eager: end the search at the first candidate that is not better, at the cost of one host
+            read per candidate.
 
     Returns:
-        The index of the best, ``n`` for the start itself, a 0-d integer; and its loss.
+        The index of the best candidate, or ``n`` for the start itself, as a 0-d integer tensor; and
+        the loss there.
     """
     n = counts.shape[-1]
     best, index = last, torch.full_like(last, n, dtype=torch.int64)
@@ -146,7 +162,7 @@ def backtrack(
         if eager and not bool(counts[j]):
             continue
         loss = loss_at(j)
-        # A loss that is not finite is worse than any, as a start too.
+        # A loss that is not finite is worse than any other, also at the start.
         better = (
             counts[j] & going & ((loss < best) | (torch.isfinite(loss) & ~torch.isfinite(best)))
         )
@@ -158,22 +174,22 @@ def backtrack(
 def best_iterate(
     loss_after: Callable[[Params], Tensor], found: CGResult, last: Tensor, *, eager: bool = False
 ) -> tuple[Params, Tensor]:
-    """:func:`backtrack` through the stored iterates of conjugate gradients.
+    """:func:`backtrack` over the stored iterates of conjugate gradients.
 
     Args:
         loss_after: the loss after a step.
-        found: what CG returned; its stored iterates are the candidates.
-        last: the loss after its solution.
+        found: the result of CG. The candidates are its stored iterates.
+        last: the loss after the step ``found.solution``, where the search starts.
         eager: see :func:`backtrack`.
 
     Returns:
-        The chosen iterate and its loss.
+        The best iterate and its loss.
     """
 
     def iterate(j: int) -> Params:
         return {k: s[j] for k, s in found.stored.items()}
 
-    # The last iterate, if stored, is not its own alternative.
+    # The last iterate, where the search starts, is not a candidate even if it is stored.
     counts = (found.stored_at > 0) & (found.stored_at < found.iterations)
     index, loss = backtrack(lambda j: loss_after(iterate(j)), counts, last, eager=eager)
     step = found.solution

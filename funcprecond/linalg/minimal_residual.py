@@ -1,9 +1,10 @@
-r"""MINRES: the least residual over a Krylov space, for any symmetric matrix.
+"""MINRES: the least residual over a Krylov space, for any symmetric matrix.
 
-Lanczos and Givens rotations (Paige & Saunders 1975). The residual :math:`|b - B x|` falls in every
-iteration, also where the matrix is indefinite or singular; a singular system that has a solution
-gets its shortest one. With a preconditioner, Lanczos runs in the inner product of
-:math:`M^{-1}`, and it is :math:`(r^T M^{-1} r)^{1/2}` that falls in every iteration.
+The method combines Lanczos' recursion with Givens rotations (Paige & Saunders 1975). The norm of
+the residual, :math:`|b - B x|`, decreases in every iteration, even if the matrix is indefinite or
+singular. If a singular system has solutions, the method finds the one of least norm. With a
+preconditioner, Lanczos' recursion uses the inner product of :math:`M^{-1}`, and it is
+:math:`(r^T M^{-1} r)^{1/2}` that decreases in every iteration.
 """
 
 import torch
@@ -26,21 +27,33 @@ def minres(
     tol: float | Tensor = 1e-5,
     max_iter: int = 250,
 ) -> Solution:
-    """Minimise ``|b - B x|`` for a symmetric ``B``.
+    """Minimize ``|b - B x|`` for a symmetric matrix B by MINRES (Paige & Saunders 1975).
+
+    The method keeps seven vectors in memory, or nine with a preconditioner. Under a transform or a
+    compiler, all ``max_iter`` iterations run, and a finished problem does not change any more.
 
     Args:
-        matvec: ``v -> B v``.
-        b: a dict of tensors, not empty.
-        x0: where to start, zero by default. Costs one product.
-        precondition: ``r -> M^-1 r``, symmetric positive definite even where ``B`` is not; one that
-            is not ends the iteration as NOT_POSITIVE.
-        tol: stop at ``|r| <= tol |b|``. Where ``|B r|`` is rounding beside ``|B| |r|``, in the
-            preconditioner's norms, nothing is left to gain and it ends as STALLED: this is the
-            least-squares solution of a system that has none.
-        max_iter: at most so many products; one more gives the residual.
+        matvec: the product ``v -> B v``.
+        b: the right-hand side, a dict of tensors that is not empty.
+        x0: the first iterate, zero by default. It costs one product.
+        precondition: the product ``r -> M^-1 r``. M must be symmetric positive definite, even if B
+            is not. If ``r^T M^-1 r`` is negative, the iteration stops with NOT_POSITIVE.
+        tol: stop with RESIDUAL at ``|r| <= tol |b|``, where r is the residual. If ``|B r|`` is as
+            small as rounding errors relative to ``|B| |r|``, in the norms of the preconditioner,
+            the residual cannot become smaller and the iteration stops with STALLED: the result is
+            then the least-squares solution of a system without a solution.
+        max_iter: the maximum number of products; one more computes the final residual.
 
-    Memory: seven vectors, nine with a preconditioner. Under a transform or a compiler all
-    iterations run, and a problem that is finished stays as it is.
+    Returns:
+        A :class:`Solution`. Costs one product per iteration, and one at the end.
+
+    Example:
+        >>> import torch, funcprecond as fp
+        >>> indefinite = torch.tensor([[0.0, 1.0], [1.0, 0.0]])
+        >>> b = {"x": torch.tensor([2.0, 3.0])}
+        >>> found = fp.linalg.minres(lambda v: {"x": indefinite @ v["x"]}, b)
+        >>> torch.allclose(found.solution["x"], torch.tensor([3.0, 2.0]))
+        True
     """
     plain = is_eager((b, x0))
     x = {k: torch.zeros_like(v) for k, v in b.items()} if x0 is None else x0
@@ -56,7 +69,7 @@ def minres(
     phibar, dbar, epsilon = beta, torch.zeros_like(beta), torch.zeros_like(beta)
     cosine, sine = -torch.ones_like(beta), torch.zeros_like(beta)
     norm2 = torch.zeros_like(beta)
-    # Not tol: B r is small beside r as well where the matrix is merely ill-conditioned.
+    # This is not tol, because B r is also small relative to r if the matrix is ill-conditioned.
     rounding = torch.finfo(beta.dtype).eps ** (2 / 3)
     finite = torch.isfinite(beta)
     reason = torch.full_like(beta, Stop.MAX_ITERATIONS.value, dtype=torch.int64)
@@ -80,13 +93,13 @@ def minres(
         else:
             z = precondition(y)
             beta, broken = _root(treemath.dot(y, z))
-        # The squared Frobenius norm of T; the first beta is not of it, but that of b.
+        # The squared Frobenius norm of T. The first beta is the norm of b and does not belong to T.
         norm2 = norm2 + alpha**2 + beta**2 + (old_beta**2 if i else 0)
-        # The next column of T, turned by the last rotation, and the rotation that removes beta.
+        # Apply the last rotation to the next column of T, then find the one that eliminates beta.
         old_epsilon, delta = epsilon, cosine * dbar + sine * alpha
         gbar = sine * dbar - cosine * alpha
         epsilon, dbar = sine * beta, -cosine * beta
-        # |B r| of the previous iterate, before this one.
+        # |B r| at the previous iterate.
         slope = phibar * torch.hypot(gbar, dbar)
         gamma = _nonzero(torch.hypot(gbar, beta))
         cosine, sine = gbar / gamma, beta / gamma
@@ -95,7 +108,7 @@ def minres(
         w = treemath.add(treemath.add(v, w1, -old_epsilon), w2, -delta)
         w = treemath.mul(w, 1 / gamma)
         finite = torch.isfinite(alpha) & torch.isfinite(beta) & torch.isfinite(new_phibar)
-        # Of a singular system nothing is left to gain once B r vanishes.
+        # Once B r vanishes, which takes a singular system, the residual cannot become smaller.
         flat = active & finite & (slope <= rounding * norm2.sqrt() * phibar) & (i > 0)
         moves = active & finite & ~flat & ~broken
         step = cosine * phibar
@@ -104,7 +117,7 @@ def minres(
         phibar = torch.where(moves, new_phibar, phibar)
         length = phibar
         if precondition is not None:
-            # phibar is the preconditioner's norm of the residual; its own takes the vector.
+            # phibar is the residual's norm in M^-1; its Euclidean norm requires the vector.
             residual = treemath.mul(residual, sine**2)
             residual = treemath.add(residual, r2, -cosine * new_phibar / _nonzero(beta))
             length = treemath.norm(residual)
@@ -119,7 +132,7 @@ def minres(
 
 
 def _root(square: Tensor) -> tuple[Tensor, Tensor]:
-    """The root of a squared norm, and whether it is none."""
+    """The root of a squared norm, and whether the argument is negative, so that it is not one."""
     return square.clamp_min(0).sqrt(), square < 0
 
 

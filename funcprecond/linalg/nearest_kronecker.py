@@ -1,4 +1,4 @@
-"""The Kronecker product nearest to a sum of Kronecker products, by small matrices alone."""
+"""The Kronecker product nearest to a sum of Kronecker products, from small matrices alone."""
 
 from collections.abc import Sequence
 
@@ -9,15 +9,19 @@ __all__ = ["nearest_kronecker"]
 
 
 def nearest_kronecker(lefts: Sequence[Tensor], rights: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """Left and right with ``|Σ_i left_i ⊗ right_i - left ⊗ right|`` (Frobenius) least.
+    """Minimize ``|Σ_i left_i ⊗ right_i - left ⊗ right|`` in the Frobenius norm over left and right.
 
-    Rearranged, the sum is ``Σ_i vec(left_i) vec(right_i)ᵀ``, of rank k for k terms, and its first
-    singular pair is the answer (Van Loan & Pitsianis, 1993). Both of its vectors are combinations
-    of the terms, so that only two (k, k) Gram matrices are decomposed. Of positive semi-definite
-    terms the combinations have no negative weight. The two parts share the norm equally.
+    Rearranged, the sum is the matrix ``Σ_i vec(left_i) vec(right_i)ᵀ``, of rank at most k for k
+    terms, and its first singular pair is the solution (Van Loan & Pitsianis, 1993). Both singular
+    vectors are combinations of the terms, so that only (k, k) matrices are decomposed. If the terms
+    are positive semi-definite, the combinations have no negative weights. Left and right have equal
+    norms.
 
     Args:
-        lefts, rights: k tensors each, alike in shape: matrices, or their diagonals.
+        lefts, rights: k tensors each, of equal shapes: matrices, or their diagonals.
+
+    Returns:
+        (left, right), shaped like the terms.
     """
     (x, gx), (y, gy) = _rooted(lefts), _rooted(rights)
     u, values, vh = torch.linalg.svd(gx.mT @ gy)
@@ -28,7 +32,7 @@ def nearest_kronecker(lefts: Sequence[Tensor], rights: Sequence[Tensor]) -> tupl
 
 
 def _rooted(terms: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """The terms as one stack, and a root ``R Rᵀ`` of their Gram matrix."""
+    """The terms as one stack, and a root R of their Gram matrix ``R Rᵀ``."""
     stack = torch.stack(list(terms))
     rows = stack.flatten(1)
     values, vectors = torch.linalg.eigh(rows @ rows.mT)

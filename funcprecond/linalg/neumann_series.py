@@ -1,8 +1,8 @@
 r"""The Neumann series :math:`B^{-1} = \eta \sum_j (I - \eta B)^j`, summed term by term.
 
-It converges if and only if the eigenvalues of ``eta B`` are between 0 and 2; with a preconditioner
-``M^-1`` those of ``eta M^-1 B``. A fixed number of terms is a fixed polynomial of B, so that the
-result is linear in the right-hand side, as that of CG is not.
+It converges if and only if the eigenvalues of ``eta B`` lie between 0 and 2; with a preconditioner,
+those of ``eta M^-1 B``. A fixed number of terms is a fixed polynomial of B, so that the result is
+linear in the right-hand side, unlike the result of CG.
 """
 
 from collections.abc import Callable
@@ -27,18 +27,26 @@ def neumann(
     tol: float | Tensor = 1e-5,
     max_iter: int = 250,
 ) -> Solution:
-    """``B^-1 b`` by the Neumann series of ``scale B``.
+    """``B^-1 b`` by the Neumann series of ``scale B``, or of ``scale M^-1 B`` if preconditioned.
 
     Args:
-        matvec: ``v -> B v``.
-        b: a dict of tensors.
-        scale: ``eta``, below two over the largest eigenvalue.
-        precondition: ``r -> M^-1 r``.
-        tol: stop at ``|r| <= tol |b|``; 0 sums ``max_iter`` terms.
-        max_iter: at most so many terms, one product each.
+        matvec: the product ``v -> B v``.
+        b: the right-hand side, a dict of tensors.
+        scale: a positive number below ``2 / lambda_max``, where lambda_max is the largest
+            eigenvalue of B, or of ``M^-1 B``.
+        precondition: the product ``r -> M^-1 r``.
+        tol: stop at ``|r| <= tol |b|``, where r is the residual; 0 sums ``max_iter`` terms.
+        max_iter: the maximum number of terms.
 
     Returns:
-        A :class:`Solution`; DIVERGED where the residual has grown a million times over ``b``.
+        A :class:`Solution`. Its reason is DIVERGED if the norm of the residual has exceeded a
+        million times that of ``b``. Costs one product per term.
+
+    Example:
+        >>> import torch, funcprecond as fp
+        >>> half = lambda v: {"x": 0.5 * v["x"]}
+        >>> fp.linalg.neumann(half, {"x": torch.ones(2)}, tol=0.0, max_iter=3).solution
+        {'x': tensor([1.7500, 1.7500])}
     """
     precondition = precondition or (lambda r: r)
     plain = is_eager((b, scale, tol))

@@ -1,9 +1,10 @@
-r"""The polar factor of a matrix by odd polynomials: products only, no decomposition.
+r"""The polar factor of a matrix by odd polynomials, with matrix products and no decomposition.
 
-With :math:`M = U \Sigma V^T` the polar factor is :math:`U V^T`. A step :math:`X \leftarrow a X + (b
-A + c A^2) X`, :math:`A = X X^T`, leaves U and V alone and maps each singular value by the scalar
-polynomial :math:`a s + b s^3 + c s^5`; so a sequence of triples is good if its composition takes
-(0, 1] close to 1. A step costs ``4 r^2 c + 2 r^3`` operations for a short side r and a long side c.
+The polar factor of :math:`M = U \Sigma V^T` is :math:`U V^T`. A step
+:math:`X \leftarrow a X + (b A + c A^2) X` with :math:`A = X X^T` leaves U and V unchanged and maps
+each singular value s to :math:`a s + b s^3 + c s^5`. A sequence of triples (a, b, c) is therefore
+good if the composition of its polynomials maps (0, 1] close to 1. For a matrix whose sides have the
+lengths r <= n, a step costs ``4 r^2 n + 2 r^3`` operations.
 """
 
 from typing import Literal
@@ -16,15 +17,16 @@ __all__ = ["Polynomial", "polar", "triples"]
 Polynomial = Literal["jordan", "cubic", "quintic", "polar_express", "svd"]
 Triple = tuple[float, float, float]
 
-# One triple for all steps. Jordan's does not converge: it takes s >= 0.01 into [0.68, 1.14] in five
-# steps, and small s faster than any that does. The other two converge, slowly from small s.
+# Each of these repeats one triple. Jordan's iteration does not converge: five steps map s >= 0.01
+# into [0.68, 1.14]. The other two converge, but they raise small s more slowly.
 _CONSTANT: dict[str, Triple] = {
     "jordan": (3.4445, -4.7750, 2.0315),
     "cubic": (3 / 2, -1 / 2, 0.0),
     "quintic": (15 / 8, -10 / 8, 3 / 8),
 }
 
-# Each step the best one for where the last has left [1e-3, 1]. Amsel et al., arXiv 2505.16932.
+# Each triple is optimal for the interval to which the previous steps have mapped [1e-3, 1]
+# (Amsel et al., arXiv 2505.16932).
 _POLAR_EXPRESS: tuple[Triple, ...] = (
     (8.28721201814563, -23.595886519098837, 17.300387312530933),
     (4.107059111542203, -2.9478499167379106, 0.5448431082926601),
@@ -35,15 +37,23 @@ _POLAR_EXPRESS: tuple[Triple, ...] = (
     (1.8750014808534479, -1.2500016453999487, 0.3750001645474248),
     (1.875, -1.25, 0.375),
 )
-# Rounding may carry a singular value above 1, where those polynomials grow.
+# This margin keeps rounding from raising a singular value above 1, where those polynomials grow.
 _SAFETY = 1.01
 
 
 def triples(polynomial: Polynomial, steps: int) -> tuple[Triple, ...]:
-    """The (a, b, c) of each step.
+    """The coefficients (a, b, c) of each step.
+
+    Args:
+        polynomial: "jordan", "cubic" or "quintic", which repeat one triple, or "polar_express",
+            which has a triple for each step.
+        steps: the number of steps.
+
+    Returns:
+        A tuple of ``steps`` triples.
 
     Raises:
-        ValueError: there is no such polynomial.
+        ValueError: ``polynomial`` is none of these names.
     """
     if polynomial == "polar_express":
         last = len(_POLAR_EXPRESS) - 1
@@ -67,13 +77,18 @@ def polar(
     *,
     epsilon: float | Tensor = 1e-7,
 ) -> Tensor:
-    """The polar factor of each matrix of a stack, zero where a matrix is zero.
+    """The polar factor of each matrix of a stack, and zero for a matrix of zeros.
 
     Args:
         matrices: (..., m, n).
-        polynomial: see :func:`triples`; "svd" is exact.
-        steps: how many.
-        epsilon: a matrix with a Frobenius norm below it is taken as small, not scaled up to 1.
+        polynomial: the iteration, see :func:`triples`; "svd" computes the exact factor by a
+            decomposition.
+        steps: the number of steps of the iteration.
+        epsilon: a matrix whose Frobenius norm is smaller than this is not scaled up to norm 1
+            before the iteration.
+
+    Returns:
+        (..., m, n).
     """
     if polynomial == "svd":
         return _exact(matrices)
@@ -93,14 +108,14 @@ def polar(
 
 def _exact(matrices: Tensor) -> Tensor:
     u, s, vt = torch.linalg.svd(matrices, full_matrices=False)
-    # A null direction has no sign to keep: its part of U V^T would be an accident of rounding.
+    # The part of U V^T in the null space is omitted, because rounding alone would determine it.
     rounding = max(matrices.shape[-2:]) * torch.finfo(s.dtype).eps
     kept = (s > rounding * s[..., :1]).to(s.dtype)
     return (u * kept.unsqueeze(-2)) @ vt
 
 
 def _fused(x: Tensor, a: Tensor, b: Tensor, beta: float, alpha: float) -> Tensor:
-    """``beta x + alpha a b`` in one pass over memory where torch has one."""
+    """``beta x + alpha a b``, in one pass over memory where torch has such an operation."""
     if x.ndim == 2:
         return torch.addmm(x, a, b, beta=beta, alpha=alpha)
     if x.ndim == 3:

@@ -1,4 +1,4 @@
-"""Quadratic models of a loss along a few directions, and how well one of them predicts."""
+"""Minima of quadratic models of a loss along a few directions, and the best of several attempts."""
 
 from typing import Any
 
@@ -13,21 +13,22 @@ __all__ = ["gram", "least", "least_in_plane"]
 
 
 def gram(xs: list[Params], ys: list[Params]) -> Tensor:
-    """(len(xs), len(ys)): the inner products of two lists of vectors."""
+    """The inner products of two lists of vectors, (len(xs), len(ys))."""
     return torch.stack([torch.stack([treemath.dot(x, y) for y in ys]) for x in xs])
 
 
 def least_in_plane(model: Tensor, slopes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Where ``cᵀ model c / 2 + slopesᵀ c`` is least over c = (α, μ), and its value there.
+    """Minimize ``cᵀ model c / 2 + slopesᵀ c`` over c = (α, μ).
 
-    The second direction counts only if it is another than the first, as far as the dtype can tell.
+    If the two directions are linearly dependent up to rounding, the second one is not used and μ is
+    0.
 
     Args:
         model: (2, 2), symmetric positive semi-definite.
         slopes: (2,).
 
     Returns:
-        α, μ and the value, 0-d tensors.
+        The minimizer α and μ, and the minimum, as 0-d tensors.
     """
     a, b, c = model[0, 0], model[0, 1], model[1, 1]
     determinant = a * c - b * b
@@ -35,12 +36,12 @@ def least_in_plane(model: Tensor, slopes: Tensor) -> tuple[Tensor, Tensor, Tenso
     safe, first = torch.where(two, determinant, 1), torch.where(a > 0, a, 1)
     alpha = torch.where(two, (b * slopes[1] - c * slopes[0]) / safe, -slopes[0] / first)
     mu = torch.where(two, (b * slopes[0] - a * slopes[1]) / safe, 0)
-    # At the least point the quadratic term is half of the linear one, with the other sign.
+    # At the minimizer the quadratic term is minus half of the linear term.
     return alpha, mu, (alpha * slopes[0] + mu * slopes[1]) / 2
 
 
 def least(attempts: list[Any]) -> Any:
-    """Of several trees of one structure the one whose first leaf is least; NaN is worse than any."""
+    """The tree with the least first leaf, among trees of equal structure; NaN counts as largest."""
     best = attempts[0]
     for other in attempts[1:]:
         ours, theirs = tree.leaves(best)[0], tree.leaves(other)[0]

@@ -1,8 +1,8 @@
-"""Randomness: drawn eagerly from an explicit generator, into tensors.
+"""Random tensors, drawn eagerly from an explicit generator.
 
-A ``torch.Generator`` cannot enter a compiled function and has no meaning under ``vmap``; the
-tensors it yields can and do. Every draw of the library goes through this file, lands on the
-generator's device first, and so gives the same numbers whatever device the parameters are on.
+A ``torch.Generator`` cannot enter a compiled function and has no meaning under ``vmap``, but the
+drawn tensors can be used in both. All random numbers of the library are drawn by these functions,
+on the device of the generator, so that the numbers do not depend on the device of the parameters.
 """
 
 import math
@@ -17,7 +17,7 @@ __all__ = ["normal", "rademacher", "uniform"]
 def uniform(
     shape: Sequence[int], generator: torch.Generator | None, *, dtype: torch.dtype, device
 ) -> Tensor:
-    """Numbers in [0, 1), of the given shape."""
+    """Independent uniform numbers in [0, 1), of the given shape."""
     g = _require(generator)
     return torch.rand(tuple(shape), generator=g, dtype=dtype, device=g.device).to(device)
 
@@ -35,7 +35,7 @@ def rademacher(
 ) -> Tensor:
     """Independent signs, -1 or +1 with equal probability, of the given shape."""
     g = _require(generator)
-    # One draw of 64 bits makes eight signs.
+    # Each 64-bit integer yields eight signs.
     count = math.prod(shape)
     words = torch.empty(-(-count // 8), dtype=torch.int64, device=g.device)
     words.random_(-(2**63), None, generator=g)
@@ -46,7 +46,7 @@ def rademacher(
 def _require(generator: torch.Generator | None) -> torch.Generator:
     if generator is None:
         msg = (
-            "random numbers are needed (probes, sampled labels or dropout masks) but no generator "
+            "random numbers are needed (probes, sampled labels or dropout masks), but no generator "
             "was given: pass generator=torch.Generator().manual_seed(0)"
         )
         raise ValueError(msg)

@@ -1,8 +1,8 @@
-r"""Inverse roots by matrix products alone, for devices where a decomposition is slow.
+"""Inverse roots by matrix products alone, for devices where a decomposition is slow.
 
-Both iterations keep two matrices that commute with A and drive one of them to the identity. They
-are exact to float32's rounding on what a ridge of 1e-6 leaves, run on stacks, and never ask the
-host.
+Both iterations update two matrices that commute with A, and drive one of them or their product to
+the identity. With a ridge of 1e-6 they are as accurate as float32 allows. They take stacks of
+matrices and never synchronize with the host.
 """
 
 import torch
@@ -12,43 +12,47 @@ from funcprecond.linalg.polar import triples
 
 __all__ = ["coupled_newton", "norm_bound", "polar_express"]
 
-# Enough for singular values in [1e-3, 1].
+# This many steps are enough for singular values in [1e-3, 1].
 _STEPS = 10
 
 
 def polar_express(a: Tensor, p: int) -> tuple[Tensor, Tensor]:
-    """``A^(-1/p)`` for p = 2 or 4: ten steps of four products for each square root.
-
-    Returns the roots, and (...,) the largest entry of what is left of the iteration's residual.
+    """``A^(-1/p)`` for p = 2 or 4, by ten steps of four products per square root.
 
     Args:
-        a: (..., n, n), symmetric positive definite, condition number up to about 1e6.
+        a: (..., n, n), symmetric positive definite, with a condition number up to about 1e6.
         p: 2 or 4.
+
+    Returns:
+        The roots, (..., n, n), and the largest entry of the iteration's last residual, (...,).
     """
     scale = norm_bound(a)
     root, inverse, error = _square_roots(a / scale)
     if p == 2:
         return inverse * scale**-0.5, error
-    # The root's norm is 1 up to the iteration's own error.
+    # The norm of the root is 1 up to the error of the iteration, for which 1.02 leaves room.
     _, inverse, error4 = _square_roots((root + root.mT) / 2.04)
     return inverse * (1.02 * scale**0.5) ** -0.5, torch.maximum(error, error4)
 
 
 def coupled_newton(a: Tensor, p: int, steps: int = 40) -> tuple[Tensor, Tensor]:
-    """``A^(-1/p)`` for any integer p, Newton's coupled iteration (Guo & Higham, 2006).
+    """``A^(-1/p)`` for any integer p, by Newton's coupled iteration (Guo & Higham, 2006).
 
-    Returns the roots, and (...,) the largest entry of what is left of the iteration's residual. A
-    matrix of the stack that has converged, or whose residual has begun to grow, stays as it is.
+    A matrix of the stack does not change any more once it has converged or its residual has begun
+    to grow.
 
     Args:
-        a: (..., n, n), symmetric positive definite, condition number up to about 1e6.
+        a: (..., n, n), symmetric positive definite, with a condition number up to about 1e6.
         p: a positive integer.
-        steps: at most so many; each takes ``2 + log2 p`` products.
+        steps: the maximum number of steps, each of which takes ``2 + log2 p`` products.
+
+    Returns:
+        The roots, (..., n, n), and the largest entry of the iteration's last residual, (...,).
     """
     eye = torch.eye(a.shape[-1], dtype=a.dtype, device=a.device).expand_as(a)
     z = (1 + p) / (2 * torch.linalg.matrix_norm(a))[..., None, None]
     m, root = z * a, z ** (1 / p) * eye
-    # In the Frobenius norm: the largest entry may grow at first in some bases.
+    # The error is in the Frobenius norm, because the largest entry can grow at first in some bases.
     error = torch.linalg.matrix_norm(m - eye)
     tolerance = 10 * torch.finfo(a.dtype).eps
     going = torch.ones_like(error, dtype=torch.bool)
@@ -56,7 +60,7 @@ def coupled_newton(a: Tensor, p: int, steps: int = 40) -> tuple[Tensor, Tensor]:
         k = ((p + 1) * eye - m) / p
         new_m = torch.linalg.matrix_power(k, p) @ m
         new_error = torch.linalg.matrix_norm(new_m - eye)
-        # Not finite compares as not smaller, and so ends the iteration before it is taken.
+        # An error that is not finite compares as not smaller, so that the step is not taken.
         going = going & (error > tolerance) & (new_error < 1.2 * error)
         here = going[..., None, None]
         m, root = torch.where(here, new_m, m), torch.where(here, root @ k, root)
@@ -65,9 +69,9 @@ def coupled_newton(a: Tensor, p: int, steps: int = 40) -> tuple[Tensor, Tensor]:
 
 
 def _square_roots(a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """``A^(1/2)``, ``A^(-1/2)``, and how far their product is from the identity.
+    """``A^(1/2)``, ``A^(-1/2)``, and the distance of their product from the identity.
 
-    For eigenvalues in (0, 1].
+    The eigenvalues of A must be in (0, 1].
     """
     eye = torch.eye(a.shape[-1], dtype=a.dtype, device=a.device).expand_as(a)
     root, inverse = a, eye
@@ -79,7 +83,7 @@ def _square_roots(a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def norm_bound(a: Tensor) -> Tensor:
-    """(..., 1, 1): ``|A^8|_F^(1/8)``, between the spectral norm and ``n^(1/16)`` times it."""
+    """``|A^8|_F^(1/8)``, (..., 1, 1): between the spectral norm and ``n^(1/16)`` times it."""
     first = torch.linalg.matrix_norm(a)[..., None, None]
     power = a / first
     for _ in range(3):

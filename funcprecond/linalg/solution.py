@@ -1,4 +1,4 @@
-"""What iterative solvers return, why they ended, and the error for a solve that did not succeed."""
+"""The result of an iterative solver, the reasons why it stops, and the error for a failed solve."""
 
 import enum
 from collections.abc import Callable
@@ -14,32 +14,33 @@ Matvec = Callable[[Params], Params]
 
 
 class Stop(enum.IntEnum):
-    """Why the iteration ended."""
+    """The reason why an iteration ended."""
 
     MAX_ITERATIONS = 0
+    """The iterations reached ``max_iter``."""
     RESIDUAL = 1
-    """The residual fell to ``tol`` times the right-hand side."""
+    """The norm of the residual fell to ``tol`` times that of the right-hand side."""
     STALLED = 2
-    """The quadratic model improves too slowly, by Martens' rule."""
+    """CG: the quadratic model improves too slowly. MINRES: the residual cannot become smaller."""
     NOT_POSITIVE = 3
-    """``p^T B p <= 0``: the matrix is not positive definite along a search direction."""
+    """CG: ``p^T B p <= 0`` for a search direction p. MINRES: ``r^T M^-1 r < 0``."""
     NOT_FINITE = 4
-    """A product or the right-hand side has a NaN or an inf; the solution is the last finite one."""
+    """A product or the right-hand side has a NaN or an inf; the last finite iterate is returned."""
     BOUNDARY = 5
     """The solution is on the boundary of the trust region."""
     DIVERGED = 6
-    """The residual grew beyond the right-hand side."""
+    """The norm of the residual exceeded a million times that of the right-hand side."""
 
 
 @state
 class Solution:
-    """What an iterative solver returns.
+    """The result of an iterative solver.
 
     Attributes:
         solution: the last iterate, shaped like ``b``.
-        residual: ``b - B x`` there.
-        iterations: a 0-d integer.
-        reason: a :class:`Stop`, as a 0-d integer.
+        residual: ``b - B x`` at the last iterate.
+        iterations: the number of iterations that changed the iterate, a 0-d integer tensor.
+        reason: the :class:`Stop` value, a 0-d integer tensor.
     """
 
     solution: Params
@@ -49,10 +50,11 @@ class Solution:
 
 
 class NotConverged(RuntimeError):
-    """A solver ended before the residual was small enough; ``result`` is what it had.
+    """An iterative solver ended before its residual was small enough.
 
     Args:
-        result: the solver's last iterate, residual, iterations and reason.
+        result: the solver's last iterate, residual, number of iterations and stop reason; it is
+            kept as the attribute ``result``.
         b: the right-hand side.
     """
 
@@ -60,7 +62,7 @@ class NotConverged(RuntimeError):
         self.result = result
         size = float(treemath.norm(result.residual) / treemath.norm(b))
         super().__init__(
-            f"the solve ended after {int(result.iterations)} iterations with "
+            f"the solver stopped after {int(result.iterations)} iterations with the reason "
             f"{Stop(int(result.reason)).name} and a relative residual of {size:.2g}: raise "
-            "max_iter, damping or tol, pass precondition=, or take the result with throw=False"
+            "max_iter, damping or tol, pass precondition=, or pass throw=False to accept the result"
         )

@@ -1,4 +1,4 @@
-"""Vectors shaped like the parameters: dicts of tensors with the parameters' names and shapes."""
+"""Arithmetic with vectors that are dicts of tensors with the parameters' names and shapes."""
 
 import functools
 from collections.abc import Mapping
@@ -31,14 +31,14 @@ __all__ = [
 
 
 def add(x: Params, y: Params, alpha: float | Tensor = 1.0) -> Params:
-    """``x + alpha * y`` over two dicts with the same keys."""
+    """``x + alpha * y`` for two dicts with the same keys."""
     if isinstance(alpha, Tensor):
         return {k: v + alpha * y[k] for k, v in x.items()}
     return _foreach("add", x, [y[k] for k in x], alpha=alpha)
 
 
 def sub(x: Params, y: Params) -> Params:
-    """``x - y`` over two dicts with the same keys."""
+    """``x - y`` for two dicts with the same keys."""
     return _foreach("sub", x, [y[k] for k in x])
 
 
@@ -48,33 +48,33 @@ def mul(x: Params, factor: float | Tensor) -> Params:
 
 
 def div(x: Params, y: Params) -> Params:
-    """``x / y``, entry by entry, over two dicts with the same keys."""
+    """``x / y``, entry by entry, for two dicts with the same keys."""
     return {k: v / y[k] for k, v in x.items()}
 
 
 def cast(x: Params, like: Params) -> Params:
-    """``x`` in the keys, their order and the dtypes of ``like``; it may have more entries."""
-    # Not ``to`` alone: in a small step even the calls that return their input would be felt.
+    """The entries of ``x`` for the keys of ``like``, in their order and with the dtypes there."""
+    # ``to`` is skipped where it would return its input: in a small step even such calls count.
     return {k: x[k] if x[k].dtype == v.dtype else x[k].to(v.dtype) for k, v in like.items()}
 
 
 def fill(x: Params, like: Params) -> Params:
-    """``x`` with the keys and dtypes of ``like``, zero where it has no entry."""
+    """``x`` with the keys and the dtypes of ``like``; entries that ``x`` does not have are zero."""
     return {k: x[k].to(v.dtype) if k in x else torch.zeros_like(v) for k, v in like.items()}
 
 
-def where(condition: Tensor, x: Params, y: Params) -> Params:
-    """``x`` where a 0-d condition holds, ``y`` elsewhere."""
-    return {k: torch.where(condition, v, y[k]) for k, v in x.items()}
+def where(condition: Tensor, x: Params, y: Params | float) -> Params:
+    """``x`` where a 0-d condition is true, otherwise ``y``, which can also be a number."""
+    return {k: torch.where(condition, v, y[k] if isinstance(y, dict) else y) for k, v in x.items()}
 
 
 def zeros_like(params: Params) -> Params:
-    """Zeros shaped like the parameters, in float32 or wider: what a method's statistics start as."""
+    """Zeros shaped like the parameters, in float32 or wider: the initial value of statistics."""
     return {k: torch.zeros_like(p, dtype=factor_dtype(p)) for k, p in params.items()}
 
 
 def scalar_like(params: Params, value: float | Tensor = 0.0) -> Tensor:
-    """A 0-d tensor on the parameters' device, in float32 or wider."""
+    """``value`` as a 0-d tensor on the parameters' device, in float32 or wider."""
     first = next(iter(params.values()), torch.zeros(()))
     return first.new_zeros((), dtype=factor_dtype(first)) + value
 
@@ -86,7 +86,7 @@ def dot(x: Params, y: Params) -> Tensor:
 
 
 def wide_dot(x: Params, y: Params) -> Tensor:
-    """The inner product, a 0-d tensor, of products summed in :func:`precision.wide_dtype`."""
+    """The inner product over all entries, a 0-d tensor, summed in :func:`precision.wide_dtype`."""
     return torch.stack([(x[k] * y[k]).sum(dtype=wide_dtype(x[k])) for k in x]).sum()
 
 
@@ -101,14 +101,14 @@ def ravel(x: Mapping[str, Tensor]) -> Tensor:
 
 
 def ravel_wide(x: Params) -> Tensor:
-    """All entries as one vector, in the widest of their dtypes and float32."""
+    """All entries as one vector, in the widest of their dtypes, which is at least float32."""
     dtypes = (v.dtype for v in x.values())
     dtype = functools.reduce(torch.promote_types, dtypes, torch.float32)
     return ravel({k: v.to(dtype) for k, v in x.items()})
 
 
 def unravel(vector: Tensor, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The inverse of :func:`ravel`: a dict of tensors shaped as in ``like``."""
+    """The inverse of :func:`ravel`: a dict of tensors with the keys and shapes of ``like``."""
     parts = vector.split([v.numel() for v in like.values()])
     return {k: p.reshape(v.shape) for (k, v), p in zip(like.items(), parts, strict=True)}
 
@@ -118,7 +118,7 @@ def _foreach(name: str, x: Params, other: Any, **kwargs: Any) -> Params:
         return {}
     tensors = list(x.values())
     if in_transform():
-        # vmap has no rule for the multi-tensor operations.
+        # vmap has no batching rules for the multi-tensor operations.
         others = other if isinstance(other, list) else [other] * len(tensors)
         single = getattr(torch, name)
         values = [single(v, o, **kwargs) for v, o in zip(tensors, others, strict=True)]

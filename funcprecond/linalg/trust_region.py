@@ -19,22 +19,32 @@ def truncated_cg(
     tol: float | Tensor | None = None,
     max_iter: int = 250,
 ) -> Solution:
-    """Minimise ``x^T B x / 2 - b^T x`` within ``|x| <= radius``: Steihaug's truncated CG.
+    """Minimize ``x^T B x / 2 - b^T x`` within ``|x| <= radius`` by Steihaug's truncated CG (1983).
 
-    For any symmetric ``B``. On negative curvature it goes along the search direction to the
-    boundary; an iterate that would leave ends on the boundary too. The model's value is never above
-    that of the best point along ``b``.
+    B can be any symmetric matrix. Along a search direction of negative curvature, and where an
+    iterate would leave the region, the solution is the point at which the search direction meets
+    the boundary. The value of the model is never above its minimum along ``b`` within the region.
 
     Args:
-        matvec: ``v -> B v``.
-        b: a dict of tensors.
-        radius: of the trust region, positive.
-        tol: stop at ``|r| <= tol |b|``; ``min(0.5, |b|^(1/2))`` by default, with which Newton's
-            method converges superlinearly.
-        max_iter: at most so many products.
+        matvec: the product ``v -> B v``.
+        b: the right-hand side, a dict of tensors.
+        radius: the radius of the trust region, positive.
+        tol: stop at ``|b - B x| <= tol |b|``; by default ``min(0.5, |b|^(1/2))``, with which
+            Newton's method converges superlinearly.
+        max_iter: the maximum number of products.
 
     Returns:
-        A :class:`Solution` whose reason is RESIDUAL, BOUNDARY, MAX_ITERATIONS or NOT_FINITE.
+        A :class:`Solution` whose reason is RESIDUAL, BOUNDARY, MAX_ITERATIONS or NOT_FINITE. Costs
+        one product per iteration.
+
+    Example:
+        >>> import torch, funcprecond as fp
+        >>> b = {"x": torch.tensor([3.0, 4.0])}
+        >>> found = fp.linalg.truncated_cg(lambda v: v, b, radius=1.0)
+        >>> torch.allclose(found.solution["x"], torch.tensor([0.6, 0.8]))
+        True
+        >>> fp.Stop(int(found.reason)).name
+        'BOUNDARY'
     """
     plain = is_eager((b, radius, tol))
     x, r, p = {k: torch.zeros_like(v) for k, v in b.items()}, b, b
@@ -55,7 +65,7 @@ def truncated_cg(
         alpha = rr / torch.where(curvature > 0, curvature, 1)
         xx, xp, pp = treemath.dot(x, x), treemath.dot(x, p), treemath.dot(p, p)
         leaves = (curvature <= 0) | (xx + 2 * alpha * xp + alpha**2 * pp >= radius**2)
-        # The positive root of |x + tau p| = radius, in the form without cancellation.
+        # The positive solution tau of |x + tau p| = radius, in the form without cancellation.
         gap = (radius**2 - xx).clamp_min(0)
         tau = gap / (xp + (xp**2 + pp * gap).sqrt()).clamp_min(torch.finfo(rr.dtype).tiny)
         step = torch.where(leaves, tau, alpha)

@@ -1,4 +1,4 @@
-"""What each axis's factor sees of a gradient that the other axes have whitened."""
+"""The Gram matrix of a gradient along each axis, after the other axes have been whitened."""
 
 from torch import Tensor
 
@@ -14,13 +14,15 @@ def whitened(
     """The Gram matrix of the whitened gradient along each axis, and its diagonal in the basis.
 
     Args:
-        g: the gradient.
-        bases, roots: Q_i and ``l_i^(-1/2)`` of its axes that have a factor.
-        axes: those.
+        g: the gradient G.
+        bases, roots: for each axis with a factor, the eigenbasis Q_i and the roots ``l_i^(-1/2)``
+            of the eigenvalues of its factor S_i.
+        axes: the axes with a factor.
 
     Returns:
-        (n_i, n_i) matrices, ``C_i(G ×_j S_j^(-1/2)) / Π n_j`` over the axes j other than i, and the
-        diagonals of ``Q_i^T`` that ``Q_i``.
+        For each axis i the (n_i, n_i) matrix ``C_i(G ×_j S_j^(-1/2)) / Π n_j``, where C_i is the
+        Gram matrix along axis i, and j runs over the other axes; and for each axis the diagonal of
+        this matrix in the basis Q_i.
     """
     grams, magnitudes = [], []
     coordinates = None

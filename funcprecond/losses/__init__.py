@@ -1,16 +1,18 @@
-r"""Losses that know their likelihood.
+r"""Losses with their likelihoods.
 
 A loss is :math:`L = c \sum_n \sum_r \omega_{nr}\, \ell(f_{nr}, y_{nr})`: a *reduction constant*
-``c`` times weighted terms, one or more for each of the N examples (axis 0 of the outputs).
-Curvature needs more than its value: how a label is sampled from the model's own prediction, a
-square root of the terms' Hessian in the outputs, and ``c`` itself, so that every curvature matrix
-has the scale of the loss as the user computes it. The losses here have all three in closed form.
-Any other callable ``(outputs, targets) -> 0-d tensor`` becomes a :class:`Custom` loss: gradient,
-Hessian, Gauss-Newton product and empirical Fisher work, sampling raises a sentence.
+``c`` times a sum of terms with weights :math:`\omega_{nr}`. There are one or more terms r for each
+of the N examples n, which are axis 0 of the outputs f; y are the targets.
 
-*Cotangents* below are gradients with respect to the outputs of the terms without ``c``, shaped like
-the outputs: pulled back through the model, they give rows whose outer products, summed and
-multiplied by ``c``, are the curvature matrix.
+A curvature matrix needs more of a loss than its value: a way to sample a label from the prediction
+of the model, a square root of the Hessian of the terms in the outputs, and ``c``, which gives the
+matrix the scale of the loss. The losses in this package have all three in closed form. Any other
+callable ``(outputs, targets) -> 0-d tensor`` becomes a :class:`Custom` loss. It has a gradient, a
+Hessian, a Gauss-Newton matrix and an empirical Fisher matrix; sampling raises a TypeError.
+
+*Cotangents* are gradients of the terms in the outputs, without ``c``. They are shaped like the
+outputs. Their pull-backs through the model are the rows of a matrix. The sum of the outer products
+of these rows, multiplied by ``c``, is the curvature matrix.
 """
 
 from typing import Any
@@ -56,11 +58,24 @@ _FUNCTIONS = (
 
 
 def as_loss(loss: Any) -> Loss:
-    """The :class:`Loss` for what a user passes: ours, torch's own losses, or any callable.
+    """Convert a loss of torch, or any other callable, to a :class:`Loss`.
+
+    Args:
+        loss: a :class:`Loss`, a loss function or loss module of torch, or any other callable
+            ``(outputs, targets) -> 0-d tensor``.
+
+    Returns:
+        The :class:`Loss`. A loss of torch without a counterpart in this package, or with an option
+        that the counterpart does not have, becomes a :class:`Custom` loss.
 
     Raises:
         TypeError: ``loss`` is not callable.
-        ValueError: a torch loss has an option whose curvature is not defined here.
+        ValueError: ``loss`` is a module of torch with ``reduction="none"``.
+
+    Example:
+        >>> import torch, funcprecond as fp
+        >>> fp.losses.as_loss(torch.nn.MSELoss(reduction="sum"))
+        MSE(reduction='sum')
     """
     if isinstance(loss, Loss):
         return loss
@@ -77,9 +92,9 @@ def as_loss(loss: Any) -> Loss:
 
 def _from_module(loss: Any) -> Loss:
     if loss.reduction == "none":
-        msg = f"{loss} has reduction='none': training needs 'mean' or 'sum'"
+        msg = f"the loss {loss} has reduction='none': pass reduction='mean' or 'sum' to it"
         raise ValueError(msg)
-    # "batchmean" divides by the number of examples, which is what a mean is here.
+    # "batchmean" divides by the number of examples, as the "mean" of a custom loss does.
     reduction: Any = "sum" if loss.reduction == "sum" else "mean"
     if isinstance(loss, nn.CrossEntropyLoss):
         return CrossEntropy(

@@ -1,4 +1,4 @@
-"""What the curvature code asks of a loss, and the loss that any callable becomes."""
+"""The interface of losses, and the loss for any other callable."""
 
 import abc
 import dataclasses
@@ -29,66 +29,139 @@ Labels = Literal["mc", "empirical", "exact"]
 
 
 class Loss(abc.ABC):
-    """What the curvature code asks of a loss; see :mod:`funcprecond.losses` for the convention."""
+    """The interface of a loss; see :mod:`funcprecond.losses` for its form and its constant ``c``.
+
+    To add a loss, implement :meth:`__call__` and :meth:`constant`, and for a loss with a likelihood
+    also :meth:`label_noise`, :meth:`sampled` and :meth:`exact`.
+    """
 
     @abc.abstractmethod
     def __call__(self, outputs: Any, targets: Any) -> Tensor:
-        """The loss, a 0-d tensor."""
+        """Compute the loss.
+
+        Args:
+            outputs: the outputs of the model, with the examples on axis 0.
+            targets: the targets.
+
+        Returns:
+            A 0-d tensor.
+        """
 
     @abc.abstractmethod
     def constant(self, outputs: Any, targets: Any) -> Tensor:
-        """The reduction constant ``c``, a 0-d tensor."""
+        """Compute the reduction constant ``c``.
+
+        Args:
+            outputs, targets: see :meth:`__call__`.
+
+        Returns:
+            A 0-d tensor.
+        """
 
     def empirical(self, outputs: Any, targets: Any) -> Any:
-        """The terms' gradient at the data's labels: the loss's cotangent divided by ``c``."""
+        """Compute the cotangent at the labels of the data: the gradient of the loss over ``c``.
+
+        Args:
+            outputs, targets: see :meth:`__call__`.
+
+        Returns:
+            Shaped like the outputs.
+        """
         gradient = _gradient(lambda f: self(f, targets), outputs, targets)
         constant = self.constant(outputs, targets)
         return tree.map(lambda g: g / constant.to(g.dtype), gradient)
 
     def hessian_product(self, outputs: Any, targets: Any, vector: Any) -> Any:
-        """The Hessian in the outputs times a vector, ``c`` included.
+        """Multiply the Hessian of the loss in the outputs, including ``c``, by a vector.
 
-        It is what makes the Gauss-Newton matrix; a likelihood whose Hessian is indefinite gives the
-        expected one, its Fisher information.
+        The Gauss-Newton matrix is made of this Hessian. If the Hessian of a likelihood is
+        indefinite, then its expectation is used, which is the Fisher information.
+
+        Args:
+            outputs, targets: see :meth:`__call__`.
+            vector: shaped like the outputs.
+
+        Returns:
+            Shaped like the outputs.
         """
         return vjp(grad(lambda f: self(f, targets)), outputs)[1](vector)[0]
 
     def label_noise(self, targets: Any, samples: int, generator: torch.Generator | None) -> Tensor:
-        """The random numbers that ``samples`` sampled labels for each term take."""
+        """Draw the random numbers from which labels are sampled.
+
+        Args:
+            targets: the targets, whose shape is used.
+            samples: the number of sampled labels per term.
+            generator: the source of randomness.
+
+        Returns:
+            The random numbers, with ``samples`` on axis 0.
+
+        Raises:
+            TypeError: the likelihood of the loss is not known.
+            ValueError: there is no generator.
+        """
         raise _no_likelihood(self)
 
     def sampled(self, outputs: Any, targets: Any, noise: Tensor) -> Tensor:
-        """(samples, *outputs.shape): cotangents at labels sampled from the model's prediction.
+        """Compute the cotangents at labels that are sampled from the prediction of the model.
 
-        Each carries ``1 / sqrt(samples)``, so that the sum of the outer products of their
-        pull-backs is an unbiased Fisher matrix whatever the number of samples.
+        Each cotangent includes a factor ``1 / sqrt(samples)``. So the sum of the outer products of
+        their pull-backs, times ``c``, is an unbiased estimate of the Fisher matrix for any number
+        of samples.
+
+        Args:
+            outputs, targets: see :meth:`__call__`.
+            noise: the random numbers from :meth:`label_noise`.
+
+        Returns:
+            (samples, *outputs.shape).
+
+        Raises:
+            TypeError: the likelihood of the loss is not known.
         """
         raise _no_likelihood(self)
 
     def exact(self, outputs: Any, targets: Any) -> Iterator[Tensor]:
-        """Cotangents whose pull-backs' outer products sum to the exact Fisher matrix.
+        """Compute cotangents for the exact Fisher matrix.
 
-        One for each output entry of an example: terms of one example may meet in a layer's
-        position, so they cannot share a pull-back.
+        The sum of the outer products of their pull-backs, times ``c``, is the matrix. There is one
+        cotangent per entry of the output of an example. The terms of an example cannot share a
+        pull-back, because it would add their gradients.
+
+        Args:
+            outputs, targets: see :meth:`__call__`.
+
+        Returns:
+            The cotangents, one after another, each shaped like the outputs.
+
+        Raises:
+            TypeError: the likelihood of the loss is not known.
         """
         raise _no_likelihood(self)
 
 
 def _no_likelihood(loss: Loss) -> TypeError:
     return TypeError(
-        f"{loss!r} does not know its likelihood, so labels cannot be sampled from it and it has no "
-        "exact Fisher matrix: use another of fp.losses, or labels='empirical'"
+        f"the likelihood of {loss!r} is not known, so labels cannot be sampled from it and it has "
+        "no exact Fisher matrix: use another loss of fp.losses, or labels='empirical'"
     )
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Custom(Loss):
-    """Any callable ``(outputs, targets) -> 0-d tensor``.
+    """Any callable ``(outputs, targets) -> 0-d tensor`` as a loss.
 
     Attributes:
-        function: the loss.
-        reduction: how it combines the examples: "mean" (the default) or "sum". The empirical Fisher
-            matrix cannot be scaled without knowing.
+        function: the callable.
+        reduction: how the callable combines the losses of the examples: "mean" (the default) or
+            "sum". The scale of the empirical Fisher matrix depends on it.
+
+    Example:
+        >>> import torch, funcprecond as fp
+        >>> loss = fp.losses.Custom(lambda outputs, targets: (outputs - targets).abs().sum(), "sum")
+        >>> loss(torch.ones(2, 3), torch.zeros(2, 3))
+        tensor(6.)
     """
 
     function: Callable[[Any, Any], Tensor]
@@ -112,7 +185,7 @@ def _gradient(loss: Callable[[Any], Tensor], outputs: Any, targets: Any) -> Any:
     flat, spec = tree.flatten(outputs)
     if not is_eager((flat, targets)):
         return grad(loss)(outputs)
-    # torch.func has no rule for some kernels, such as CTC's with lengths in tuples.
+    # torch.func has no rule for some kernels, such as that of CTC with lengths in tuples.
     flat = [f.detach().requires_grad_() for f in flat]
     with torch.enable_grad():
         value = loss(tree.unflatten(flat, spec))
@@ -122,23 +195,23 @@ def _gradient(loss: Callable[[Any], Tensor], outputs: Any, targets: Any) -> Any:
 
 
 def entries(outputs: Tensor, reduction: Reduction) -> int:
-    """How many terms a mean over all entries divides by; 1 for a sum."""
+    """The number of terms by which a mean over all entries divides; 1 for a sum."""
     return max(outputs.numel(), 1) if reduction == "mean" else 1
 
 
 def one_term(shape: torch.Size, like: Tensor) -> Iterator[Tensor]:
-    """For each entry of an example, a (1, *shape) mask that is 1 there."""
+    """Yield for each entry of an example a (1, *shape) tensor that is 1 there and 0 elsewhere."""
     count = math.prod(shape)
     for term in torch.eye(count, dtype=like.dtype, device=like.device):
         yield term.reshape(1, *shape)
 
 
 def check_labels(labels: Labels, samples: int) -> None:
-    """Raise ValueError unless both are known."""
+    """Raise ValueError unless ``labels`` is a known value and ``samples`` is at least 1."""
     if labels not in ("mc", "empirical", "exact") or samples < 1:
         msg = (
-            "labels must be 'mc', 'empirical' or 'exact' and samples at least 1, "
-            f"not {labels!r}, {samples}"
+            "labels must be 'mc', 'empirical' or 'exact' and samples at least 1, not "
+            f"{labels!r} and {samples}"
         )
         raise ValueError(msg)
 
@@ -147,6 +220,7 @@ def same_shape(name: str, outputs: Tensor, targets: Tensor) -> None:
     """Raise ValueError unless the shapes agree."""
     if outputs.shape != targets.shape:
         msg = (
-            f"{name}: outputs {tuple(outputs.shape)} and targets {tuple(targets.shape)} must agree"
+            f"{name}: the shapes of outputs {tuple(outputs.shape)} and targets "
+            f"{tuple(targets.shape)} must agree"
         )
         raise ValueError(msg)

@@ -1,4 +1,4 @@
-"""Binary cross-entropy."""
+"""Binary cross-entropy with logits."""
 
 import dataclasses
 from collections.abc import Iterator
@@ -15,11 +15,22 @@ __all__ = ["BCEWithLogits"]
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class BCEWithLogits(Loss):
-    """Binary cross-entropy of logits, averaged or summed over all entries, as torch does.
+    """Binary cross-entropy of logits, as in ``torch.nn.BCEWithLogitsLoss``.
+
+    Outputs are logits, and targets are labels 0 and 1 or probabilities, shaped like the outputs. As
+    a likelihood, it is a Bernoulli distribution for each entry. The constant ``c`` is 1 / numel for
+    the mean and 1 for the sum.
 
     Attributes:
-        pos_weight: a weight of the positive class, broadcast against the outputs, or None.
+        pos_weight: the weight of the positive class, broadcast against the outputs, or None.
         reduction: "mean" or "sum", over all entries.
+
+    Example:
+        >>> import torch, funcprecond as fp
+        >>> loss = fp.losses.BCEWithLogits(reduction="sum")
+        >>> value = loss(torch.zeros(2, 3), torch.ones(2, 3))
+        >>> torch.allclose(value, 6 * torch.tensor(2.0).log())
+        True
     """
 
     pos_weight: Tensor | None = None

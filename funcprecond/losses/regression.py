@@ -1,4 +1,4 @@
-"""Losses of real targets: squared error, Huber's, and a Gaussian with a predicted variance."""
+"""Losses for real targets: squared error, Huber's loss, and a Gaussian with predicted variance."""
 
 import dataclasses
 import math
@@ -16,9 +16,18 @@ __all__ = ["MSE", "GaussianNLL", "Huber"]
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class MSE(Loss):
-    """Squared error, ``(outputs - targets)^2``, averaged or summed over all entries, as torch does.
+    """Squared error ``(outputs - targets)^2``, as in ``torch.nn.MSELoss``.
 
-    As a likelihood: a Gaussian of unit variance, ``c = 2 / numel`` for the mean and 2 for the sum.
+    Targets are shaped like the outputs. As a likelihood, it is a Gaussian of unit variance for each
+    entry. The constant ``c`` is 2 / numel for the mean and 2 for the sum.
+
+    Attributes:
+        reduction: "mean" or "sum", over all entries.
+
+    Example:
+        >>> import torch, funcprecond as fp
+        >>> fp.losses.MSE()(torch.tensor([[1.0, 3.0]]), torch.zeros(1, 2))
+        tensor(5.)
     """
 
     reduction: Reduction = "mean"
@@ -50,16 +59,26 @@ class MSE(Loss):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Huber(Loss):
-    """Huber's loss, averaged or summed over all entries, as ``torch.nn.HuberLoss``.
+    """Huber's loss, as in ``torch.nn.HuberLoss``.
 
-    ``e^2 / 2`` for an error within ``delta``, ``delta (|e| - delta / 2)`` beyond. Its Hessian in
-    the outputs is 1 within and 0 beyond: an outlier has a gradient and no curvature. The Fisher
-    matrix ("exact" and "mc") is this Gauss-Newton matrix, that of a unit Gaussian over the entries
-    within; that of Huber's own density would be blind to which entries are outliers.
+    The loss of an error e is ``e^2 / 2`` if ``|e| <= delta``, and ``delta (|e| - delta / 2)``
+    otherwise. Targets are shaped like the outputs. The Hessian in the outputs is 1 for the errors
+    within ``delta`` and 0 for the outliers, which have a gradient but no curvature. The constant
+    ``c`` is 1 / numel for the mean and 1 for the sum.
+
+    The Fisher matrix ("exact" and "mc") is the Gauss-Newton matrix, that is, the Fisher matrix of a
+    Gaussian of unit variance for the entries within ``delta``. The Fisher matrix of Huber's own
+    density would not depend on which entries are outliers.
 
     Attributes:
-        delta: where the quadratic ends, positive.
+        delta: the largest error for which the loss is quadratic; positive.
         reduction: "mean" or "sum", over all entries.
+
+    Example:
+        >>> import torch, funcprecond as fp
+        >>> loss = fp.losses.Huber(delta=1.0, reduction="sum")
+        >>> loss(torch.tensor([[0.5, 3.0]]), torch.zeros(1, 2))
+        tensor(2.6250)
     """
 
     delta: float = 1.0
@@ -95,19 +114,28 @@ class Huber(Loss):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class GaussianNLL(Loss):
-    """A Gaussian whose variance the model predicts too, as ``torch.nn.GaussianNLLLoss``.
+    """A Gaussian whose mean and variance the model predicts, as in ``torch.nn.GaussianNLLLoss``.
 
-    Outputs (..., 2 D) are D means, then D variances, ``torch.cat([mean, variance], -1)``; targets
-    are (..., D). The loss is ``(log v + (y - m)^2 / v) / 2``, averaged or summed over the targets.
+    Outputs (..., 2 D) are D means m followed by D variances v, ``torch.cat([mean, variance], -1)``.
+    Targets y are (..., D). The loss of each entry is ``(log v + (y - m)^2 / v) / 2``. The constant
+    ``c`` is 1 / numel of the targets for the mean and 1 for the sum.
 
-    Its Hessian in the outputs is indefinite, so the Gauss-Newton matrix has the expected one, the
-    Fisher information ``diag(1 / v, 1 / (2 v^2))``. It is the same however the model makes the
-    variance positive, by ``exp`` or ``softplus``. The Hessian matrix is the loss's own.
+    The Hessian in the outputs is indefinite, so the Gauss-Newton matrix uses its expectation, the
+    Fisher information ``diag(1 / v, 1 / (2 v^2))``. The matrix does not depend on how the model
+    makes the variance positive, such as with ``exp`` or ``softplus``. The Hessian of the loss uses
+    no expectation.
 
     Attributes:
-        full: with the constant ``log(2 pi) / 2``.
-        eps: smaller variances count as this one, their gradients go through, as in torch.
+        full: whether to include the constant ``log(2 pi) / 2``.
+        eps: the least variance. Smaller variances are replaced by it in the value of the loss, and
+            their gradients pass through, as in torch.
         reduction: "mean" or "sum", over all entries of the targets.
+
+    Example:
+        >>> import torch, funcprecond as fp
+        >>> means, variances = torch.zeros(4, 2), torch.ones(4, 2)
+        >>> fp.losses.gaussian_nll(torch.cat([means, variances], -1), torch.ones(4, 2))
+        tensor(0.5000)
     """
 
     full: bool = False
@@ -146,7 +174,7 @@ class GaussianNLL(Loss):
             yield root * term
 
     def _root(self, outputs: Tensor) -> Tensor:
-        """The root of the Fisher information, shaped like the outputs."""
+        """The square root of the Fisher information, shaped like the outputs."""
         _, variance = self._moments(outputs)
         return torch.cat([variance.rsqrt(), math.sqrt(0.5) / variance], -1)
 
@@ -154,10 +182,10 @@ class GaussianNLL(Loss):
         if not isinstance(outputs, Tensor) or outputs.ndim == 0 or outputs.shape[-1] % 2:
             found = tuple(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__
             msg = (
-                "gaussian_nll: outputs are the means and the variances along the last axis, "
+                "gaussian_nll: outputs must be the means and the variances along the last axis, "
                 f"torch.cat([mean, variance], -1), not {found}"
             )
             raise ValueError(msg)
         mean, variance = outputs.chunk(2, -1)
-        # The value of a clamp with the gradient of none.
+        # The value is that of a clamp, and the gradient is that of no clamp.
         return mean, variance + (variance.clamp_min(self.eps) - variance).detach()

@@ -15,16 +15,27 @@ __all__ = ["CrossEntropy"]
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class CrossEntropy(Loss):
-    """Softmax cross-entropy: outputs (..., C) are logits, targets (...) class indices.
+    """Softmax cross-entropy, as in ``torch.nn.CrossEntropyLoss``.
 
-    Targets may also be probabilities, shaped like the outputs.
+    Outputs (..., C) are logits of C classes, and targets (...) are class indices. Targets may also
+    be probabilities, shaped like the outputs. As a likelihood, it is a categorical distribution for
+    each term. The constant ``c`` is 1 for the sum, and 1 divided by the number or the total weight
+    of the terms for the mean.
 
     Attributes:
-        ignore_index: terms with this target count neither in the sum nor in the mean.
-        label_smoothing: in [0, 1), mixes the target with the uniform distribution.
-        weight: (C,), a weight for each class, or None.
-        reduction: "mean" over the kept terms (weighted, as torch does) or "sum".
-        class_dim: the classes' axis of the outputs; -1 here, 1 in ``torch.nn.CrossEntropyLoss``.
+        ignore_index: terms with this target are left out of the sum and the mean.
+        label_smoothing: the weight in [0, 1) of the uniform distribution, with which the target is
+            mixed.
+        weight: the weights (C,) of the classes, or None.
+        reduction: "mean" over the terms (weighted, as in torch) or "sum".
+        class_dim: the axis of the classes in the outputs. It is -1 by default, and 1 in
+            ``torch.nn.CrossEntropyLoss``.
+
+    Example:
+        >>> import torch, funcprecond as fp
+        >>> value = fp.losses.cross_entropy(torch.zeros(4, 2), torch.tensor([0, 1, 1, 0]))
+        >>> torch.allclose(value, torch.tensor(2.0).log())
+        True
     """
 
     ignore_index: int = -100
@@ -46,7 +57,7 @@ class CrossEntropy(Loss):
         )
 
     def _rows(self, x: Tensor) -> Tensor:
-        """(terms, C)."""
+        """Reshape to (terms, C)."""
         if x.ndim == 2:
             return x
         return x.movedim(self.class_dim, -1).reshape(-1, x.shape[self.class_dim])
@@ -79,7 +90,8 @@ class CrossEntropy(Loss):
 
     def sampled(self, outputs: Tensor, targets: Tensor, noise: Tensor) -> Tensor:
         p = self._probabilities(outputs)
-        # Inverse CDF; the last class takes what rounding leaves of the unit interval.
+        # This inverts the cumulative distribution. The last class also gets the part of the unit
+        # interval that rounding leaves uncovered.
         below = (p.cumsum(-1)[..., :-1] <= noise.to(p.dtype).unsqueeze(-1)).sum(-1)
         onehot = torch.arange(p.shape[-1], device=p.device) == below.unsqueeze(-1)
         scale = (self._term_weights(outputs, targets) / noise.shape[0]).sqrt()
@@ -104,7 +116,7 @@ class CrossEntropy(Loss):
         return torch.where(targets == self.ignore_index, 0, targets)
 
     def _term_weights(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """(..., 1): the weight of each term's Hessian ``diag(p) - p p^T``."""
+        """The weight (..., 1) of the Hessian ``diag(p) - p p^T`` of each term."""
         if targets.is_floating_point():
             labels = targets.movedim(self.class_dim, -1).to(outputs.dtype)
             smooth, classes = self.label_smoothing, labels.shape[-1]
@@ -127,6 +139,6 @@ class CrossEntropy(Loss):
             msg = (
                 f"cross_entropy: outputs {tuple(outputs.shape)} with classes on axis "
                 f"{self.class_dim} expect targets {tuple(expected)}, not {tuple(targets.shape)}; "
-                "for torch's layout (N, C, ...) use fp.losses.CrossEntropy(class_dim=1)"
+                "for the layout (N, C, ...) of torch, use fp.losses.CrossEntropy(class_dim=1)"
             )
             raise ValueError(msg)

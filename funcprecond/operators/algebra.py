@@ -1,4 +1,4 @@
-"""Operators that are made of others: sums, multiples, products, blocks; and the simplest ones."""
+"""Operators built from other operators (sums, multiples, products, blocks), and elementary ones."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -26,7 +26,12 @@ __all__ = [
 
 
 class Identity(Operator):
-    """``factor`` times the identity."""
+    """``factor`` times the identity.
+
+    Args:
+        like: tensors with the shapes, dtypes and devices of the vectors.
+        factor: a float or a 0-d tensor.
+    """
 
     def __init__(self, like: Params, factor: float | Tensor = 1.0):
         self.like = like
@@ -47,7 +52,17 @@ class Identity(Operator):
 
 
 class Sum(Operator):
-    """``A + B``."""
+    """``A + B``.
+
+    Args:
+        a, b: two operators on vectors of the same names and shapes.
+
+    Attributes:
+        terms: the two operators.
+
+    Raises:
+        ValueError: the operators act on vectors of different names or shapes.
+    """
 
     def __init__(self, a: Operator, b: Operator):
         _same_space(a, b)
@@ -83,7 +98,12 @@ class Sum(Operator):
 
 
 class Multiple(Operator):
-    """``factor A``; the factor is a float or a 0-d tensor."""
+    """``factor A``.
+
+    Args:
+        a: an operator.
+        factor: a float or a 0-d tensor.
+    """
 
     def __init__(self, a: Operator, factor: float | Tensor):
         self.like, self.a, self.factor = a.like, a, factor
@@ -116,7 +136,14 @@ class Multiple(Operator):
 
 
 class Product(Operator):
-    """``A B``: not symmetric, so that it cannot be solved with."""
+    """``A B``, which is not symmetric in general, so that :meth:`Operator.solve` refuses it.
+
+    Args:
+        a, b: two operators on vectors of the same names and shapes.
+
+    Raises:
+        ValueError: the operators act on vectors of different names or shapes.
+    """
 
     symmetric = False
 
@@ -136,7 +163,14 @@ class Product(Operator):
 
 
 class Block(Operator):
-    """The diagonal block of some parameters; a product costs one of the whole."""
+    """The diagonal block that belongs to some of the parameters.
+
+    A product costs one product of the whole operator.
+
+    Args:
+        whole: the operator.
+        names: the names of the parameters of the block.
+    """
 
     def __init__(self, whole: Operator, names: Sequence[str]):
         self.whole, self.symmetric = whole, whole.symmetric
@@ -162,7 +196,7 @@ class Block(Operator):
         return self.whole.block(names)
 
     def _within(self, vectors: Params) -> Params:
-        """A stack of vectors of the whole, zero beyond the block."""
+        """Vectors of the block as vectors of the whole operator, zero outside of the block."""
         count = count_of(vectors)
         return {
             k: vectors[k] if k in vectors else p.new_zeros(()).expand(count, *p.shape)
@@ -174,10 +208,21 @@ class Block(Operator):
 
 
 class BlockDiagonal(Operator):
-    """Operators on disjoint sets of parameters, side by side.
+    """A block-diagonal matrix, made of operators on disjoint sets of parameters.
+
+    Args:
+        parts: an operator for each label.
 
     Attributes:
         parts: the blocks, by label.
+
+    Example:
+        >>> import torch, funcprecond as fp
+        >>> a = fp.operators.Identity({"a": torch.zeros(1)}, 2.0)
+        >>> b = fp.operators.Identity({"b": torch.zeros(1)}, 3.0)
+        >>> fp.operators.BlockDiagonal({"first": a, "second": b}).to_dense()
+        tensor([[2., 0.],
+                [0., 3.]])
     """
 
     def __init__(self, parts: Mapping[str, Operator]):
@@ -220,10 +265,11 @@ class BlockDiagonal(Operator):
 
 
 class Matrix(Operator):
-    """A dense symmetric matrix.
+    """A dense symmetric matrix; its symmetry is not checked.
 
-    Attributes:
-        matrix: (P, P), in the order of ``like``.
+    Args:
+        matrix: (P, P), with the entries of the parameters in the order of ``like``.
+        like: tensors with the shapes, dtypes and devices of the vectors.
     """
 
     def __init__(self, matrix: Tensor, like: Params):
@@ -241,7 +287,19 @@ class Matrix(Operator):
 
 
 class Function(Operator):
-    """Any function ``v -> C v`` of a vector, linear and symmetric: nothing checks it."""
+    """The matrix of a function ``v -> C v``.
+
+    Args:
+        function: maps a vector to a vector of the same shapes. It must be linear and symmetric,
+            which is not checked.
+        like: tensors with the shapes, dtypes and devices of the vectors.
+
+    Example:
+        >>> import torch, funcprecond as fp
+        >>> c = fp.operators.Function(lambda v: {"w": 2 * v["w"]}, {"w": torch.zeros(3)})
+        >>> c.trace()
+        tensor(6.)
+    """
 
     def __init__(self, function: Callable[[Params], Params], like: Params):
         self.function, self.like = function, like
@@ -251,7 +309,21 @@ class Function(Operator):
 
 
 def as_operator(other: Any, like: Params) -> Operator:
-    """An operator as it is; a number or 0-d tensor as that multiple of the identity."""
+    """Convert a number to a multiple of the identity, and leave an operator unchanged.
+
+    Args:
+        other: an operator, a number or a 0-d tensor.
+        like: tensors with the shapes, dtypes and devices of the vectors, for the identity.
+
+    Returns:
+        ``other`` itself if it is an operator, otherwise ``other`` times the identity.
+
+    Example:
+        >>> import torch, funcprecond as fp
+        >>> fp.operators.as_operator(0.5, {"w": torch.zeros(2)}).to_dense()
+        tensor([[0.5000, 0.0000],
+                [0.0000, 0.5000]])
+    """
     return other if isinstance(other, Operator) else Identity(like, other)
 
 
@@ -259,5 +331,8 @@ def _same_space(a: Operator, b: Operator) -> None:
     left = {k: tuple(p.shape) for k, p in a.like.items()}
     right = {k: tuple(p.shape) for k, p in b.like.items()}
     if left != right:
-        msg = f"the operators act on different vectors: {left} and {right}"
+        msg = (
+            "the operators act on different vectors, so they cannot be added or multiplied: their "
+            f"shapes are {left} and {right}"
+        )
         raise ValueError(msg)

@@ -1,4 +1,4 @@
-"""The forms of a layer's block: Kronecker factors, or a diagonal in the factors' eigenbases."""
+"""The two forms of a layer's block: Kronecker factors, or a diagonal in the factors' eigenbases."""
 
 import functools
 from collections.abc import Callable
@@ -16,15 +16,16 @@ __all__ = ["Factors", "Rotated", "eigen_forms"]
 
 @state
 class Factors:
-    """``M -> left M right`` of (..., o, i) matrices, or (..., J, o / J, i) for J groups.
+    """``M -> left M right`` for (..., o, i) matrices M, or (..., J, o / J, i) for J groups.
 
-    A factor of n rows and columns may also be kept as fewer rows: (r, n) rows W stand for ``W^T
-    W``, or with a ridge for ``(I - W^T W) / ridge``, which is what an inverse of the former is.
+    An (n, n) factor may be thin, that is, stored as an (r, n) matrix W with r < n. Then W stands
+    for ``W^T W``, or, with a ridge, for ``(I - W^T W) / ridge``, the form of the inverse of a thin
+    factor plus ``ridge`` times the identity.
 
     Attributes:
-        left: (o, o) or (J, o / J, o / J), symmetric; (o,) if it is diagonal; or rows.
-        right: (i, i) or (J, i, i), symmetric; or rows.
-        left_ridge, right_ridge: (), or (J,) for groups; None for a factor that is no inverse.
+        left: (o, o) or (J, o / J, o / J), symmetric; (o,) if it is diagonal; or a thin factor.
+        right: (i, i) or (J, i, i), symmetric; or a thin factor.
+        left_ridge, right_ridge: (), or (J,) for J groups; None for a factor that is not an inverse.
     """
 
     left: Tensor
@@ -33,9 +34,17 @@ class Factors:
     right_ridge: Tensor | None = None
 
     def apply(self, matrix: Tensor, fresh: bool = False) -> Tensor:
-        """The block times a vector; a ``fresh`` one, of no other use, may be written over."""
+        """The block times a vector.
+
+        Args:
+            matrix: the vector as a matrix M, with further axes in front.
+            fresh: whether ``matrix`` may be overwritten, because the caller does not need it again.
+
+        Returns:
+            A tensor shaped like ``matrix``.
+        """
         plain = multi_tensor((matrix, self.left, self.right))
-        # One name, so that what a side was multiplied by is gone before the next one is.
+        # The name is reused, so that each intermediate matrix is freed before the next is made.
         matrix = _times(matrix, self.right, self.right_ridge is not None, plain and fresh)
         matrix = _times(matrix.mT, self.left, self.left_ridge is not None, plain).mT
         sides = ((self.left, self.left_ridge), (self.right, self.right_ridge))
@@ -47,38 +56,38 @@ class Factors:
 
     @property
     def rows(self) -> int:
-        """How many rows the matrix has, in each group."""
+        """The number of rows of M, per group."""
         return self.left.shape[-1]
 
     @property
     def groups(self) -> int:
-        """J."""
+        """J, the number of groups."""
         return self.right.shape[0] if self.right.ndim == 3 else 1
 
     def diagonal(self) -> Tensor:
-        """(o, i) or (J, o / J, i)."""
+        """The diagonal of the block, (o, i) or (J, o / J, i)."""
         left = _diagonal(self.left, self.left_ridge)
         return left.unsqueeze(-1) * _diagonal(self.right, self.right_ridge).unsqueeze(-2)
 
     def squared_norm(self) -> Tensor:
-        """The sum of the squared entries."""
+        """The sum of the squared entries of the block."""
         left = _squared_norm(self.left, self.left_ridge)
         return (left * _squared_norm(self.right, self.right_ridge)).sum()
 
 
 @state
 class Rotated:
-    """``M -> left (values * (left^T M right)) right^T``.
+    """``M -> left (values * (left^T M right)) right^T``, the block in its eigenbases.
 
-    The bases may be thin: outside of the space that they span, the block is ``rest`` times the
-    identity.
+    The bases may be incomplete (r < o or q < i). Then the block acts on the orthogonal complement
+    of the space that they span as ``rest`` times the identity.
 
     Attributes:
-        left: (o, r) or (J, o / J, r), orthonormal columns, some of which may be zero, with ``rest``
-            as their value; None for the identity.
-        right: (i, q) or (J, i, q), likewise.
+        left: (o, r) or (J, o / J, r), with orthonormal columns; None for the identity. A column may
+            also be zero; the values that belong to it are equal to ``rest``.
+        right: (i, q) or (J, i, q), likewise, but never None.
         values: (r, q) or (J, r, q), the eigenvalues.
-        rest: 0-d, or None if both bases are complete.
+        rest: a 0-d tensor, or None if both bases are complete.
     """
 
     left: Tensor | None
@@ -87,7 +96,7 @@ class Rotated:
     rest: Tensor | None = None
 
     def apply(self, matrix: Tensor, fresh: bool = False) -> Tensor:
-        """The block times a vector."""
+        """The block times a vector; ``fresh`` is ignored. See :meth:`Factors.apply`."""
         m = matrix @ self.right
         if self.left is None:
             m = (self._above() * m) @ self.right.mT
@@ -97,29 +106,29 @@ class Rotated:
 
     @property
     def rows(self) -> int:
-        """How many rows the matrix has, in each group."""
+        """The number of rows of M, per group."""
         return self.values.shape[-2] if self.left is None else self.left.shape[-2]
 
     @property
     def groups(self) -> int:
-        """J."""
+        """J, the number of groups."""
         return self.right.shape[0] if self.right.ndim == 3 else 1
 
     def diagonal(self) -> Tensor:
-        """(o, i) or (J, o / J, i)."""
+        """The diagonal of the block, (o, i) or (J, o / J, i)."""
         m = self._above() @ self.right.square().mT
         m = m if self.left is None else self.left.square() @ m
         return m if self.rest is None else m + self.rest
 
     def squared_norm(self) -> Tensor:
-        """The sum of the squared entries."""
+        """The sum of the squared entries of the block."""
         inside = self.values.square().sum()
         return inside if self.rest is None else inside + self._outside() * self.rest**2
 
     def logdet(self) -> Tensor:
-        """The sum of the eigenvalues' logarithms."""
+        """The sum of the logarithms of all eigenvalues."""
         inside = self.values.log().sum()
-        # Zero times the logarithm of a zero is zero here: complete bases have no outside.
+        # If the bases are complete, the second term is 0 * log(rest), which is NaN for rest = 0.
         if self.rest is None or not self._outside():
             return inside
         return inside + self._outside() * self.rest.log()
@@ -130,22 +139,30 @@ class Rotated:
         return Rotated(self.left, self.right, function(self.values), rest)
 
     def _above(self) -> Tensor:
+        """The eigenvalues minus ``rest``."""
         return self.values if self.rest is None else self.values - self.rest
 
     def _outside(self) -> int:
-        """The number of eigenvalues that are ``rest``, but for those among the values."""
+        """The number of eigenvalues outside of ``values``, all of which are equal to ``rest``."""
         return self.groups * self.rows * self.right.shape[-2] - self.values.numel()
 
 
 def _times(x: Tensor, factor: Tensor, inverse: bool, over: bool) -> Tensor:
-    """``x F`` for rows x, times the ridge if F is an inverse kept as rows; maybe written over x."""
+    """``x F`` for a factor F; times its ridge if F is a thin inverse.
+
+    Args:
+        x: (..., n).
+        factor: F in one of the forms of :class:`Factors`.
+        inverse: whether F has a ridge.
+        over: whether x may be overwritten with the result.
+    """
     if factor.ndim == 1:
         return x * factor
     if not is_thin(factor):
         return x @ factor
     if not inverse:
         return (x @ factor.mT) @ factor
-    # Of one matrix in one call, without the product in memory beside the difference.
+    # For a single matrix, one call computes the difference without storing the product.
     if x.ndim == factor.ndim == 2:
         out = x if over else None
         return torch.addmm(x, x @ factor.mT, factor, alpha=-1, out=out)  # pyright: ignore
@@ -173,7 +190,7 @@ def _squared_norm(factor: Tensor, ridge: Tensor | None) -> Tensor:
 
 
 def _square(factor: Tensor, ridge: Tensor | None) -> Tensor:
-    """The factor itself, formed; a diagonal as it is."""
+    """The dense matrix of a thin factor; any other factor is returned unchanged."""
     if not is_thin(factor):
         return factor
     product = factor.mT @ factor
@@ -184,7 +201,10 @@ def _square(factor: Tensor, ridge: Tensor | None) -> Tensor:
 
 
 def eigen_forms(factors: dict[str, Factors]) -> dict[str, Rotated]:
-    """Blocks that are Kronecker products in their eigenbases: one decomposition for each size."""
+    """Convert blocks from Kronecker factors to their eigenbases.
+
+    Factors of the same size share one batched eigendecomposition.
+    """
     sides = {
         (k, side): (getattr(b, side), getattr(b, f"{side}_ridge"))
         for k, b in factors.items()

@@ -1,9 +1,10 @@
-r"""The Hessian, Gauss-Newton and Fisher matrix of a loss on data, as operators.
+r"""The Hessian, the Gauss-Newton matrix and the Fisher matrix of a loss on data, as operators.
 
-On one batch its linearisation is opened at the first product and kept, so that each further one
-costs 0.9 to 2.2 gradients. On many batches every product is one pass over them, each batch opened
-anew; the matrix is that of the loss over all of the data, however it is split. With a mean loss,
-:math:`L = c \sum_n \ell_n`, the batches' matrices are averaged with weights :math:`1 / c_b`.
+On one batch, the first product runs the model and keeps its graph, so that each further product
+costs 0.9 to 2.2 gradients. On many batches, every product is one pass over the data and runs the
+model anew on each batch. The matrix is that of the loss over all the data, however they are split
+into batches: with a mean loss :math:`L = c \sum_n \ell_n`, where c depends on the batch b, the
+matrices of the batches are averaged with weights :math:`1 / c_b`.
 """
 
 import abc
@@ -33,20 +34,7 @@ __all__ = ["GGN", "Fisher", "Hessian"]
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _OnData(Operator):
-    """A curvature matrix of a problem's loss at one point.
-
-    Attributes:
-        problem, params: whose, and where.
-        batch: one batch; or
-        batches: an iterable of them that can be gone through again and again, such as a list or a
-            ``DataLoader``.
-        progress: called with ``batches`` at each pass over them, and gone through in their place:
-            ``tqdm.tqdm``, or ``rich.progress.track``.
-        buffers: the model's buffers; the problem's own by default.
-        generator: seeds the dropout masks and sampled labels, once: all products see the same.
-        chunk_size: columns at a time under ``vmap`` where a stack is multiplied; None takes one
-            after another.
-    """
+    """The base class of the curvature matrices of a problem's loss; see :class:`GGN`."""
 
     problem: Problem
     params: Params
@@ -78,7 +66,7 @@ class _OnData(Operator):
         if chunk_size is not None:
             return super().matmat(vectors, chunk_size)
         count = next(iter(vectors.values())).shape[0]
-        # Each batch is opened once for all columns.
+        # The model runs once per batch for all vectors.
         return self._over_data(
             lambda e, noise: stack((self._product(e, v, noise) for v in unstack(vectors)), count)
         )
@@ -102,26 +90,27 @@ class _OnData(Operator):
         return found[""]
 
     def loss(self) -> Tensor:
-        """The loss over all of the data, a 0-d tensor."""
+        """The loss over all the data, a 0-d tensor. Costs one pass over the data."""
         return self._over_data(lambda e, _: {"": e.loss})[""]
 
     def gradient(self) -> Params:
-        """The loss's gradient over all of the data."""
+        """The gradient of the loss over all the data. Costs one gradient."""
         return self._over_data(lambda e, _: e.grads)
 
     @abc.abstractmethod
     def _product(self, evaluation: Evaluation, vector: Params, noise: Any) -> Params:
-        """The batch's matrix times a vector."""
+        """The matrix of one batch times a vector."""
 
     def _form(self, evaluation: Evaluation, vector: Params, noise: Any) -> Tensor:
-        """``v · C v`` with the batch's matrix."""
+        """``v · C v`` for the matrix C of one batch."""
         return wide_dot(vector, self._product(evaluation, vector, noise))
 
     def _draw(self, batch: Any, generator: torch.Generator | None) -> Any:
-        """What a product needs beside the vector."""
+        """The random numbers that the products on a batch need, apart from dropout masks."""
         return None
 
     def _over_data(self, of: Callable[[Evaluation, Any], Params]) -> Params:
+        """Compute a value of each batch, and combine them into the value of all the data."""
         if self.batches is None:
             return of(*self._opened())
         opened = (self._open(b, i) for i, b in enumerate(self._pass()))
@@ -132,7 +121,11 @@ class _OnData(Operator):
         return batches if self.progress is None else self.progress(batches)
 
     def _opened(self) -> tuple[Evaluation, Any]:
-        """The one batch, kept; a run made inside of a transform must not outlive it."""
+        """The evaluation of the single batch, and the random numbers of :meth:`_draw`.
+
+        They are made once and kept. The exception is a call inside of a transform on an operator
+        that was made outside of it, because the evaluation must not outlive the transform.
+        """
         plain = is_eager((self.params, self.buffers, self.batch))
         if not plain and not self._inside:  # pyright: ignore[reportAttributeAccessIssue]
             return self._open(self.batch, 0)
@@ -153,7 +146,12 @@ class _OnData(Operator):
     _layers = False
 
     def _exact_diagonal(self, labels: Labels, samples: int = 1) -> Params | None:
-        """The diagonal from layer statistics; None where these do not tell the examples apart."""
+        """The diagonal from layer statistics, or None where these do not determine it.
+
+        They do not if the model couples the examples of a batch, if the loss is not a likelihood
+        (unless the labels are "empirical"), or if the per-sample gradients of a parameter that is
+        in no layer cannot be computed.
+        """
         likelihood = type(self.problem.loss).exact is not Loss.exact
         if self.problem.couples_examples() or not (likelihood or labels == "empirical"):
             return None
@@ -163,14 +161,37 @@ class _OnData(Operator):
         try:
             return exact_diagonal(self.problem, self.params, *data, *rest)
         except RuntimeError:
-            # Some parameter is in no layer, and vmap cannot tell its examples apart.
+            # Some parameter is in no layer, and vmap cannot compute its per-sample gradients.
             return None
 
 
 class Hessian(_OnData):
-    """The loss's Hessian; see :class:`_OnData` for the arguments.
+    """The Hessian of a problem's loss, on one batch or on many.
 
-    1.3 to 2.2 gradients a product on a kept batch, 2.1 to 3.3 on a streamed one.
+    A product costs 1.3 to 2.2 gradients on one batch, whose graph is kept, and 2.1 to 3.3 gradients
+    per batch on many.
+
+    Attributes:
+        problem, params: the problem, and the parameters at which its loss is differentiated.
+        batch: one batch. Pass either this or ``batches``.
+        batches: an iterable of batches that can be read repeatedly, such as a list or a
+            ``DataLoader``.
+        progress: wraps ``batches`` in each pass over them, such as ``tqdm.tqdm`` or
+            ``rich.progress.track``.
+        buffers: the model's buffers; those of the problem by default.
+        generator: seeds the dropout masks once, so that all products use the same masks.
+        chunk_size: the default of :meth:`matmat`.
+
+    Raises:
+        ValueError: neither or both of ``batch`` and ``batches`` are given.
+        TypeError: ``batches`` is an iterator, which can be read only once.
+
+    Example:
+        >>> import torch, funcprecond as fp
+        >>> problem = fp.problem(torch.nn.Linear(2, 1, bias=False), fp.losses.mse)
+        >>> batch = torch.tensor([[1.0, 0.0], [0.0, 2.0]]), torch.zeros(2, 1)
+        >>> fp.Hessian(problem, problem.params, batch) @ {"weight": torch.ones(1, 2)}
+        {'weight': tensor([[1., 4.]])}
     """
 
     def _product(self, evaluation: Evaluation, vector: Params, noise: Any) -> Params:
@@ -178,10 +199,34 @@ class Hessian(_OnData):
 
 
 class GGN(_OnData):
-    """The loss's Gauss-Newton matrix ``J^T H_L J``; see :class:`_OnData` for the arguments.
+    """The Gauss-Newton matrix ``J^T H_L J`` of a problem's loss, on one batch or on many.
 
-    0.9 to 1.4 gradients a product on a kept batch, 1.6 to 2 on a streamed one; a quadratic form,
-    which is ``J v`` and no more, about half.
+    J is the Jacobian of the model's outputs in the parameters, and H_L the Hessian of the loss in
+    the outputs. A product costs 0.9 to 1.4 gradients on one batch, whose graph is kept, and 1.6 to
+    2 gradients per batch on many. A quadratic form needs only ``J v`` and costs about half of that.
+
+    Attributes:
+        problem, params: the problem, and the parameters at which its loss is differentiated.
+        batch: one batch. Pass either this or ``batches``.
+        batches: an iterable of batches that can be read repeatedly, such as a list or a
+            ``DataLoader``.
+        progress: wraps ``batches`` in each pass over them, such as ``tqdm.tqdm`` or
+            ``rich.progress.track``.
+        buffers: the model's buffers; those of the problem by default.
+        generator: seeds the dropout masks once, so that all products use the same masks.
+        chunk_size: the default of :meth:`matmat`.
+
+    Raises:
+        ValueError: neither or both of ``batch`` and ``batches`` are given.
+        TypeError: ``batches`` is an iterator, which can be read only once.
+
+    Example:
+        >>> import torch, funcprecond as fp
+        >>> problem = fp.problem(torch.nn.Linear(2, 1, bias=False), fp.losses.mse)
+        >>> batch = torch.tensor([[1.0, 0.0], [0.0, 2.0]]), torch.zeros(2, 1)
+        >>> fp.GGN(problem, problem.params, batch).to_dense()
+        tensor([[1., 0.],
+                [0., 4.]])
     """
 
     def _product(self, evaluation: Evaluation, vector: Params, noise: Any) -> Params:
@@ -191,18 +236,55 @@ class GGN(_OnData):
         return evaluation.ggn_form(vector)
 
     def diagonal(self) -> Params:
-        """Exact; for a likelihood from layer statistics (:class:`funcprecond.DiagonalGGN`)."""
+        """The exact diagonal.
+
+        Returns:
+            The diagonal, shaped like the parameters. If the loss is a likelihood and the model does
+            not couple the examples, it costs as much as :class:`funcprecond.DiagonalGGN`; otherwise
+            it costs P quadratic forms.
+        """
         found = self._exact_diagonal("exact")
         return super().diagonal() if found is None else found
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Fisher(_OnData):
-    """The Fisher matrix; see :class:`_OnData` for the other arguments.
+    """The Fisher matrix ``c Σ_vn g_vn g_vn^T`` of a problem's likelihood, on one batch or on many.
+
+    ``g_vn`` is the per-sample gradient of example n at the v-th of its labels, which ``labels``
+    selects, and c is the loss's reduction constant. With ``labels="exact"`` the matrix equals the
+    Gauss-Newton matrix, and its products cost the same. With other labels, and if the layers cover
+    every parameter, a product is computed from the layers' inputs and output gradients, and costs
+    0.5 to 0.9 gradients per label on one batch.
 
     Attributes:
-        labels: "exact", "mc" or "empirical"; see :mod:`funcprecond.curvature.fisher`.
-        samples: sampled labels for each term, with "mc".
+        problem, params: the problem, and the parameters at which its loss is differentiated.
+        batch: one batch. Pass either this or ``batches``.
+        batches: an iterable of batches that can be read repeatedly, such as a list or a
+            ``DataLoader``.
+        progress: wraps ``batches`` in each pass over them, such as ``tqdm.tqdm`` or
+            ``rich.progress.track``.
+        buffers: the model's buffers; those of the problem by default.
+        generator: seeds the sampled labels and the dropout masks once, so that all products use the
+            same ones.
+        chunk_size: the default of :meth:`matmat`.
+        labels: "exact" for the expectation over the labels that the model predicts; "mc" for
+            labels sampled from the prediction, an unbiased estimate; "empirical" for the labels of
+            the data.
+        samples: the number of sampled labels per term of the loss, with "mc".
+
+    Raises:
+        ValueError: neither or both of ``batch`` and ``batches`` are given, or ``labels`` or
+            ``samples`` is out of range.
+        TypeError: ``batches`` is an iterator, which can be read only once. The first product raises
+            it if the loss is not a known likelihood and ``labels`` is not "empirical".
+
+    Example:
+        >>> import torch, funcprecond as fp
+        >>> problem = fp.problem(torch.nn.Linear(2, 1, bias=False), fp.losses.mse)
+        >>> batch = torch.tensor([[1.0, 0.0], [0.0, 2.0]]), torch.zeros(2, 1)
+        >>> fp.Fisher(problem, problem.params, batch).trace()
+        tensor(5.)
     """
 
     labels: Labels = dataclasses.field(default="exact", kw_only=True)
@@ -234,7 +316,12 @@ class Fisher(_OnData):
         return self.labels != "exact" and is_eager((self.params, self.buffers, self.batch))
 
     def diagonal(self) -> Params:
-        """Exact, from layer statistics; see :class:`funcprecond.DiagonalGGN`."""
+        """The exact diagonal of the matrix with the chosen labels.
+
+        Returns:
+            The diagonal, shaped like the parameters. If the model does not couple the examples, it
+            costs as much as :class:`funcprecond.DiagonalGGN`; otherwise it costs P quadratic forms.
+        """
         found = self._exact_diagonal(self.labels, self.samples)
         return super().diagonal() if found is None else found
 

@@ -1,4 +1,4 @@
-"""One batch or many: how the values of single batches make that of all of the data."""
+"""Operators on one batch or on many: how values of batches combine into a value of all the data."""
 
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -14,7 +14,16 @@ __all__ = ["batch_weight", "check_data", "each_batch", "is_sum", "mean_over", "s
 
 
 def mean_over(parts: Iterable[tuple[Evaluation, Params]]) -> Params:
-    """Values of single batches combined into that of all data, by the loss's own reduction.
+    """Combine the values of single batches into the value of all the data.
+
+    For a summed loss this is the sum of the batches' values; for a mean loss it is their average
+    with the weights of :func:`batch_weight`, so the result does not depend on the split.
+
+    Args:
+        parts: for each batch its evaluation and its value, a dict of tensors.
+
+    Returns:
+        A dict of tensors like the value of a batch.
 
     Raises:
         ValueError: there are no batches.
@@ -24,11 +33,14 @@ def mean_over(parts: Iterable[tuple[Evaluation, Params]]) -> Params:
     for evaluation, value in parts:
         weight = batch_weight(evaluation)
         weights.append(weight)
-        # A batch whose every term is ignored has a mean of 0 / 0, and no share.
+        # The mean of a batch in which every term is ignored is 0 / 0; its weight is zero.
         value = {k: torch.where(weight > 0, x * weight.to(x.dtype), 0.0) for k, x in value.items()}
         total = treemath.add(total, value) if total else value
     if not weights:
-        msg = "there are no batches: pass a list or a DataLoader, not an iterator that is used up"
+        msg = (
+            "batches= contains no batches: pass a non-empty list or DataLoader, not an exhausted "
+            "iterator"
+        )
         raise ValueError(msg)
     if is_sum(evaluation):  # pyright: ignore[reportPossiblyUnboundVariable]
         return total
@@ -37,40 +49,52 @@ def mean_over(parts: Iterable[tuple[Evaluation, Params]]) -> Params:
 
 
 def batch_weight(evaluation: Evaluation) -> Tensor:
-    """What a batch's share of the data counts, a 0-d tensor: ``1 / c``, and 1 for a summed loss."""
+    """The weight of a batch in the mean over all the data: ``1 / c``, or 1 for a summed loss.
+
+    ``c`` is the loss's reduction constant on this batch, such as one over the number of examples.
+
+    Returns:
+        A 0-d tensor.
+    """
     constant = evaluation.constant
     return torch.ones_like(constant) if is_sum(evaluation) else 1 / constant
 
 
 def is_sum(evaluation: Evaluation) -> bool:
-    """Whether the loss is a sum over all data, not a mean."""
+    """Whether the loss is a sum over its terms, not a mean."""
     return getattr(evaluation.problem.loss, "reduction", "mean") == "sum"
 
 
 def each_batch(batch: Any, batches: Iterable[Any] | None) -> Iterator[Any]:
-    """The one batch, or the batches."""
+    """Iterate over ``batches``, or over the single ``batch`` if ``batches`` is None."""
     return iter((batch,) if batches is None else batches)
 
 
 def check_data(batch: Any, batches: Iterable[Any] | None) -> None:
-    """Raise ValueError unless one is given, and TypeError if it can be gone through once only."""
+    """Check that the data are either one batch or an iterable that can be repeated.
+
+    Raises:
+        ValueError: neither or both of ``batch`` and ``batches`` are given.
+        TypeError: ``batches`` is an iterator, which can be read only once.
+    """
     if (batch is None) == (batches is None):
-        msg = "pass either one batch, or batches=, an iterable of them"
+        msg = "pass either one batch, or batches=, an iterable of batches, but not both"
         raise ValueError(msg)
     if isinstance(batches, Iterator):
         msg = (
-            "batches= is gone through once a product: pass a list or a DataLoader, not an iterator"
+            "batches= must be an iterable that can be read repeatedly: pass a list or a "
+            "DataLoader, not an iterator"
         )
         raise TypeError(msg)
 
 
 def seed_of(generator: torch.Generator | None) -> int | None:
-    """A seed drawn from the generator, once, so that all later passes can draw the same."""
+    """Draw a seed from the generator, so that every later pass can draw the same random numbers."""
     if generator is None:
         return None
     return int(torch.randint(2**62, (), generator=generator, device=generator.device))
 
 
 def seeded(seed: int | None, index: int) -> torch.Generator | None:
-    """The generator of one batch."""
+    """The generator for the batch with this index; None if there is no seed."""
     return None if seed is None else torch.Generator().manual_seed(seed + index)

@@ -1,8 +1,9 @@
-"""The exact diagonal of the Gauss-Newton matrix, without any Jacobian.
+"""The exact diagonal of the Gauss-Newton matrix, computed without a Jacobian.
 
-For a likelihood it is the Fisher matrix's: the sum of the squared rows that the exact labels'
-cotangents are pulled back to, which each layer's inputs and output gradients give entry by entry.
-One pull-back to the layers' outputs, a third of a gradient, for each output entry of an example.
+For a likelihood the Gauss-Newton matrix is the Fisher matrix, so its diagonal is the sum of the
+squared per-sample gradients over the cotangents of the exact labels. Each layer's inputs and output
+gradients determine that sum entry by entry. It takes one pull-back to the layers' outputs, a third
+of a gradient, per output entry of an example.
 """
 
 from collections.abc import Iterable
@@ -25,10 +26,17 @@ __all__ = ["DiagonalGGN", "DiagonalMatrix", "diagonal_of", "exact_diagonal"]
 
 
 class DiagonalMatrix(Operator):
-    """A diagonal.
+    """A diagonal matrix.
 
-    Attributes:
-        values: shaped like the parameters, in float32 or wider.
+    Args:
+        values: the diagonal, shaped like the parameters, in float32 or wider.
+        like: tensors with the shapes, dtypes and devices of the vectors.
+
+    Example:
+        >>> import torch, funcprecond as fp
+        >>> values = {"w": torch.tensor([1.0, 3.0])}
+        >>> fp.operators.DiagonalMatrix(values, values).inverse(damping=1.0).diagonal()
+        {'w': tensor([0.5000, 0.2500])}
     """
 
     def __init__(self, values: Params, like: Params):
@@ -50,33 +58,73 @@ class DiagonalMatrix(Operator):
         return treemath.norm(self.values)
 
     def power(self, p: float, damping: float | Tensor = 0.0) -> "DiagonalMatrix":
-        """``(C + damping I)^p``."""
+        """``(C + damping I)^p``.
+
+        Args:
+            p: the exponent.
+            damping: the multiple of the identity that is added to C.
+
+        Returns:
+            A diagonal matrix. Costs a few operations per entry.
+        """
         return DiagonalMatrix({k: (d + damping) ** p for k, d in self.values.items()}, self.like)
 
     def inverse(self, damping: float | Tensor) -> "DiagonalMatrix":
-        """``(C + damping I)^-1``."""
+        """``(C + damping I)^-1``.
+
+        Args:
+            damping: the multiple of the identity that is added to C.
+
+        Returns:
+            A diagonal matrix. Costs a few operations per entry.
+        """
         return self.power(-1.0, damping)
 
     def logdet(self, damping: float | Tensor = 0.0) -> Tensor:
-        """``log det (C + damping I)``, a 0-d tensor."""
+        """``log det (C + damping I)``.
+
+        Args:
+            damping: the multiple of the identity that is added to C.
+
+        Returns:
+            A 0-d tensor.
+        """
         return (treemath.ravel(self.values) + damping).log().sum()
 
 
 class DiagonalGGN(DiagonalMatrix):
-    """The diagonal of the Gauss-Newton matrix of a problem's loss on data.
+    """The exact diagonal of the Gauss-Newton matrix of a problem's loss, or of a Fisher matrix.
+
+    It is computed when the object is made. This costs one forward pass, and pull-backs to the
+    layers' outputs of a third of a gradient each: one per output entry of an example with
+    ``labels="exact"``, ``samples`` with "mc", and one with "empirical".
 
     Args:
-        problem, params: whose, and where.
-        batch, batches: one batch, or an iterable of them that can be gone through again.
-        labels: "exact"; "mc" and "empirical" are the diagonals of these Fisher matrices, at a
-            fraction of the cost.
-        samples: sampled labels for each term, with "mc".
-        buffers: the model's buffers; the problem's own by default.
-        generator: draws labels and dropout masks.
+        problem, params: the problem, and the parameters at which its loss is differentiated.
+        batch: one batch. Pass either this or ``batches``.
+        batches: an iterable of batches that can be read repeatedly, such as a list or a
+            ``DataLoader``.
+        labels: "exact" for the Gauss-Newton matrix; "mc" or "empirical" for the Fisher matrix with
+            labels sampled from the model's prediction, or with the labels of the data.
+        samples: the number of sampled labels per term of the loss, with "mc".
+        buffers: the model's buffers; those of the problem by default.
+        generator: draws the sampled labels and the dropout masks.
 
     Raises:
-        TypeError: the loss is not a likelihood that is known.
-        ValueError: the model couples the examples of a batch.
+        TypeError: the loss is not a known likelihood and ``labels`` is not "empirical", or
+            ``batches`` is an iterator.
+        ValueError: the model couples the examples of a batch, ``labels`` or ``samples`` is out of
+            range, neither or both of ``batch`` and ``batches`` are given, or random numbers are
+            needed and there is no generator.
+        RuntimeError: some parameter is in no layer, and ``vmap`` cannot compute its per-sample
+            gradients.
+
+    Example:
+        >>> import torch, funcprecond as fp
+        >>> problem = fp.problem(torch.nn.Linear(2, 1, bias=False), fp.losses.mse)
+        >>> batch = torch.tensor([[1.0, 0.0], [0.0, 2.0]]), torch.zeros(2, 1)
+        >>> fp.DiagonalGGN(problem, problem.params, batch).diagonal()
+        {'weight': tensor([[1., 4.]])}
     """
 
     def __init__(
@@ -108,10 +156,13 @@ def exact_diagonal(
     buffers: Buffers | None,
     seed: int | None,
 ) -> Params:
-    """The values of :class:`DiagonalGGN`, with the random numbers of a seed."""
+    """The values of :class:`DiagonalGGN`, with random numbers drawn from a seed."""
     need = LayerStatistics(labels, samples, per_sample=True)
     if coupling := problem.couples_examples():
-        msg = f"the rows are those of single examples, and {coupling} couples them: use eval mode"
+        msg = (
+            "the diagonal is computed from per-sample gradients, which are not defined because "
+            f"{coupling} couples the examples of a batch: put it in eval mode"
+        )
         raise ValueError(msg)
 
     def measured():
@@ -119,8 +170,9 @@ def exact_diagonal(
             generator = seeded(seed, i)
             noise = need.draw(problem, params, b, generator)
             e = Evaluation(problem, params, b, buffers=buffers, generator=generator, layers=True)
-            # The data's labels are one cotangent, and take no gradient besides; several go at once,
-            # so that their squares are summed before they meet the inputs'.
+            # "empirical" has one cotangent, and each() does not compute the gradient that measure()
+            # would. Several cotangents are measured together, so that their squares are summed
+            # before the product with the squared inputs.
             single = labels == "empirical"
             (layers,) = need.each(e, noise) if single else (need.measure(e, noise),)
             yield e, diagonal_of(layers, params)
@@ -129,7 +181,15 @@ def exact_diagonal(
 
 
 def diagonal_of(layers: Layers, params: Params) -> Params:
-    """The diagonal of a measurement that tells the examples apart; zero where nothing is known."""
+    """The diagonal of the curvature matrix that was measured.
+
+    Args:
+        layers: the layers' inputs and output gradients, whose first axes must be the examples.
+        params: the parameters.
+
+    Returns:
+        The diagonal, shaped like the parameters; zero for a parameter without a measurement.
+    """
     found: Params = {}
     for uses in layers.uses.values():
         found |= uses[0].call.diagonal(uses, params)

@@ -1,9 +1,9 @@
 r"""Kronecker-factored curvature as an operator: K-FAC, EKFAC, KFLR and FOOF.
 
-A layer's block is :math:`L \otimes R`, acting on ``[W | b]`` as ``M -> L M R^T``, or in the
-factors' eigenbases a diagonal: ``M -> U_L (s * (U_L^T M U_R)) U_R^T``. Powers, inverses with exact
-damping and determinants are those of s. Norm layers have exact 2 x 2 blocks, and what no layer
-covers its diagonal.
+A layer's block is :math:`L \otimes R`, which acts on ``M = [W | b]`` as ``M -> L M R^T``. In the
+factors' eigenbases it is a diagonal s, ``M -> U_L (s * (U_L^T M U_R)) U_R^T``, so that powers,
+inverses with exact damping, and determinants are computed from s entry by entry. Norm layers have
+exact 2 x 2 blocks. For parameters that no layer covers, only the diagonal is kept.
 """
 
 from collections.abc import Iterable
@@ -44,20 +44,52 @@ Split = Literal["joint", "pi", "equal"]
 
 
 class KroneckerFactored(LayerBlocks):
-    """The Kronecker-factored Fisher matrix of a problem's loss on data.
+    """The Kronecker-factored Fisher matrix of a problem's loss, on one batch or on many.
+
+    The factors are computed when the object is made. This costs one forward pass, and pull-backs to
+    the layers' outputs of a third of a gradient each: ``samples`` with ``labels="mc"``, one with
+    "empirical", one per output entry of an example with "exact", and none with ``kind="foof"``.
+    "ekfac" on many batches makes two passes over the data.
 
     Args:
-        problem, params: whose, and where.
-        batch, batches: one batch, or an iterable of them that can be gone through again; the
-            factors do not depend on how the data are split.
-        kind: "kfac"; "ekfac", with the exact second moments in the factors' eigenbases; "kflr",
-            K-FAC with exact labels; "foof", inputs only, with the identity for the outputs.
-        labels, samples, sharing: see :class:`funcprecond.curvature.layer_statistics.LayerStatistics`.
-        buffers: the model's buffers; the problem's own by default.
-        generator: draws labels and dropout masks.
+        problem, params: the problem, and the parameters at which its loss is differentiated.
+        batch: one batch. Pass either this or ``batches``.
+        batches: an iterable of batches that can be read repeatedly, such as a list or a
+            ``DataLoader``. The factors do not depend on how the data are split into batches.
+        kind: "kfac" (Martens & Grosse, arXiv 1503.05671); "ekfac", which replaces the eigenvalues
+            of K-FAC's blocks by the exact second moments in the factors' eigenbases (George et al.,
+            arXiv 1806.03884); "kflr", which is K-FAC with exact labels (Botev et al., arXiv
+            1706.03662); "foof", which measures the inputs only and takes the identity for the
+            outputs (Benzing, arXiv 2201.12250).
+        labels: "mc", "exact" or "empirical", see :class:`funcprecond.curvature.LayerStatistics`;
+            not used by "kflr" and "foof".
+        samples: the number of sampled labels per term of the loss, with "mc".
+        sharing: how the positions of an example are combined, "expand" or "reduce", see
+            :class:`funcprecond.curvature.LayerStatistics`.
+        buffers: the model's buffers; those of the problem by default.
+        generator: draws the sampled labels and the dropout masks.
 
     Attributes:
-        factors: the :class:`KroneckerIO`, a tree of tensors that can be saved.
+        factors: the Kronecker factors as a :class:`funcprecond.representation.KroneckerIO`, a tree
+            of tensors that can be saved.
+
+    Raises:
+        TypeError: the loss is not a known likelihood and ``labels`` needs one, or ``batches`` is an
+            iterator.
+        ValueError: ``kind``, ``labels`` or ``samples`` is out of range, neither or both of
+            ``batch`` and ``batches`` are given, ``batches`` is empty, random numbers are needed
+            and there is no generator, or some parameter is in no layer and the model couples the
+            examples of a batch.
+        RuntimeError: some parameter is in no layer, and ``vmap`` cannot compute its per-sample
+            gradients.
+
+    Example:
+        >>> import torch, funcprecond as fp
+        >>> problem = fp.problem(torch.nn.Linear(2, 1, bias=False), fp.losses.mse)
+        >>> batch = torch.tensor([[1.0, 0.0], [0.0, 2.0]]), torch.zeros(2, 1)
+        >>> kfac = fp.KroneckerFactored(problem, problem.params, batch, labels="exact")
+        >>> kfac.inverse(damping=1.0) @ {"weight": torch.tensor([[2.0, 5.0]])}
+        {'weight': tensor([[1., 1.]])}
     """
 
     def __init__(
@@ -93,7 +125,8 @@ class KroneckerFactored(LayerBlocks):
                     continue
                 noise = need.draw(problem, params, b, g)
                 e = Evaluation(problem, params, b, **options)
-                # EKFAC takes its layers twice; else no two cotangents need be in memory.
+                # EKFAC uses the measured layers twice. The other kinds need the cotangents only
+                # once, so that each() keeps one part of them in memory at a time.
                 parts = (need.measure(e, noise),) if kind == "ekfac" else need.each(e, noise)
                 share, total = batch_weight(e), is_sum(e)
                 del e  # the run's graph, which the parts do not need
@@ -121,16 +154,30 @@ class KroneckerFactored(LayerBlocks):
     def inverse(self, damping: float | Tensor, *, split: Split = "joint") -> LayerBlocks:
         r"""A damped inverse.
 
+        "pi" and "equal" split the damping between the factors (Martens & Grosse, arXiv 1503.05671,
+        section 6.3). They damp more strongly than "joint", by the cross terms of the product.
+
         Args:
-            damping: λ, in the loss's units.
-            split: "joint" is ``(L ⊗ R + λ I)^-1``, exactly; "pi" is ``(L + √λ/π I)^-1 ⊗ (R + √λ π
-                I)^-1`` with π² the ratio of the factors' mean eigenvalues, and "equal" the same
-                with π = 1: both damp more strongly than "joint" by their cross terms.
+            damping: λ, in the units of the loss.
+            split: "joint" for the exact inverse ``(L ⊗ R + λ I)^-1``; "pi" for ``(L + √λ/π I)^-1 ⊗
+                (R + √λ π I)^-1``, where π² is the ratio of the mean eigenvalues of R and L; "equal"
+                for the same with π = 1.
+
+        Returns:
+            An operator. Costs one eigendecomposition per factor with "joint", and one Cholesky
+            decomposition per factor otherwise. Its products take two matrix products per factor
+            with "joint", and one otherwise.
+
+        Raises:
+            ValueError: ``split`` is unknown, or it is not "joint" for the kind "ekfac".
         """
         if split == "joint":
             return self.power(-1.0, damping)
         if any(isinstance(b, Rotated) for b in self.layers.values()):
-            msg = "EKFAC's blocks are no product of two factors: use split='joint'"
+            msg = (
+                f"split={split!r} needs blocks that are Kronecker products of two factors, and the "
+                "blocks of kind='ekfac' are not: use split='joint'"
+            )
             raise ValueError(msg)
         if split not in ("pi", "equal"):
             msg = f"split must be 'joint', 'pi' or 'equal', not {split!r}"

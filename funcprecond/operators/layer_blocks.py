@@ -1,4 +1,4 @@
-"""Operators with a block for each layer: Kronecker factors, or a diagonal in their eigenbases."""
+"""Block-diagonal operators with one block per layer, each with the structure of the layer."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -16,12 +16,15 @@ __all__ = ["LayerBlocks"]
 
 
 class LayerBlocks(Operator):
-    """A block for each layer, in one of two forms.
+    """A block-diagonal operator with one block per layer.
 
-    Attributes:
-        layers: by ``"weight+bias"`` or ``"weight"``, on ``[W | b]``.
-        units: (U, 2, 2) or (U, 1, 1) blocks of norm layers.
-        others: the diagonal of what no layer covers.
+    Args:
+        like: the parameters.
+        layers: for each ``"weight+bias"`` or ``"weight"``, the block that acts on ``[W | b]``: its
+            Kronecker factors, or its eigenvalues and the factors' eigenbases.
+        units: for each norm layer of U units, its blocks of shape (U, 2, 2), or (U, 1, 1) without a
+            bias.
+        others: the diagonal for parameters that no layer covers.
     """
 
     def __init__(
@@ -39,7 +42,7 @@ class LayerBlocks(Operator):
             weight, bias = split_block(name)
             lead = tuple(vector[weight].shape[: vector[weight].ndim - self.like[weight].ndim])
             matrix = join(vector, self.like, name, block.rows, block.groups)
-            # With a bias it is a new matrix, of no other use.
+            # With a bias, join() makes a new matrix, which may be overwritten.
             product = block.apply(matrix.to(block.right.dtype), fresh=bias is not None)
             found |= split(product, self.like, name, lead)
         for name, matrices in self.units.items():
@@ -52,7 +55,7 @@ class LayerBlocks(Operator):
         return {k: found[k].to(v.dtype) if k in found else 0 * v for k, v in vector.items()}
 
     def matmat(self, vectors: Params, chunk_size: int | None = None) -> Params:
-        # Every product takes leading axes: all columns are one matrix product.
+        # All vectors are multiplied at once: the products broadcast over leading axes.
         return self.matvec(vectors)
 
     def _block(self, names: Sequence[str]) -> Operator:
@@ -70,7 +73,7 @@ class LayerBlocks(Operator):
 
         blocks, units = within(self.layers), within(self.units)
         if blocks is None or units is None:
-            # Part of a layer only.
+            # Only some of the parameters of a layer are in the block.
             return super()._block(names)
         others = {k: d for k, d in self.others.items() if k in chosen}
         return LayerBlocks(like, blocks, units, others)
@@ -91,7 +94,16 @@ class LayerBlocks(Operator):
         return torch.stack(parts).sum().sqrt()
 
     def power(self, p: float, damping: float | Tensor = 0.0) -> "LayerBlocks":
-        """``(C + damping I)^p``, exactly, by the factors' eigendecompositions."""
+        """``(C + damping I)^p``, exactly.
+
+        Args:
+            p: the exponent.
+            damping: the multiple of the identity that is added to C.
+
+        Returns:
+            An operator with the same blocks. Costs one eigendecomposition per Kronecker factor, in
+            one batch for each size.
+        """
 
         def raised(x: Tensor) -> Tensor:
             return (x.clamp_min(0.0) + damping) ** p
@@ -108,11 +120,25 @@ class LayerBlocks(Operator):
         )
 
     def inverse(self, damping: float | Tensor) -> "LayerBlocks":
-        """``(C + damping I)^-1``, exactly."""
+        """``(C + damping I)^-1``, exactly.
+
+        Args:
+            damping: the multiple of the identity that is added to C.
+
+        Returns:
+            An operator with the same blocks. Costs as much as :meth:`power`.
+        """
         return self.power(-1.0, damping)
 
     def logdet(self, damping: float | Tensor = 0.0) -> Tensor:
-        """``log det (C + damping I)``, a 0-d tensor; exact."""
+        """``log det (C + damping I)``, exactly.
+
+        Args:
+            damping: the multiple of the identity that is added to C.
+
+        Returns:
+            A 0-d tensor. Costs one eigendecomposition per Kronecker factor.
+        """
 
         def damped(x: Tensor) -> Tensor:
             return x.clamp_min(0.0) + damping
@@ -123,13 +149,13 @@ class LayerBlocks(Operator):
         return torch.stack([*parts, *(damped(x).log().sum() for x in values)]).sum()
 
     def _rest(self) -> dict[str, Tensor]:
-        """The diagonal of what has no block; zero for what the loss does not depend on."""
+        """The diagonal for the parameters without a block; zero if it was not measured."""
         covered = {k for name in (*self.layers, *self.units) for k in split_block(name) if k}
         rest = {k: p for k, p in self.like.items() if k not in covered}
         return {k: self.others.get(k, torch.zeros_like(p)) for k, p in rest.items()}
 
     def _rotated(self) -> dict[str, Rotated]:
-        """All blocks in their eigenbases: one batched decomposition for each size."""
+        """All blocks in their eigenbases."""
         rotated = {k: b for k, b in self.layers.items() if isinstance(b, Rotated)}
         factors = {k: b for k, b in self.layers.items() if isinstance(b, Factors)}
         found = rotated | eigen_forms(factors)

@@ -1,4 +1,4 @@
-r"""Low rank: :math:`C = U \Theta U^T` with orthonormal columns, by Lanczos or Nyström."""
+r"""Low-rank matrices :math:`C = U \Theta U^T`, as the Lanczos and Nyström methods compute them."""
 
 import torch
 from torch import Tensor
@@ -14,13 +14,22 @@ __all__ = ["LowRank"]
 
 @state
 class LowRank(Operator):
-    """``sum_i values_i u_i u_i^T`` over k orthonormal vectors. A tree of tensors, so it is saved.
+    """The matrix ``C = U diag(θ) U^T`` with k orthonormal columns in U and k values in θ.
+
+    It is a tree of tensors, so :func:`funcprecond.save` can store it.
 
     Attributes:
-        values: (k,), by falling magnitude.
-        vectors: (k, *shape) for each parameter.
-        bounds: (k,): some eigenvalue of the matrix that was approximated is within this of each
-            value; infinite where nothing is known.
+        values: θ, (k,).
+        vectors: the columns of U, (k, *shape) for each parameter.
+        bounds: (k,), error bounds: the matrix that C approximates has an eigenvalue within
+            ``bounds[i]`` of ``values[i]``. Infinite where no bound is known.
+
+    Example:
+        >>> import torch, funcprecond as fp
+        >>> vectors = {"w": torch.tensor([[1.0, 0.0]])}
+        >>> c = fp.LowRank(torch.tensor([3.0]), vectors, torch.zeros(1))
+        >>> c.inverse(damping=1.0) @ {"w": torch.tensor([4.0, 4.0])}
+        {'w': tensor([1., 4.])}
     """
 
     values: Tensor
@@ -29,28 +38,51 @@ class LowRank(Operator):
 
     @property
     def like(self) -> Params:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """The first vector."""
+        """The first column of U, for its shapes."""
         return {k: x[0] for k, x in self.vectors.items()}
 
     @property
     def rank(self) -> int:
-        """k, the number of vectors."""
+        """k, the number of columns of U."""
         return self.values.shape[0]
 
     def matvec(self, vector: Params) -> Params:
         return self._combine(self.values * self.coefficients(vector), vector)
 
     def coefficients(self, vector: Params) -> Tensor:
-        """(k,): ``U^T v``."""
+        """``U^T v``.
+
+        Args:
+            vector: v, shaped like the parameters.
+
+        Returns:
+            (k,).
+        """
         parts = [x.flatten(1) @ vector[k].reshape(-1).to(x.dtype) for k, x in self.vectors.items()]
         return torch.stack(parts).sum(0)
 
     def inverse(self, damping: float | Tensor) -> Operator:
-        """``(C + damping I)^-1``, for damping that makes it definite."""
+        """``(C + damping I)^-1``.
+
+        Args:
+            damping: the multiple of the identity that is added to C. It must not be zero, and
+                ``C + damping I`` must be invertible.
+
+        Returns:
+            An operator. A product costs about 4kP operations.
+        """
         return self.power(-1.0, damping)
 
     def power(self, p: float, damping: float | Tensor) -> Operator:
-        """``(C + damping I)^p``: ``U ((θ + λ)^p - λ^p) U^T + λ^p I``."""
+        """``(C + λ I)^p = U ((θ + λ)^p - λ^p) U^T + λ^p I``.
+
+        Args:
+            p: the exponent.
+            damping: λ.
+
+        Returns:
+            An operator. A product costs about 4kP operations.
+        """
         base = damping**p
         shifted = (self.values + damping) ** p - base
 
@@ -61,10 +93,18 @@ class LowRank(Operator):
         return Function(apply, self.like)
 
     def preconditioner(self, damping: float | Tensor) -> Operator:
-        """Nyström's preconditioner of ``A + damping I``, for a positive semi-definite C.
+        """The Nyström preconditioner of ``A + λ I``, where C approximates A.
 
-        ``(θ_k + λ) U (Θ + λ)^-1 U^T + (I - U U^T)``: outside of its range C is taken for its
-        smallest eigenvalue, not for zero (Frangella, Tropp & Udell, arXiv 2110.02820).
+        It is ``M^-1 = (θ_k + λ) U diag(1 / (θ + λ)) U^T + (I - U U^T)``, where θ_k is the smallest
+        value. Beyond the span of U's columns, the eigenvalues of A are taken to be θ_k instead of
+        zero (Frangella, Tropp & Udell, arXiv 2110.02820).
+
+        Args:
+            damping: λ.
+
+        Returns:
+            An operator, for the argument ``precondition`` of :meth:`Operator.solve`. C must be
+            positive semi-definite. A product costs about 4kP operations.
         """
         scale = (self.values.min() + damping) / (self.values + damping) - 1
 
@@ -74,7 +114,14 @@ class LowRank(Operator):
         return Function(apply, self.like)
 
     def logdet(self, damping: float | Tensor) -> Tensor:
-        """``log det (C + damping I)``, a 0-d tensor."""
+        """``log det (C + damping I)``.
+
+        Args:
+            damping: the multiple of the identity that is added to C, positive.
+
+        Returns:
+            A 0-d tensor.
+        """
         values = wide(self.values) + damping
         rest = torch.log(torch.as_tensor(damping, dtype=values.dtype, device=values.device))
         return values.log().sum() + (self.size - self.rank) * rest

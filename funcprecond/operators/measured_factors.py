@@ -1,4 +1,4 @@
-"""Kronecker factors measured on data: on one batch, or over many however they are split."""
+"""Kronecker factors measured on one batch, or on many independently of how the data are split."""
 
 import dataclasses
 from collections.abc import Iterable
@@ -28,7 +28,7 @@ __all__ = [
 
 
 def inputs_only(evaluation: Evaluation) -> Layers:
-    """The layers with output gradients of zero, which take no backward pass."""
+    """The layers' inputs, with zeros in the place of output gradients: no backward pass is run."""
     like = next(iter(evaluation.params.values()))
     grads = [like.new_zeros(()).expand(1, *call.shape) for call in evaluation.calls]
     return Layers(layer_uses(evaluation, grads), {}, evaluation.constant)
@@ -37,7 +37,18 @@ def inputs_only(evaluation: Evaluation) -> Layers:
 def factors_of_parts(
     parts: Iterable[Layers], params: Params, sharing: Sharing, thin: bool = False
 ) -> tuple[KroneckerIO, dict[str, tuple[LayerUse, ...]]]:
-    """The factors of all cotangents, and the layers' uses without these."""
+    """The factors of one batch.
+
+    Args:
+        parts: the layers' inputs and output gradients, split by cotangents.
+        params: the parameters.
+        sharing: "expand" or "reduce".
+        thin: whether to store a factor as the smaller matrix W with ``W^T W`` equal to it, where W
+            has fewer rows than columns.
+
+    Returns:
+        The factors, and the layers' uses without their output gradients.
+    """
     found, uses = KroneckerIO.init(params, thin), {}
     for part in parts:
         found = found.with_cotangents(part)
@@ -45,8 +56,8 @@ def factors_of_parts(
             name: tuple(dataclasses.replace(use, grads=use.grads[:0].clone()) for use in block)
             for name, block in part.uses.items()
         }
-        del part  # so that it is gone while the next is made
-    # Inputs come last, when the run's graph is gone.
+        del part  # frees its memory before the next part is computed
+    # The inputs' factors come last, after the graph of the run has been freed.
     return found.with_inputs(uses, sharing), uses
 
 
@@ -58,10 +69,19 @@ def factors_over_batches(
 ) -> KroneckerIO:
     """The factors over all batches.
 
-    What is made of output gradients is averaged over the batches as the loss is, the inputs' second
-    moments by their number of positions.
+    Everything that is computed from output gradients is averaged over the batches with the weights
+    of the loss. The second moments of the inputs are averaged with their numbers of positions.
+
+    Args:
+        measured: for each batch, its layers split by cotangents, its weight, and whether the loss
+            is a sum.
+        params: the parameters.
+        sharing: "expand" or "reduce".
+        forward_only: whether only the inputs were measured.
+
+    Raises:
+        ValueError: there are no batches or no parameters.
     """
-    # By block or name: a batch's value, with what it counts.
     inputs, outputs = _Mean(), _Mean()
     units, others = _Mean(), _Mean()
     inputs_left: dict[str, bool] = {}
@@ -86,7 +106,10 @@ def factors_over_batches(
         for name, x in one.others.items():
             others.add(name, x, share, is_mean or forward_only)
     if not inputs.totals and not units.totals and not others.totals:
-        msg = "there are no batches, or no parameters: pass a list or a DataLoader, no iterator"
+        msg = (
+            "there are no batches in batches=, or no parameters: pass a non-empty list or "
+            "DataLoader, and a problem with trainable parameters"
+        )
         raise ValueError(msg)
     a, g = inputs.means(), outputs.means()
     left = {k: a[k] if inputs_left[k] else g[k] for k in a}
@@ -96,7 +119,7 @@ def factors_over_batches(
 
 
 class _Mean:
-    """Weighted means by name, or sums."""
+    """Weighted means of tensors by name, or weighted sums (``is_mean=False``)."""
 
     def __init__(self):
         self.totals: dict[str, Tensor] = {}
@@ -104,7 +127,7 @@ class _Mean:
 
     def add(self, name: str, x: Tensor, weight: Tensor, is_mean: bool = True) -> None:
         weight = weight.to(x.dtype)
-        # A batch whose every term is ignored has a mean of 0 / 0, and no share.
+        # The mean of a batch in which every term is ignored is 0 / 0; its weight is zero.
         x = torch.where(weight > 0, x * weight, 0.0)
         if name in self.totals:
             x = self.totals[name] + x
@@ -118,7 +141,14 @@ class _Mean:
 def factors_of_inputs(
     layers: Layers, params: Params, sharing: Sharing, keep_thin: bool = False
 ) -> KroneckerIO:
-    """FOOF's factors: the inputs' second moments, and the identity everywhere else."""
+    """FOOF's factors: the inputs' second moments, and the identity everywhere else.
+
+    Args:
+        layers: the layers' inputs.
+        params: the parameters.
+        sharing: "expand" or "reduce".
+        keep_thin: see ``thin`` of :func:`factors_of_parts`.
+    """
     left, right, units = {}, {}, {}
     for name, uses in layers.uses.items():
         call, bias = uses[0].call, split_block(name)[1] is not None
@@ -144,7 +174,12 @@ def _identity(size: int, use: LayerUse) -> Tensor:
 def corrected_blocks(
     measured: Iterable[tuple[Iterable[Layers], Tensor, bool]], bases: dict[str, Rotated]
 ) -> dict[str, Any]:
-    """EKFAC: the exact second moments in the factors' eigenbases."""
+    """EKFAC's blocks: the exact second moments in the eigenbases of K-FAC's factors.
+
+    Args:
+        measured: see :func:`factors_over_batches`; each batch has its layers in one part.
+        bases: the eigenbases of each block.
+    """
     moments = _Mean()
     for (layers,), share, is_total in measured:
         for name, uses in layers.uses.items():

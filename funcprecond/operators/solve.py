@@ -1,4 +1,4 @@
-"""Solving with an operator: directly where it has an inverse, iteratively where it has not."""
+"""Linear solves with an operator: directly if it has an inverse, iteratively otherwise."""
 
 from collections.abc import Callable
 from typing import Any, Literal
@@ -33,7 +33,10 @@ def solve(
 ) -> Solution:
     """``(C + damping I)^-1 b``; see :meth:`funcprecond.Operator.solve`."""
     if not operator.symmetric:
-        msg = "solve needs a symmetric operator; this one is a product: solve factor by factor"
+        msg = (
+            f"solve() needs a symmetric operator, but this {type(operator).__name__} is or "
+            "contains a product of operators: solve with one factor at a time"
+        )
         raise TypeError(msg)
     undamped = isinstance(damping, float) and damping == 0.0
     damped = operator if undamped else operator + damping
@@ -57,13 +60,16 @@ def solve(
 
 
 def as_function(operator: Any) -> Callable[[Params], Params]:
-    """``v -> C v`` of an operator; a function as it is."""
+    """The function ``v -> C v`` of an operator; a function is returned unchanged."""
     return getattr(operator, "matvec", operator)
 
 
 def _direct(operator: Any, damped: Any, b: Params, damping: float | Tensor) -> Solution:
     if not hasattr(operator, "inverse"):
-        msg = f"{type(operator).__name__} has no inverse: use method='cg' or 'minres'"
+        msg = (
+            f"method='direct' needs an operator with an inverse() method, and "
+            f"{type(operator).__name__} has none: use method='cg' or method='minres'"
+        )
         raise ValueError(msg)
     x = operator.inverse(damping) @ b
     residual = treemath.sub(b, damped @ x)

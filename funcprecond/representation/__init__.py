@@ -1,6 +1,7 @@
-"""Stage 2: how the curvature matrix is stored. Each file has one immutable tree of tensors.
+"""Stage 2: how the curvature matrix is stored.
 
-:class:`Representation` is the contract: ``init(params)``, and ``accumulate(value, decay)``.
+Each file has one representation, which is an immutable tree of tensors. :class:`Representation` is
+their protocol, with ``init(params)`` and ``accumulate(value, decay)``.
 """
 
 from funcprecond.representation.average import Average, Decay, RisingDecay

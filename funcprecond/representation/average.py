@@ -1,11 +1,11 @@
-"""How a statistic is carried over steps: replaced, averaged or summed.
+"""How a statistic is carried over the steps: replaced, averaged or summed.
 
-One argument, ``decay``, says it everywhere:
+The argument ``decay`` of all methods selects one of these:
 
-* ``None``: local, the newest measurement replaces the old one;
-* a float or 0-d tensor in [0, 1): an exponential moving average, with ``decay`` as the weight of the
-  OLD value. Its normalizer makes it unbiased from the first step on;
-* a :class:`RisingDecay`: a plain mean at first, then such an average;
+* ``None``: the newest measurement replaces the old one.
+* A float or a 0-d tensor in [0, 1): an exponential moving average, in which ``decay`` is the weight
+  of the old value. A normalizer makes it unbiased from the first step on.
+* A :class:`RisingDecay`: a plain mean at first, then a moving average.
 * ``"sum"``: the sum over all steps.
 """
 
@@ -24,11 +24,13 @@ __all__ = ["Average", "Decay", "RisingDecay", "accumulate", "check_decay", "norm
 class RisingDecay:
     """The decay ``min(1 - 1/k, limit)`` at the k-th measurement, counted from 1.
 
-    The first ``1 / (1 - limit)`` measurements have a plain mean, where a constant decay favours the
-    newest. It is the average of the K-FAC paper (Martens & Grosse, arXiv 1503.05671, section 5).
+    The first ``1 / (1 - limit)`` measurements have equal weights, whereas a constant decay gives
+    the newest ones more weight. This is the average of the K-FAC paper (Martens & Grosse, arXiv
+    1503.05671, section 5).
 
     Attributes:
-        limit: the weight of the old value in the end.
+        limit: the largest decay, a number in [0, 1): the weight of the old value after the first
+            measurements.
 
     Example:
         >>> import funcprecond as fp
@@ -40,7 +42,7 @@ class RisingDecay:
 
 @dataclasses.dataclass(frozen=True)
 class _Shares:
-    """What the old and the new value are multiplied by."""
+    """The factors by which the old and the new value are multiplied."""
 
     old: Tensor
     new: float | Tensor
@@ -52,32 +54,40 @@ Present = float | Tensor | _Shares | Literal["sum"] | None
 
 @state
 class Average:
-    """A statistic over steps.
+    """A statistic that is carried over the steps.
 
     Attributes:
-        total: a tensor, or dicts and tuples of them.
-        normalizer: what the total is divided by, a 0-d tensor that starts at 0.
+        total: a tensor, or dicts and tuples of tensors.
+        normalizer: the number by which the total is divided, a 0-d tensor that starts at 0.
     """
 
     total: Any
     normalizer: Tensor
 
     def include(self, new: Any, decay: Decay) -> "Average":
-        """The statistic after one more measurement, shaped like ``total``."""
+        """The statistic after one more measurement.
+
+        Args:
+            new: the measurement, shaped like ``total``.
+            decay: see :mod:`funcprecond.representation.average`.
+
+        Returns:
+            The new statistic.
+        """
         now = present(self.normalizer, decay)
         total = _over(lambda old, x: accumulate(old, x, now), self.total, new)
         return Average(total, normalizer_after(self.normalizer, now))
 
     def value(self) -> Any:
-        """``total / normalizer``."""
+        """The average, ``total / normalizer``."""
         return _over(lambda x, _: x / self.normalizer, self.total, self.total)
 
 
 def present(normalizer: Tensor, decay: Decay) -> Present:
-    """The decay for the next measurement, where the old ones have this normalizer.
+    """The decay for the next measurement, if the old measurements have this normalizer.
 
-    With a share of ``1 - limit`` for each of k measurements the normalizer of a rising decay is
-    ``k (1 - limit)``; it is kept from growing above 1.
+    A rising decay gives each measurement the share ``1 - limit``, so that the normalizer of k
+    measurements is ``k (1 - limit)``. The old measurements are scaled down where it would exceed 1.
     """
     if not isinstance(decay, RisingDecay):
         return decay
@@ -104,7 +114,7 @@ def accumulate(total: Tensor | None, new: Tensor, decay: Present) -> Tensor:
 
 
 def normalizer_after(old: Tensor, decay: Present) -> Tensor:
-    """What the total is divided by after one more measurement, a 0-d tensor that starts at 0."""
+    """The normalizer after one more measurement, a 0-d tensor that starts at 0."""
     if isinstance(decay, _Shares):
         return decay.old * old + decay.new
     if decay is None or isinstance(decay, str):
@@ -113,17 +123,20 @@ def normalizer_after(old: Tensor, decay: Present) -> Tensor:
 
 
 def check_decay(decay: Decay) -> None:
-    """Raise ValueError unless ``decay`` is None, "sum", a 0-d tensor, or a float in [0, 1)."""
+    """Raise ValueError unless ``decay`` is one of the values in the docstring of this file."""
     value = decay.limit if isinstance(decay, RisingDecay) else decay
     if value is None or isinstance(value, Tensor) or value == "sum":
         return
     if isinstance(value, str) or not 0 <= value < 1:
-        msg = f"decay must be None, 'sum' or in [0, 1), the weight of the old value, not {decay!r}"
+        msg = (
+            "decay must be None, 'sum', a RisingDecay or a number in [0, 1), the weight of the old "
+            f"value, not {decay!r}"
+        )
         raise ValueError(msg)
 
 
 def _over(function, x: Any, y: Any) -> Any:
-    # By hand: in a small step torch's walk over trees would be felt.
+    # This is written out, because torch's traversal of trees slows small steps.
     if isinstance(x, dict):
         return {k: _over(function, v, y[k]) for k, v in x.items()}
     if isinstance(x, tuple):

@@ -21,7 +21,7 @@ class Dense:
     """A symmetric (n, n) matrix for each parameter of n entries.
 
     Attributes:
-        average: over the measurements, by parameter.
+        average: the average of the measurements, one matrix per parameter.
     """
 
     average: Average
@@ -30,7 +30,13 @@ class Dense:
 
     @classmethod
     def init(cls, params: Params) -> "Dense":
-        """Zero.
+        """Zero matrices.
+
+        Args:
+            params: the parameters.
+
+        Returns:
+            The representation.
 
         Raises:
             ValueError: a parameter has more than 4096 entries.
@@ -38,9 +44,9 @@ class Dense:
         for name, p in params.items():
             if p.numel() > MAX_ENTRIES:
                 msg = (
-                    f"a full matrix for {name!r} {tuple(p.shape)} would have {p.numel()} rows; the "
-                    f"limit is {MAX_ENTRIES}: use shampoo, caspr or a diagonal method for it, for "
-                    "example by fp.partition"
+                    f"the full matrix of parameter {name!r} {tuple(p.shape)} would have "
+                    f"{p.numel()} rows, and the limit is {MAX_ENTRIES}: use shampoo, caspr or a "
+                    "diagonal method for this parameter, for example with fp.partition"
                 )
                 raise ValueError(msg)
         total = {
@@ -49,12 +55,20 @@ class Dense:
         return cls(Average(total, scalar_like(params)))
 
     def accumulate(self, value: Any, decay: Decay) -> "Dense":
-        """Take in a measurement, anything with a ``to_dense()`` by parameter."""
+        """Include a measurement.
+
+        Args:
+            value: anything with a ``to_dense()`` that returns one matrix per parameter.
+            decay: see :mod:`funcprecond.representation.average`.
+
+        Returns:
+            The new representation.
+        """
         return Dense(self.average.include(value.to_dense(), decay))
 
     @property
     def normalizer(self) -> Tensor:
-        """What the totals are divided by, 0-d."""
+        """The number by which the totals are divided, 0-d."""
         return self.average.normalizer
 
     def matrices(self) -> dict[str, Tensor]:
@@ -62,7 +76,14 @@ class Dense:
         return self.average.value()
 
     def matvec(self, vector: Params) -> Params:
-        """The block-diagonal matrix times a vector shaped like the parameters."""
+        """The block-diagonal matrix times a vector.
+
+        Args:
+            vector: shaped like the parameters.
+
+        Returns:
+            Shaped like the parameters. Costs one (n, n) product per parameter of n entries.
+        """
         return {
             k: (m @ vector[k].reshape(-1)).reshape(vector[k].shape)
             for k, m in self.matrices().items()
@@ -73,5 +94,5 @@ class Dense:
         return torch.stack([m.trace() for m in self.matrices().values()]).sum()
 
     def to_dense(self) -> Tensor:
-        """(P, P), all parameters in order."""
+        """The matrix over all parameters in order, (P, P)."""
         return torch.block_diag(*self.matrices().values())

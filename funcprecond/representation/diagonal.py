@@ -1,4 +1,4 @@
-"""Element-wise: the diagonal of the curvature matrix."""
+"""The diagonal of the curvature matrix."""
 
 from typing import Any, ClassVar
 
@@ -15,10 +15,10 @@ __all__ = ["Diagonal"]
 
 @state
 class Diagonal:
-    """One number for each parameter entry, in float32 or wider.
+    """One number for each entry of each parameter, in float32 or wider.
 
     Attributes:
-        average: over the measurements, shaped like the parameters.
+        average: the average of the measurements, shaped like the parameters.
     """
 
     average: Average
@@ -27,19 +27,41 @@ class Diagonal:
 
     @classmethod
     def init(cls, params: Params) -> "Diagonal":
-        """Zero."""
+        """A diagonal of zeros.
+
+        Args:
+            params: the parameters.
+
+        Returns:
+            The representation.
+        """
         return cls(Average(treemath.zeros_like(params), treemath.scalar_like(params)))
 
     def accumulate(self, value: Any, decay: Decay) -> "Diagonal":
-        """Take in a measurement, anything with a ``diagonal()``."""
+        """Include a measurement.
+
+        Args:
+            value: anything with a ``diagonal()``.
+            decay: see :mod:`funcprecond.representation.average`.
+
+        Returns:
+            The new representation.
+        """
         return Diagonal(self.average.include(value.diagonal(), decay))
 
     def diagonal(self) -> Params:
-        """The averaged diagonal."""
+        """The averaged diagonal, shaped like the parameters."""
         return self.average.value()
 
     def matvec(self, vector: Params) -> Params:
-        """The matrix times a vector shaped like the parameters."""
+        """The diagonal matrix times a vector.
+
+        Args:
+            vector: shaped like the parameters.
+
+        Returns:
+            Shaped like the parameters. Costs one multiplication per entry.
+        """
         return {k: d * vector[k] for k, d in self.diagonal().items()}
 
     def trace(self) -> Tensor:
@@ -47,5 +69,5 @@ class Diagonal:
         return torch.stack([d.sum() for d in self.diagonal().values()]).sum()
 
     def to_dense(self) -> Tensor:
-        """(P, P), all parameters in order."""
+        """The matrix over all parameters in order, (P, P)."""
         return torch.diag(treemath.ravel(self.diagonal()))

@@ -1,4 +1,4 @@
-"""K-FAC's factors with their eigenbases, and the exact second moments along the bases' axes."""
+"""K-FAC's factors, their eigenbases, and the exact second moments in these bases."""
 
 import torch
 from torch import Tensor
@@ -14,15 +14,17 @@ __all__ = ["EigenbasisMoments"]
 
 @state
 class EigenbasisMoments:
-    """``(U_B ⊗ U_A) diag(s) (U_B ⊗ U_A)^T`` for each layer, the best diagonal in that basis.
+    """``(U_B ⊗ U_A) diag(s) (U_B ⊗ U_A)^T`` for each layer, with the best diagonal in that basis.
 
-    All but ``factors`` is by block, and empty until the first measurement.
+    This is the representation of EKFAC (George et al., arXiv 1806.03884). The dicts have one entry
+    per block, and are empty until the first measurement.
 
     Attributes:
-        factors: K-FAC's.
-        left, right: the eigenvectors; an embedding has no left ones.
-        moments: (o, i + 1), totals of s; divided by ``normalizer`` the second moments.
-        normalizer: 0-d, restarts when the bases are refreshed.
+        factors: K-FAC's factors.
+        left, right: the eigenvectors U_B and U_A; an embedding has no left ones, because its left
+            factor is diagonal.
+        moments: (o, i + 1), the totals of s; divided by ``normalizer`` they are the second moments.
+        normalizer: 0-d; it starts again at 0 when the bases are refreshed.
     """
 
     factors: KroneckerIO
@@ -33,17 +35,27 @@ class EigenbasisMoments:
 
     @classmethod
     def init(cls, params: Params) -> "EigenbasisMoments":
-        """Empty."""
+        """Empty dicts, because the layers are found by the first measurement.
+
+        Args:
+            params: the parameters.
+
+        Returns:
+            The representation.
+        """
         factors = KroneckerIO.init(params)
         return cls(factors, {}, {}, {}, factors.normalizer.clone())
 
     def accumulate(self, value: Layers, decay: Decay, *, refresh: bool) -> "EigenbasisMoments":
-        """Take in a measurement that tells the examples apart.
+        """Include a measurement whose rows belong to single examples.
 
         Args:
             value: the measurement.
-            decay: how it is carried, see :mod:`funcprecond.representation.average`.
-            refresh: find new bases, in which the moments start anew.
+            decay: see :mod:`funcprecond.representation.average`.
+            refresh: whether to compute new bases, for which the moments start anew.
+
+        Returns:
+            The new representation.
         """
         value = value.restrict(self.factors.names)
         factors = self.factors.accumulate(value, decay)

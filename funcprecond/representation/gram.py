@@ -1,13 +1,13 @@
-r"""The Gram form of a curvature matrix: ``C = U^T U`` kept as its rows, U with one row an example.
+r"""The Gram form of a curvature matrix: ``C = U^T U``, stored as U with one row per example.
 
-All that a solver of Woodbury's kind asks for is :math:`U U^T`, :math:`U v` and :math:`U^T w`, and
-the layers' inputs and output gradients give the three without any per-example gradient. Its entries
-are
+A solver by Woodbury's formula needs only :math:`U U^T`, :math:`U v` and :math:`U^T w`. All three
+follow from the layers' inputs and output gradients, without any per-sample gradient:
 
 .. math:: (U U^T)_{nm} = c \sum_l \sum_{ts} (a_{nt} \cdot a_{ms}) (g_{nt} \cdot g_{ms})
 
-over layers l and pairs of positions t, s, with :math:`a_{nt} \cdot a_{ms} + 1` for a layer with a
-bias. With V cotangents there are V N rows, cotangent by cotangent.
+with sums over layers l and over pairs of positions t, s. For a layer with a bias,
+:math:`a_{nt} \cdot a_{ms} + 1` replaces the first inner product. With V cotangents there are V N
+rows, in the order of the cotangents.
 """
 
 import math
@@ -24,12 +24,12 @@ __all__ = ["Gram"]
 
 @state
 class Gram:
-    """``C = scale * sum over rows``: a matrix of at most R = V N rows, over all parameters at once.
+    """``C = U^T U`` over all parameters jointly, of rank at most R = V N.
 
     Attributes:
-        layers: the affine layers' rows, kept as inputs and output gradients.
-        others: the other parameters' rows, (R, *shape) each.
-        scale: 0-d; U is the rows times its root.
+        layers: the rows of the affine layers, kept as inputs and output gradients.
+        others: the rows of the other parameters, (R, *shape) each.
+        scale: 0-d; U is the rows times the root of the scale.
         names: the order of the parameters.
     """
 
@@ -40,42 +40,60 @@ class Gram:
 
     @classmethod
     def from_layers(cls, layers: Layers, params: Params) -> "Gram":
-        """The Gram form of what ``LayerStatistics(others="rows", per_sample=True)`` measured.
+        """The Gram form of layer statistics.
 
         Args:
-            layers: the measurement.
-            params: whose block is wanted: its shapes and order; other parameters are left out.
+            layers: a measurement of ``LayerStatistics(others="rows", per_sample=True)``.
+            params: the parameters whose block is wanted, in this order. Other parameters are left
+                out.
+
+        Returns:
+            The representation.
         """
         kept, formed = layers.example_gradients(params)
         return cls(kept, formed, layers.scale, tuple(params))
 
     @property
     def count(self) -> int:
-        """R, the number of rows."""
+        """R, the number of rows of U."""
         for rows in self.layers:
             return math.prod(rows.grads.shape[1:3])
         return next(iter(self.others.values())).shape[0]
 
     def gram(self) -> Tensor:
-        """(R, R): ``U U^T``."""
+        """``U U^T``, (R, R)."""
         terms = [p.gram() for p in self.layers]
         terms += [x @ x.mT for x in self._flat_others().values()]
         return self.scale * sum(terms)
 
     def squared_norms(self) -> Tensor:
-        """(R,): the diagonal of ``U U^T``, for a single cotangent."""
+        """The diagonal of ``U U^T``, (R,), for a single cotangent."""
         terms = [rows.squared_norms() for rows in self.layers]
         terms += [x.square().sum(1) for x in self._flat_others().values()]
         return self.scale * sum(terms)
 
     def matvec(self, vector: Params) -> Tensor:
-        """(R,): ``U v``."""
+        """``U v``.
+
+        Args:
+            vector: v, shaped like the parameters.
+
+        Returns:
+            (R,).
+        """
         terms = [p.matvec(vector).reshape(-1) for p in self.layers]
         terms += [x @ vector[k].reshape(-1).to(x.dtype) for k, x in self._flat_others().items()]
         return self.scale.sqrt() * sum(terms)
 
     def rmatvec(self, weights: Tensor) -> Params:
-        """``U^T w`` for (R,) weights, shaped like the parameters."""
+        """``U^T w``.
+
+        Args:
+            weights: w, (R,).
+
+        Returns:
+            Shaped like the parameters.
+        """
         weights = self.scale.sqrt() * weights
         found: Params = {}
         for p in self.layers:
@@ -85,7 +103,7 @@ class Gram:
         return {k: found[k] for k in self.names}
 
     def diagonal(self) -> Params:
-        """The diagonal of ``U^T U``."""
+        """The diagonal of ``U^T U``, shaped like the parameters."""
         found: Params = {}
         for p in self.layers:
             found |= p.diagonal()
@@ -97,7 +115,7 @@ class Gram:
         return torch.stack([d.sum() for d in self.diagonal().values()]).sum()
 
     def rows(self) -> Tensor:
-        """(R, P): U itself, formed."""
+        """U itself, formed, (R, P)."""
         found = dict(self.others)
         for p in self.layers:
             found |= p.rows()
@@ -106,10 +124,10 @@ class Gram:
         )
 
     def to_dense(self) -> Tensor:
-        """(P, P): ``U^T U``, all parameters in order."""
+        """``U^T U`` over all parameters in order, (P, P)."""
         u = self.rows()
         return u.mT @ u
 
     def _flat_others(self) -> Params:
-        """(R, n) for a parameter of n entries."""
+        """The other rows as matrices, (R, n) for a parameter of n entries."""
         return {k: x.reshape(len(x), -1) for k, x in self.others.items()}

@@ -1,4 +1,4 @@
-"""One factor for each dimension of a parameter tensor: the mode Grams of Shampoo's family."""
+"""One factor per axis of a parameter tensor: the Gram matrices of Shampoo and its relatives."""
 
 from typing import ClassVar
 
@@ -21,14 +21,14 @@ __all__ = ["KroneckerDim"]
 class KroneckerDim:
     """``S_i = Σ unfold_i(G) unfold_i(G)^T`` for the axes i of every block of every parameter.
 
-    Blocks and their axes follow from the shapes alone, see
+    The blocks and their axes follow from the shapes alone, see
     :class:`funcprecond.linalg.blocking.Blocking`. A parameter without factors (a vector, a scalar)
     keeps the diagonal of its second moment instead.
 
     Attributes:
-        average: over the measurements, with two entries: ``factors``, for each block a tuple of
-            (n_i, n_i) matrices, and ``diagonals``, for the other parameters the squares of their
-            entries.
+        average: the average of the measurements, with two entries. ``factors`` is a tuple of
+            (n_i, n_i) matrices for each block. ``diagonals`` is the square of the gradient, entry
+            by entry, for each parameter without factors.
         blocking: how parameters are cut into blocks.
     """
 
@@ -39,7 +39,16 @@ class KroneckerDim:
 
     @classmethod
     def init(cls, params: Params, blocking: Blocking | None = None) -> "KroneckerDim":
-        """Zero."""
+        """Factors and diagonals of zeros.
+
+        Args:
+            params: the parameters.
+            blocking: how parameters are cut into blocks; by default, every parameter is a single
+                block.
+
+        Returns:
+            The representation.
+        """
         blocking = Blocking() if blocking is None else blocking
         factors, diagonals = {}, {}
         for name, p in params.items():
@@ -55,11 +64,19 @@ class KroneckerDim:
         )
 
     def accumulate(self, value: OuterProduct, decay: Decay) -> "KroneckerDim":
-        """Take in the outer product of a gradient with itself."""
+        """Include a measurement.
+
+        Args:
+            value: the outer product of a gradient with itself.
+            decay: see :mod:`funcprecond.representation.average`.
+
+        Returns:
+            The new representation. Costs one Gram matrix per axis.
+        """
         blocks: Params = {}
         diagonals: Params = {}
         for name, g in value.grads.items():
-            # Upcast before the product: a Gram matrix in bfloat16 has lost its small eigenvalues.
+            # The cast comes first: a Gram matrix in bfloat16 has lost its small eigenvalues.
             g = g.to(factor_dtype(g))
             if name in self.diagonals:
                 diagonals[name] = g.square()
@@ -75,19 +92,19 @@ class KroneckerDim:
 
     @property
     def totals(self) -> dict[str, tuple[Tensor, ...]]:
-        """For each block the factors, times the normalizer."""
+        """The factors of each block, times the normalizer."""
         return self.average.total["factors"]
 
     @property
     def diagonals(self) -> Params:
-        """For the parameters without factors the second moment's diagonal, times the normalizer."""
+        """The second moments of the parameters without factors, times the normalizer."""
         return self.average.total["diagonals"]
 
     @property
     def normalizer(self) -> Tensor:
-        """What the totals are divided by, 0-d."""
+        """The number by which the totals are divided, 0-d."""
         return self.average.normalizer
 
     def factors(self) -> dict[str, tuple[Tensor, ...]]:
-        """The averaged factors."""
+        """The averaged factors of each block, a tuple of (n_i, n_i) matrices."""
         return self.average.value()["factors"]

@@ -1,9 +1,9 @@
-r"""Layer-wise Kronecker factors of the Fisher matrix: output gradients ⊗ inputs.
+"""Layer-wise Kronecker factors of the Fisher matrix: output gradients ⊗ inputs.
 
-A layer's block is approximated by ``left ⊗ right``, one factor for each axis of its ``[W | b]``: for
-a linear layer of shape (o, i + 1) these are the second moments of the output gradients, ``left =
-scale Σ g g^T``, and of the inputs, ``right = mean [a, 1] [a, 1]^T``. Only the product has meaning;
-it has the scale of the loss.
+The block of a layer is approximated by ``left ⊗ right``, with one factor for each axis of its
+matrix ``[W | b]``. For a linear layer of shape (o, i + 1) the factors are second moments:
+``left = scale Σ g g^T`` of the output gradients, and ``right = mean [a, 1] [a, 1]^T`` of the
+inputs. Only their product has a meaning; it is in units of the loss.
 """
 
 import dataclasses
@@ -29,26 +29,27 @@ Uses = tuple[LayerUse, ...]
 
 @state
 class KroneckerIO:
-    """Kronecker factors of every layer, and what stands in where there is no such layer.
+    """The Kronecker factors of every layer, and other curvature for parameters without factors.
 
-    The state is empty until the first measurement, since layers are found by running the model. All
-    fields but ``normalizer`` are totals: divided by it they are the averages.
+    The dicts are empty until the first measurement, because layers are found by running the model.
+    They contain totals, which are averages once divided by ``normalizer``.
 
     Attributes:
-        left: for each block ``"weight+bias"`` (or ``"weight"``) the factor of the rows of its
-            matrix, see :mod:`funcprecond.layers.block_matrix`: (o, o); (J, o / J, o / J) for a
-            convolution of J groups; (V,), a diagonal, for an embedding, tied to a linear layer or
-            not.
-        right: the factor of the columns, (i + 1, i + 1) likewise.
-        units: for a norm layer of U units the exact (U, 2, 2) blocks of scale and bias, (U, 1, 1)
-            without bias.
-        others: the diagonal for parameters that no layer covers.
+        left: for each block ``"weight+bias"`` (or ``"weight"``), the factor on the side of the rows
+            of its matrix, see :mod:`funcprecond.layers.block_matrix`: (o, o); (J, o / J, o / J) for
+            a convolution of J groups; or a diagonal (V,) for an embedding of V tokens, whether or
+            not it is tied to a linear layer.
+        right: likewise the factor on the side of the columns, (i + 1, i + 1).
+        units: for a norm layer of U units, the exact blocks of scale and bias of each unit,
+            (U, 2, 2), or (U, 1, 1) without a bias.
+        others: the diagonal of the curvature for parameters that no layer covers.
         normalizer: 0-d, see :mod:`funcprecond.representation.average`.
-        names: the parameters this state belongs to.
-        thin: of a local measurement (``decay=None``), keep a factor of n rows and columns as the
-            (r, n) rows that it is the product of, if these are fewer.
-        max_dim: of a longer axis only the factor's diagonal is measured and kept, (o,) or (i + 1,);
-            0 is no limit. A convolution of several groups has no limit: its factors are short.
+        names: the names of the parameters that this state covers.
+        thin: store a factor of a local measurement (``decay=None``) as X, (r, n), if it is
+            ``X^T X`` with r < n.
+        max_dim: of a factor for a longer axis, only the diagonal is measured and stored, (o,) or
+            (i + 1,); 0 means no limit. The limit does not apply to a convolution of several groups,
+            whose factors are small.
     """
 
     left: dict[str, Tensor]
@@ -64,11 +65,27 @@ class KroneckerIO:
 
     @classmethod
     def init(cls, params: Params, thin: bool = False, max_dim: int = 0) -> "KroneckerIO":
-        """Empty."""
+        """Empty dicts, because the layers are found by the first measurement.
+
+        Args:
+            params: the parameters.
+            thin, max_dim: see the attributes.
+
+        Returns:
+            The representation.
+        """
         return cls({}, {}, {}, {}, scalar_like(params), tuple(params), thin, max_dim)
 
     def accumulate(self, value: Layers, decay: Decay) -> "KroneckerIO":
-        """Take in a measurement of the layers."""
+        """Include a measurement of the layers.
+
+        Args:
+            value: the layer statistics.
+            decay: see :mod:`funcprecond.representation.average`.
+
+        Returns:
+            The new representation. Costs one Gram matrix per factor.
+        """
         value, now = value.restrict(self.names), present(self.normalizer, decay)
         empty = dataclasses.replace(
             self, left={}, right={}, units={}, others={}, thin=self.thin and decay is None
@@ -88,11 +105,17 @@ class KroneckerIO:
         )
 
     def with_cotangents(self, value: Layers) -> "KroneckerIO":
-        """Take in cotangents alone: the factors of output gradients, and all that is no product.
+        """Include cotangents alone: the factors of output gradients, and curvature without factors.
 
-        So a sum over many cotangents is taken one by one, and none of their gradients is kept; the
-        inputs' factors come from :meth:`with_inputs`. A tied embedding has both of its factors at
-        once, from all cotangents together.
+        A sum over many cotangents can thus be taken one by one, without keeping their gradients.
+        The factors of the inputs come from :meth:`with_inputs`. A tied embedding gets both of its
+        factors here, so that it requires all cotangents in one call.
+
+        Args:
+            value: the layer statistics of some cotangents.
+
+        Returns:
+            The new representation.
         """
         value = value.restrict(self.names)
         left, right, units = dict(self.left), dict(self.right), dict(self.units)
@@ -112,7 +135,15 @@ class KroneckerIO:
         return dataclasses.replace(self, left=left, right=right, units=units, others=others)
 
     def with_inputs(self, blocks: dict[str, Uses], sharing: Sharing) -> "KroneckerIO":
-        """Take in the inputs of layers whose cotangents are there already."""
+        """Include the inputs of layers whose cotangents are already included.
+
+        Args:
+            blocks: the uses of each block.
+            sharing: see :class:`funcprecond.curvature.LayerStatistics`.
+
+        Returns:
+            The new representation, with a normalizer of 1.
+        """
         left, right = dict(self.left), dict(self.right)
         for block, uses in blocks.items():
             call = uses[0].call
@@ -124,7 +155,14 @@ class KroneckerIO:
         return dataclasses.replace(self, left=left, right=right, normalizer=one)
 
     def block(self, name: str) -> Tensor:
-        """A layer's block as a dense matrix, in the order of its flattened ``[W | b]``."""
+        """The curvature of a layer as a dense matrix, in the order of its flattened ``[W | b]``.
+
+        Args:
+            name: the name of the block.
+
+        Returns:
+            (n, n) for a layer of n entries.
+        """
         left, right = (square(x) / self.normalizer for x in (self.left[name], self.right[name]))
         left, right = (x.diag() if x.ndim == 1 else x for x in (left, right))
         if left.ndim == 2:
@@ -149,10 +187,12 @@ class KroneckerIO:
         return 0 < self.max_dim < length and call.groups == 1
 
     def _tied_factors(self, uses: Uses, sharing: Sharing, scale: Tensor) -> tuple[Tensor, Tensor]:
-        """One product for a table's uses as an embedding and as a linear layer.
+        """The factors of a table that is used both as an embedding and as a linear layer.
 
-        Both uses are ``diag ⊗ right``: of the linear layer's output gradients, one for each of V
-        tokens, only the squares are kept. What couples the two uses is left out.
+        The curvature of each use is approximated by ``diag ⊗ right``: of the second moments of the
+        linear layer's output gradients, which have one entry per token, only the diagonal is kept.
+        The curvature between the two uses is left out. The result is the Kronecker product nearest
+        to the sum of both.
         """
         looked_up = tuple(use for use in uses if use.call.one_hot)
         applied = tuple(use for use in uses if not use.call.one_hot)
@@ -168,7 +208,7 @@ class KroneckerIO:
 
 
 def _joined(a: Tensor, b: Tensor) -> Tensor:
-    """The sum of two factors, which stays thin while it has fewer rows than columns."""
+    """The sum of two factors, which stays thin if it has fewer rows than columns."""
     if a.ndim == 1:
         return a + b
     if a.shape[-2] + b.shape[-2] < a.shape[-1]:

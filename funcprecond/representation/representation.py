@@ -1,4 +1,4 @@
-"""The contract of stage 2: what a representation has to be, and what it can take in."""
+"""The protocols of stage 2: representations, and the measurements that they accept."""
 
 from typing import Any, ClassVar, Protocol, Self, runtime_checkable
 
@@ -11,22 +11,42 @@ __all__ = ["Representation", "WithDiagonal", "WithMatrices"]
 
 
 class Representation(Protocol):
-    """How a curvature matrix is stored: an immutable tree of tensors.
+    """The storage of a curvature matrix: an immutable tree of tensors.
 
     Attributes:
-        accepts: the type of the measurements that it can take in: a class, or one of the protocols
-            here. :func:`funcprecond.compose` compares it with what the curvature's need ``gives``.
+        accepts: the type of the measurements that it accepts: a class, or one of the protocols in
+            this file. :func:`funcprecond.compose` compares it with the type that the curvature's
+            need ``gives``.
     """
 
     accepts: ClassVar[type]
 
     @classmethod
     def init(cls, params: Params) -> Self:
-        """The representation before the first measurement; raises ValueError if it is too large."""
+        """The representation before the first measurement.
+
+        Args:
+            params: the parameters, of which the names and the shapes are used.
+
+        Returns:
+            The representation.
+
+        Raises:
+            ValueError: the representation would be too large.
+        """
         ...
 
     def accumulate(self, value: Any, decay: Decay) -> Self:
-        """The representation after one more measurement."""
+        """The representation after one more measurement.
+
+        Args:
+            value: a measurement, of the type :attr:`accepts`.
+            decay: how the measurement is combined with the old ones, see
+                :mod:`funcprecond.representation.average`.
+
+        Returns:
+            The new representation.
+        """
         ...
 
 
@@ -35,7 +55,7 @@ class WithDiagonal(Protocol):
     """A measurement that has a diagonal."""
 
     def diagonal(self) -> Params:
-        """Shaped like the parameters."""
+        """The diagonal, shaped like the parameters."""
         ...
 
 
@@ -44,5 +64,5 @@ class WithMatrices(Protocol):
     """A measurement that has a matrix for each parameter."""
 
     def to_dense(self) -> dict[str, Tensor]:
-        """(n, n) for a parameter of n entries."""
+        """The matrix of each parameter, (n, n) for a parameter of n entries."""
         ...

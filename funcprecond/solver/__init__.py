@@ -1,7 +1,8 @@
-"""Stage 3: how ``C^-1 g`` is computed. Each file has a frozen configuration with two functions.
+"""Stage 3: how ``C^-1 g`` is computed.
 
-:class:`Solver` is the contract: ``prepare(representation, previous)`` is expensive and runs at an
-interval, ``apply(factor, grads)`` is cheap and runs at every step.
+Each file has one solver, which is a frozen configuration with two functions. :class:`Solver` is
+their protocol: ``prepare(representation, previous)`` is expensive and runs at an interval, and
+``apply(factor, grads)`` is cheap and runs at every step.
 """
 
 from funcprecond.solver.axis_inverse import AxisInverse

@@ -22,7 +22,7 @@ class AxisInverse:
     """``g ×_1 (U_1 + λ I)^(-1) ×_2 … ×_k (U_k + λ I)^(-1)``.
 
     Attributes:
-        damping: λ, added to every U_i, which has the units of the curvature's k-th root.
+        damping: λ, which is added to every U_i, in units of the k-th root of the curvature.
     """
 
     damping: float | Tensor = 0.1
@@ -31,18 +31,33 @@ class AxisInverse:
     staggers: ClassVar[bool] = False
 
     def init(self, representation: TensorNormal) -> Factors:
-        """Identities."""
+        """An identity matrix for each axis.
+
+        Args:
+            representation: the representation before the first measurement.
+
+        Returns:
+            The factor.
+        """
         return {
             k: tuple(torch.eye(len(x), dtype=x.dtype, device=x.device) for x in factors)
             for k, factors in representation.average.total.items()
         }
 
     def prepare(self, representation: TensorNormal, previous: Factors) -> Factors:
-        """One batched Cholesky decomposition for each size of factor."""
+        """Invert the damped factors.
+
+        Args:
+            representation: the curvature.
+            previous: the old inverses, which are kept for factors that are zero or not finite.
+
+        Returns:
+            The inverses. Costs one batched Cholesky decomposition per size of factor.
+        """
 
         def invert(u: Tensor, old: Tensor, _) -> Tensor:
             eye = torch.eye(u.shape[-1], dtype=u.dtype, device=u.device)
-            # Of no curvature, or one that is no number, the old inverse is better than any.
+            # A factor that is zero or not finite keeps its old inverse.
             seen = u.diagonal(dim1=-2, dim2=-1).sum(-1) > 0
             ok = (torch.isfinite(u).all(-1).all(-1) & seen)[..., None, None]
             symmetric = (u + u.mT) / 2 + (self.damping * eye).to(u.dtype)
@@ -58,7 +73,16 @@ class AxisInverse:
         return {k: tuple(next(found) for _ in of_param) for k, of_param in factors.items()}
 
     def apply(self, factor: Factors, grads: Params, evidence: Evidence | None = None) -> Params:
-        """A product along each axis."""
+        """Multiply the gradient by the inverses.
+
+        Args:
+            factor: the inverses.
+            grads: the gradient.
+            evidence: not used.
+
+        Returns:
+            The direction. Costs one product per axis.
+        """
         direction = {}
         for name, g in grads.items():
             x = g.to(factor_dtype(g)).reshape(long_axes(g.shape))

@@ -26,10 +26,18 @@ __all__ = ["Cholesky", "CholeskyFactor", "pi"]
 
 @state
 class CholeskyFactor:
-    """Both damped factors of each block, decomposed or inverted; inverses of the units; the rest.
+    """The damped factors of each block, inverted or decomposed, and the other curvature.
 
-    The factors are of totals; ``scale`` turns the solution into that of the averages. A factor with
-    fewer rows than columns is W of ``(I - W^T W) / ridge``, the inverse of a matrix kept as rows.
+    A factor with fewer rows than columns is W in ``(I - W^T W) / ridge``, the inverse of a damped
+    thin factor.
+
+    Attributes:
+        left, right: the inverse of each damped factor, or its lower Cholesky factor, by block. They
+            belong to the totals of the representation.
+        units: the inverses of the damped blocks of the units of norm layers.
+        others: the averaged diagonal for parameters that no layer covers.
+        scale: turns the solution for the totals into that for the averages, 0-d.
+        left_ridge, right_ridge: the damping of each factor, by block.
     """
 
     left: dict[str, Tensor]
@@ -43,18 +51,20 @@ class CholeskyFactor:
 
 @dataclasses.dataclass(frozen=True)
 class Cholesky:
-    r"""``(left + √λ/π I)^-1 G (right + √λ π I)^-1``: Martens & Grosse's factored damping.
+    """``(left + √λ/π I)^-1 G (right + √λ π I)^-1``: the factored damping of Martens & Grosse.
 
-    It is stronger than the exact damping of the same λ by the cross terms ``√λ π (left ⊗ I) + √λ/π
-    (I ⊗ right)``, so that values do not carry over from :class:`funcprecond.solver.eigen.Eigen`.
+    It is stronger than the exact damping of the same λ by the cross terms
+    ``√λ π (left ⊗ I) + √λ/π (I ⊗ right)``. Values of λ therefore do not carry over from
+    :class:`funcprecond.solver.Eigen`.
 
     Attributes:
-        damping: λ, in the loss's units.
-        split: "pi" chooses π² as the ratio of the factors' mean eigenvalues, which makes the cross
-            terms' trace least and the result blind to how scale is shared between the factors;
-            "equal" is π = 1.
-        invert: form the inverses, which makes a refresh about three times as dear and a step on
-            dense gradients half as dear; or keep the triangular factors.
+        damping: λ, in units of the loss.
+        split: "pi" takes the ratio of the mean eigenvalues of ``right`` and ``left`` as π². This
+            minimizes the trace of the cross terms and makes the result independent of how a scale
+            is shared between the factors. "equal" is π = 1.
+        invert: whether to form the inverses. This makes a refresh about three times as expensive,
+            and a step on dense gradients half as expensive. Otherwise the Cholesky factors are
+            kept.
     """
 
     damping: float | Tensor = 1e-3
@@ -65,15 +75,30 @@ class Cholesky:
     staggers: ClassVar[bool] = False
 
     def init(self, representation: KroneckerIO) -> CholeskyFactor:
-        """Empty, as the representation is."""
+        """Empty dicts, like those of the representation.
+
+        Args:
+            representation: the representation before the first measurement.
+
+        Returns:
+            The factor.
+        """
         return CholeskyFactor({}, {}, {}, {}, torch.ones_like(representation.normalizer), {}, {})
 
     def prepare(self, representation: KroneckerIO, previous: CholeskyFactor) -> CholeskyFactor:
-        """One batched Cholesky decomposition for each size of factor."""
+        """Decompose the damped factors.
+
+        Args:
+            representation: the curvature.
+            previous: not used.
+
+        Returns:
+            The factor. Costs one batched Cholesky decomposition per size of factor.
+        """
         w = representation.normalizer
         gamma = self.damping**0.5
         blocks = list(representation.left)
-        # Totals, not averages: the ridges are scaled instead of the matrices.
+        # The matrices are totals; the ridges are scaled instead of the matrices.
         left = [representation.left[k] for k in blocks]
         right = [representation.right[k] for k in blocks]
         ratio = [
@@ -102,7 +127,18 @@ class Cholesky:
     def apply(
         self, factor: CholeskyFactor, grads: Params, evidence: Evidence | None = None
     ) -> Params:
-        """Two products or solves a layer, of the gradient or of the rows that it is made of."""
+        """Solve with both damped factors of each layer.
+
+        Args:
+            factor: the result of :meth:`prepare`.
+            grads: the gradient.
+            evidence: the evidence of this step, from which the rows of the gradient are taken, if
+                it has them.
+
+        Returns:
+            The direction. Costs two products or solves per layer, with the gradient, or with its
+            rows where that costs less.
+        """
 
         def solve(block: str, gradient: LayerGradient) -> LayerGradient:
             left = factor.left[block], factor.left_ridge[block]
@@ -123,7 +159,7 @@ class Cholesky:
         )
 
     def _factor(self, matrices: Tensor, ridge: Tensor) -> Tensor:
-        """The damped stack, decomposed."""
+        """A stack of factors, damped, and inverted or decomposed."""
         if matrices.ndim == ridge.ndim + 1:
             return 1 / (matrices + ridge.unsqueeze(-1))
         rows = matrices
@@ -138,7 +174,7 @@ class Cholesky:
         return torch.cholesky_inverse(lower) if self.invert else lower
 
     def _solve(self, factor: Tensor, ridge: Tensor, x: Tensor) -> Tensor:
-        """``x (damped factor)^-1`` for rows x."""
+        """``x (damped factor)^-1`` for a matrix x."""
         if factor.ndim == 1:
             return x * factor
         if is_thin(factor):
@@ -147,7 +183,7 @@ class Cholesky:
 
 
 def pi(right: Tensor, left: Tensor) -> Tensor:
-    """``sqrt(mean eigenvalue of right / of left)`` for each group; 1 where either is zero."""
+    """``sqrt(mean eigenvalue of right / that of left)`` for each group; 1 where either is zero."""
     r, x = _mean_eigenvalue(right), _mean_eigenvalue(left)
     both = (r > 0) & (x > 0)
     return torch.where(both, (r / torch.where(both, x, 1.0)).sqrt(), 1.0)
@@ -160,7 +196,7 @@ def _mean_eigenvalue(matrix: Tensor) -> Tensor:
 
 
 def _floor(matrix: Tensor) -> Tensor:
-    """The least ridge with which rounding leaves a matrix positive definite; 0 for a diagonal."""
+    """The least ridge that keeps a matrix positive definite under rounding; 0 for a diagonal."""
     if matrix.ndim == 1:
         return torch.zeros_like(matrix[0])
     return matrix.shape[-1] * torch.finfo(matrix.dtype).eps * _mean_eigenvalue(matrix)

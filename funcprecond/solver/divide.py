@@ -17,10 +17,10 @@ __all__ = ["Divide"]
 
 @dataclasses.dataclass(frozen=True)
 class Divide:
-    """``g / (|d|^power + damping)``.
+    """``g / (|d|^power + damping)`` for the diagonal d of the curvature.
 
     Attributes:
-        damping: added to the power, outside the root.
+        damping: added to the power of d, outside of the root.
         power: 1 for a Newton-like step, 1/2 for the AdaGrad family.
     """
 
@@ -31,19 +31,43 @@ class Divide:
     staggers: ClassVar[bool] = False
 
     def init(self, representation: Diagonal) -> Params:
-        """Zero: what a step before the first measurement divides by is the damping alone."""
+        """Zeros, so that a step before the first measurement divides by the damping alone.
+
+        Args:
+            representation: the representation before the first measurement.
+
+        Returns:
+            The factor.
+        """
         return {k: torch.zeros_like(t) for k, t in representation.average.total.items()}
 
     def prepare(self, representation: Diagonal, previous: Params) -> Params:
-        """The power of the diagonal."""
+        """Compute the power of the diagonal.
+
+        Args:
+            representation: the curvature.
+            previous: not used.
+
+        Returns:
+            ``|d|^power``, shaped like the parameters.
+        """
         new = representation.diagonal()
         if multi_tensor(new.values()):
-            # Those are new: changed in place, not copied twice.
+            # These tensors are new, so they are changed in place instead of copied twice.
             return {k: d.abs_().pow_(self.power) for k, d in new.items()}
         return {k: d.abs() ** self.power for k, d in new.items()}
 
     def apply(self, factor: Params, grads: Params, evidence: Evidence | None = None) -> Params:
-        """One division an entry."""
+        """Divide the gradient.
+
+        Args:
+            factor: the result of :meth:`prepare`.
+            grads: the gradient.
+            evidence: not used.
+
+        Returns:
+            The direction. Costs one division per entry.
+        """
         direction = {}
         for name, g in grads.items():
             divisor = factor[name] + self.damping

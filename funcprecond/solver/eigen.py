@@ -1,4 +1,4 @@
-"""Kronecker-factored curvature with exact damping, by eigendecomposition of the factors."""
+"""Kronecker-factored curvature with exact damping, by eigendecompositions of the factors."""
 
 import dataclasses
 from typing import ClassVar
@@ -24,9 +24,15 @@ __all__ = ["Eigen", "EigenFactor", "groups_of", "rotate", "rotate_back"]
 
 @state
 class EigenFactor:
-    """Eigenvectors and eigenvalues of both factors of each block, and the rest's curvature.
+    """The eigenvectors and eigenvalues of both factors of each block, and the other curvature.
 
-    A diagonal factor, such as an embedding's left one, has no vectors.
+    A diagonal factor, such as the left one of an embedding, has no eigenvectors.
+
+    Attributes:
+        left_vectors, right_vectors: the eigenvectors, as columns, by block.
+        left_values, right_values: the eigenvalues, by block.
+        units: the averaged blocks of the units of norm layers.
+        others: the averaged diagonal for parameters that no layer covers.
     """
 
     left_vectors: dict[str, Tensor]
@@ -39,11 +45,11 @@ class EigenFactor:
 
 @dataclasses.dataclass(frozen=True)
 class Eigen:
-    """``(left ⊗ right + damping I)^-1``, exactly: in the product of the eigenbases it is diagonal.
+    """``(left ⊗ right + damping I)^-1``, exactly, because it is diagonal in the eigenbases.
 
     Attributes:
-        damping: added to the curvature, in the loss's units. Read at every step, so a schedule
-            needs no refresh.
+        damping: added to the curvature, in units of the loss. It is used at every step, so that a
+            schedule needs no refresh.
     """
 
     damping: float | Tensor = 1e-3
@@ -52,11 +58,26 @@ class Eigen:
     staggers: ClassVar[bool] = False
 
     def init(self, representation: KroneckerIO) -> EigenFactor:
-        """Empty, as the representation is."""
+        """Empty dicts, like those of the representation.
+
+        Args:
+            representation: the representation before the first measurement.
+
+        Returns:
+            The factor.
+        """
         return EigenFactor({}, {}, {}, {}, {}, {})
 
     def prepare(self, representation: KroneckerIO, previous: EigenFactor) -> EigenFactor:
-        """Decompose: one batched eigendecomposition for each size of factor."""
+        """Decompose the factors.
+
+        Args:
+            representation: the curvature.
+            previous: not used.
+
+        Returns:
+            The factor. Costs one batched eigendecomposition per size of factor.
+        """
         w = representation.normalizer
         left = {k: x / w for k, x in representation.left.items()}
         right = {k: x / w for k, x in representation.right.items()}
@@ -72,7 +93,18 @@ class Eigen:
         )
 
     def apply(self, factor: EigenFactor, grads: Params, evidence: Evidence | None = None) -> Params:
-        """Rotate, divide, rotate back: four products a layer, two of them maybe of rows only."""
+        """Rotate the gradient of each layer, divide it, and rotate it back.
+
+        Args:
+            factor: the result of :meth:`prepare`.
+            grads: the gradient.
+            evidence: the evidence of this step, from which the rows of the gradient are taken, if
+                it has them.
+
+        Returns:
+            The direction. Costs four products per layer, two of which multiply the rows of the
+            gradient instead of the gradient where that costs less.
+        """
 
         def solve(block: str, gradient: LayerGradient) -> LayerGradient:
             left, right = factor.left_vectors.get(block), factor.right_vectors.get(block)
@@ -97,7 +129,7 @@ class Eigen:
 
 
 def rotate(gradient: LayerGradient, left: Tensor | None, right: Tensor | None) -> Tensor:
-    """``left^T gradient right``; None stands for the identity."""
+    """``left^T gradient right``, formed; None stands for the identity."""
     rotated = gradient.map(
         lambda x: x if left is None else x @ left, lambda x: x if right is None else x @ right
     )
@@ -105,11 +137,11 @@ def rotate(gradient: LayerGradient, left: Tensor | None, right: Tensor | None) -
 
 
 def rotate_back(matrix: Tensor, left: Tensor | None, right: Tensor | None) -> LayerGradient:
-    """``left matrix right^T``."""
+    """``left matrix right^T``; None stands for the identity."""
     matrix = matrix if left is None else left @ matrix
     return LayerGradient(None, matrix if right is None else matrix @ right.mT)
 
 
 def groups_of(vectors: Tensor | None) -> int:
-    """The number of groups that a block's eigenvectors are for; of a diagonal factor 1."""
+    """The number of groups of a block with these eigenvectors; 1 for a diagonal factor, None."""
     return 1 if vectors is None or vectors.ndim == 2 else vectors.shape[0]

@@ -1,4 +1,4 @@
-"""Eigenbases of Shampoo's factors that are followed over the steps, for methods that work in them."""
+"""Eigenbases of Shampoo's factors, followed over the steps, for methods that work in them."""
 
 import dataclasses
 import sys
@@ -29,10 +29,14 @@ class FollowedEigenbases:
     Attributes:
         every, refresh_every, start: the intervals of the statistics and of the bases, see
             :func:`funcprecond.compose`.
-        refresh: "qr" follows bases; "eigh" decomposes each time. The first bases, those before
-            ``start``, and all of an ``update`` without evidence come from a decomposition anyway.
+        refresh: "qr" follows the bases, "eigh" decomposes at each refresh. In both cases a
+            decomposition computes the first bases, all bases before ``start``, and the bases in an
+            ``update`` without evidence.
         epsilon, sort: see :func:`funcprecond.linalg.eigenbases.orthogonal_step`.
-        max_dim: a longer axis has no basis; 0 is no limit.
+        max_dim: an axis longer than this has no basis; 0 means no limit.
+
+    Raises:
+        ValueError: an option has a value that is not allowed.
     """
 
     every: int = 1
@@ -59,25 +63,35 @@ class FollowedEigenbases:
         )
 
     def needs(self, t: int) -> tuple[Need, ...]:
-        """What is due at step t."""
+        """The marks that are due at step ``t``, a Python integer that counts from 0."""
         return tuple(need for mark in self._marks for need in mark.due(t))
 
     def axes(self, shape: torch.Size) -> tuple[int, ...]:
-        """The axes of a parameter that have a basis."""
+        """The axes of a parameter of this shape that have a basis."""
         return axes_below(shape, self.max_dim)
 
     def identities(self, params: Params) -> Bases:
-        """An identity for each axis that has a basis, for each parameter."""
+        """An identity matrix for each axis with a basis, for each parameter."""
         return {k: identities(p, self.axes(p.shape), factor_dtype(p)) for k, p in params.items()}
 
     def are_measured(self, evidence: Evidence | None) -> bool:
-        """Whether statistics are due."""
+        """Whether the statistics are due."""
         return evidence is None or self._marks[0] in evidence
 
     def statistics(
         self, old: tuple[Tensor, ...], g: Tensor, decay: float | Tensor, evidence: Evidence | None
     ) -> tuple[Tensor, ...]:
-        """``S_i <- decay S_i + (1 - decay) C_i(g)`` for one parameter, if statistics are due."""
+        """``S_i <- decay S_i + (1 - decay) C_i(g)`` for one parameter, if the statistics are due.
+
+        Args:
+            old: the statistics S_i, one per axis with a basis.
+            g: the gradient of the parameter.
+            decay: the weight of the old statistics.
+            evidence: the evidence of this step, if there is any.
+
+        Returns:
+            The new statistics, or ``old``.
+        """
         if not self.are_measured(evidence):
             return old
         found = zip(old, grams(g, self.axes(g.shape)), strict=True)
@@ -86,10 +100,18 @@ class FollowedEigenbases:
     def refreshed(
         self, statistics: Bases, bases: Bases, evidence: Evidence | None
     ) -> tuple[Bases, Literal["kept", "followed", "decomposed"]]:
-        """The bases after this step, and how they came about.
+        """The bases after this step, and how they were computed.
 
-        Of followed bases each column has the place of the old one that it comes from; those of a
-        decomposition have no counterparts among the old.
+        Each column of a followed basis has the place of the old column that it comes from. The
+        columns of a decomposition do not correspond to old ones.
+
+        Args:
+            statistics: for each parameter the statistics, one per axis with a basis.
+            bases: the old bases.
+            evidence: the evidence of this step, if there is any.
+
+        Returns:
+            The bases, and "kept", "followed" or "decomposed".
         """
         _, refresh, decompose = self._marks
         if evidence is None or decompose in evidence:

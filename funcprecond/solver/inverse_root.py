@@ -1,6 +1,6 @@
-"""Axis preconditioners by inverse roots: Shampoo's product of one root for each axis.
+"""Axis preconditioners by inverse roots: Shampoo's product with one root per axis.
 
-A factor that is zero or not finite, or whose root does not converge, keeps its previous root.
+A factor keeps its previous root if it is zero or not finite, or if its root does not converge.
 """
 
 import dataclasses
@@ -24,7 +24,7 @@ from funcprecond.tree import Params, state, static
 __all__ = ["InverseRoot", "Roots", "diagonal_roots", "refreshed"]
 
 
-# A dense matrix acts on the whole parameter as one axis.
+# A dense matrix acts on the whole parameter as on a single axis.
 WHOLE = Blocking(merge=2**62)
 
 
@@ -33,9 +33,9 @@ class Roots:
     """Inverse roots, ready to be applied.
 
     Attributes:
-        roots: for each block a tuple of (n_i, n_i) matrices, one an axis with a factor.
-        diagonals: for the other parameters the inverse root, entry by entry.
-        kept: how many roots could not be taken so far and stayed as they were, 0-d.
+        roots: for each block a tuple of (n_i, n_i) matrices, one for each axis with a factor.
+        diagonals: for each parameter without factors the inverse root, entry by entry.
+        kept: how often a root could not be computed so far and the previous one was kept, 0-d.
         blocking: how parameters are cut into blocks.
     """
 
@@ -45,18 +45,27 @@ class Roots:
     blocking: Blocking = static(default=Blocking())
 
     def apply(self, grads: Params, solve: Callable[..., Tensor]) -> Params:
-        """``solve(roots, block)`` for each block, and a product with the rest's diagonal."""
+        """Apply the roots to each block, and multiply the other parameters by their inverse roots.
+
+        Args:
+            grads: the gradient.
+            solve: ``(roots, block) -> direction``, for one block.
+
+        Returns:
+            The direction, with the names and dtypes of ``grads``.
+        """
         return apply_blocks(solve, (self.roots,), self.diagonals, self.blocking, grads)
 
 
 @dataclasses.dataclass(frozen=True)
 class InverseRoot:
-    """Apply ``S_i^(-exponent)`` along every axis; for a dense matrix, ``C^(-exponent)``.
+    """Apply ``S_i^(-exponent)`` along every axis, or ``C^(-exponent)`` for a dense matrix.
 
     Attributes:
-        epsilon: the ridge, relative to each factor's largest eigenvalue.
-        exponent: of each factor; by default 1/2 shared by the k axes, ``1 / (2 k)``.
-        dtype, method, ridge: see :func:`funcprecond.linalg.inverse_roots.inverse_root`.
+        epsilon: the ridge, relative to the largest eigenvalue of each factor.
+        exponent: the exponent of each factor; None means ``1 / (2 k)``, an equal share of 1/2 for
+            each of the k axes.
+        dtype, method, ridge: see :func:`funcprecond.linalg.inverse_root`.
     """
 
     epsilon: float | Tensor = 1e-6
@@ -69,7 +78,14 @@ class InverseRoot:
     staggers: ClassVar[bool] = True
 
     def init(self, representation: KroneckerDim | Dense) -> Roots:
-        """Identity: what stays where no root can be taken yet."""
+        """Identity matrices, which stay where no root can be computed.
+
+        Args:
+            representation: the representation before the first measurement.
+
+        Returns:
+            The factor.
+        """
         factors, diagonals, blocking = _factors(representation)
         eye = {
             k: tuple(torch.eye(s.shape[-1], dtype=s.dtype, device=s.device) for s in f)
@@ -81,7 +97,17 @@ class InverseRoot:
     def prepare(
         self, representation: KroneckerDim | Dense, previous: Roots, turn: Turn | None = None
     ) -> Roots:
-        """Take the roots, all of them or those whose turn it is."""
+        """Compute the roots of all factors, or of those that are due.
+
+        Args:
+            representation: the curvature.
+            previous: the old roots.
+            turn: selects the factors that are due; None means all.
+
+        Returns:
+            The roots. Costs one eigendecomposition or one iteration per factor, see
+            :func:`funcprecond.linalg.inverse_root`.
+        """
         factors, diagonals, blocking = _factors(representation)
 
         def take(stack: Tensor, before: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -101,7 +127,16 @@ class InverseRoot:
         return Roots(roots, inverses, previous.kept + failed, blocking)
 
     def apply(self, factor: Roots, grads: Params, evidence: Evidence | None = None) -> Params:
-        """One product an axis."""
+        """Multiply the gradient by the roots.
+
+        Args:
+            factor: the roots.
+            grads: the gradient.
+            evidence: not used.
+
+        Returns:
+            The direction. Costs one product per axis.
+        """
 
         def solve(roots: tuple[Tensor, ...], x: Tensor) -> Tensor:
             return multiply(roots, x, factor.blocking.axes(x.shape))
@@ -116,7 +151,19 @@ def apply_blocks(
     blocking: Blocking,
     grads: Params,
 ) -> Params:
-    """``solve(*factors of the block, block)`` for each, and a product with the rest's diagonal."""
+    """Solve for each block, and multiply the other parameters by their diagonal.
+
+    Args:
+        solve: ``(*tuples, block) -> direction``, with one tuple of factors from each of
+            ``factors``.
+        factors: dicts with a tuple of factors for each block, one per axis.
+        diagonals: for each parameter without factors, the number for each of its entries.
+        blocking: how parameters are cut into blocks.
+        grads: the gradient.
+
+    Returns:
+        The direction, with the names and dtypes of ``grads``.
+    """
     blocks: dict[str, Tensor] = {}
     for name, g in grads.items():
         if name not in diagonals:
@@ -149,15 +196,17 @@ def refreshed(
     previous: Sequence[dict[str, tuple[Tensor, ...]]],
     turn: Turn | None,
 ) -> tuple[list[dict[str, tuple[Tensor, ...]]], Tensor | int]:
-    """``take(stack, *before, k) -> (*new, ok)`` of all factors, or of those whose turn it is.
+    """New values for all factors, or for those that are due.
 
     Args:
-        take: what to compute of a stack of factors of blocks with k axes.
-        factors, previous: for each block a tuple with an entry for each axis.
-        turn: whose turn it is.
+        take: ``(stack, *before, k) -> (*new, ok)`` for a stack of factors of blocks with k axes,
+            where ``before`` are their old values.
+        factors: for each block a tuple with one factor per axis.
+        previous: the old values, likewise.
+        turn: selects the factors that are due; None means all.
 
     Returns:
-        What ``previous`` becomes, and of how many factors ``ok`` is False.
+        The new ``previous``, and the number of factors for which ``ok`` is False.
     """
     flat = [s for f in factors.values() for s in f]
     axes = [len(f) for f in factors.values() for _ in f]
@@ -180,7 +229,10 @@ def refreshed(
 def diagonal_roots(
     representation: KroneckerDim | Dense, diagonals: Params, previous: Params, epsilon
 ) -> Params:
-    """The inverse roots of the parameters without factors, entry by entry."""
+    """The inverse roots of the parameters without factors, entry by entry.
+
+    A parameter whose second moment is zero or not finite keeps its previous root.
+    """
     new = {}
     for name, d in diagonals.items():
         d = d / representation.normalizer

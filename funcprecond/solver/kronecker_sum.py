@@ -1,15 +1,16 @@
 r"""CASPR's combination of axis preconditioners: a power of a Kronecker *sum* of inverse roots.
 
-With k axes, :math:`X_p = (\frac1k \sum_i S_i^{-1/2p})^p`, each root acting along its own axis. The
-roots commute, so this is their power mean of order 1/p: p = 1 is the plain average of the one-sided
-preconditioners, p = 2 is CASPR for matrices, and :math:`p \to \infty` is the geometric mean,
-Shampoo. With p = k the roots are exactly Shampoo's, and the total degree is always that of one
-inverse square root.
+With k axes, :math:`X_p = (\frac1k \sum_i S_i^{-1/2p})^p`, where each root acts along its own axis.
+The roots commute, so that this is the mean of order 1/p of the one-sided preconditioners
+:math:`S_i^{-1/2}`: p = 1 is their plain average, p = 2 is CASPR for matrices, and
+:math:`p \to \infty` is the geometric mean, Shampoo. With p = k the roots are exactly Shampoo's. The
+total degree is always that of one inverse square root.
 
-In the eigenbases :math:`Q_i` of the factors all roots are diagonal: with :math:`S_i = Q_i
-\Lambda_i Q_i^T`, rotate, multiply each entry by :math:`(\frac1k \sum_i \lambda_i^{-1/2p})^p`, and
-rotate back. That takes 2 k products for any p, p passes of roots take p k; so where roots come from
-eigendecompositions anyway, it is the eigenvectors that are kept.
+In the eigenbases :math:`Q_i` of the factors all roots are diagonal: with
+:math:`S_i = Q_i \Lambda_i Q_i^T`, rotate, multiply each entry by
+:math:`(\frac1k \sum_i \lambda_i^{-1/2p})^p`, and rotate back. This takes 2 k products for any p,
+whereas p passes of roots take p k. If the roots come from eigendecompositions anyway, the
+eigenvectors are therefore kept instead of the roots.
 """
 
 import dataclasses
@@ -40,11 +41,12 @@ __all__ = ["KroneckerSum", "Spectra"]
 
 @state
 class Spectra:
-    """Inverse roots in two parts, ready to be applied.
+    """Inverse roots as eigenvectors and roots of eigenvalues, ready to be applied.
 
     Attributes:
-        bases, values: for each block a tuple of (n_i, n_i) eigenvectors, as columns, and one of
-            (n_i,) eigenvalues' roots, one an axis with a factor.
+        bases: for each block a tuple of (n_i, n_i) matrices, one for each axis with a factor, with
+            the eigenvectors as columns.
+        values: for each block a tuple of (n_i,) vectors, the inverse roots of the eigenvalues.
         diagonals, kept, blocking: see :class:`funcprecond.solver.inverse_root.Roots`.
     """
 
@@ -57,16 +59,18 @@ class Spectra:
 
 @dataclasses.dataclass(frozen=True)
 class KroneckerSum:
-    """The power mean of the axes' preconditioners.
+    """The power mean of the one-sided preconditioners of the axes.
 
     Attributes:
-        epsilon: the ridge, relative to each factor's largest eigenvalue. A direction that one axis
-            has seen and another has not is amplified by about ``epsilon^(-1/2) / 4``, Shampoo's by
-            ``epsilon^(-1/4)``: keep it at 1e-6 or above in float32.
-        p: the order, by default the number of axes; ``math.inf`` is the geometric mean, Shampoo. In
-            eigenbases any positive number, in passes a whole one.
-        dtype, method: see :func:`funcprecond.linalg.inverse_roots.inverse_root`. With "eigh", which "auto"
-            is on a CPU, eigenvectors are kept; otherwise roots, applied in p passes.
+        epsilon: the ridge, relative to the largest eigenvalue of each factor. A direction with
+            curvature along one axis and none along another is amplified by about
+            ``epsilon^(-1/2) / 4``, and by ``epsilon^(-1/4)`` in Shampoo; use 1e-6 or more in
+            float32.
+        p: the order; None means the number of axes, and ``math.inf`` is the geometric mean,
+            Shampoo. In eigenbases it can be any positive number, in passes it must be a whole one.
+        dtype: see :func:`funcprecond.linalg.inverse_root`.
+        method: see :func:`funcprecond.linalg.inverse_root`. With "eigh", which "auto" is on a CPU,
+            eigenvectors are kept; otherwise roots are, which are applied in p passes.
     """
 
     epsilon: float | Tensor = 1e-6
@@ -78,12 +82,25 @@ class KroneckerSum:
     staggers: ClassVar[bool] = True
 
     def init(self, representation: KroneckerDim) -> Roots | Spectra:
-        """Identity; raises ValueError if ``p`` is not whole and roots are applied in passes."""
+        """Identity matrices, which stay where no root can be computed.
+
+        Args:
+            representation: the representation before the first measurement.
+
+        Returns:
+            The factor.
+
+        Raises:
+            ValueError: ``p`` is not a whole number, and the roots are applied in passes.
+        """
         roots = self._root.init(representation)
         on_cpu = representation.normalizer.device.type == "cpu"
         if not (self.method == "eigh" or (self.method == "auto" and on_cpu)):
             if self.p not in (None, math.inf) and self.p % 1:
-                msg = f"{self.p} passes cannot be made: use method='eigh' for such a p"
+                msg = (
+                    f"p={self.p} must be a whole number if the roots are applied in p passes: use "
+                    "method='eigh' for other p"
+                )
                 raise ValueError(msg)
             return roots
         values = {
@@ -94,7 +111,16 @@ class KroneckerSum:
     def prepare(
         self, representation: KroneckerDim, previous: Roots | Spectra, turn: Turn | None = None
     ) -> Roots | Spectra:
-        """Decompose the factors, all of them or those whose turn it is."""
+        """Decompose all factors, or those that are due.
+
+        Args:
+            representation: the curvature.
+            previous: the old factor.
+            turn: selects the factors that are due; None means all.
+
+        Returns:
+            The factor. Costs one eigendecomposition or one iteration per factor.
+        """
         if isinstance(previous, Roots):
             return self._root.prepare(representation, previous, turn)
 
@@ -119,7 +145,17 @@ class KroneckerSum:
     def apply(
         self, factor: Roots | Spectra, grads: Params, evidence: Evidence | None = None
     ) -> Params:
-        """``2 k`` products a block of k axes in eigenbases, where Shampoo takes k; p k by roots."""
+        """Multiply the gradient by the power mean.
+
+        Args:
+            factor: the result of :meth:`prepare`.
+            grads: the gradient.
+            evidence: not used.
+
+        Returns:
+            The direction. A block with k axes costs 2 k products in eigenbases, where Shampoo takes
+            k, and p k products in passes.
+        """
         layout = factor.blocking
 
         def by_passes(roots: tuple[Tensor, ...], x: Tensor) -> Tensor:

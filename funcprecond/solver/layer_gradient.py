@@ -1,4 +1,4 @@
-"""What the solvers of Kronecker-factored curvature share: layers as matrices, and the rest."""
+"""The shared parts of solvers with Kronecker factors: layers as matrices, and other parameters."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -25,30 +25,30 @@ __all__ = [
     "unit_inverses",
 ]
 
-# The gradient of the loss itself, as the rows that it is a sum of outer products of.
+# The need for the rows of the loss's gradient, whose outer products add up to the gradient.
 GRADIENT_ROWS = LayerStatistics("empirical", others="none")
 
 
 class BlockShape(NamedTuple):
-    """The shape of a layer's matrix: how many groups, and how many rows in each."""
+    """The shape of a layer's matrix: the number of groups, and the number of rows in each group."""
 
     groups: int
     rows: int
 
     @classmethod
     def of(cls, left: Tensor, right: Tensor) -> "BlockShape":
-        """The shape that factors act on, kept as matrices, rows or diagonals."""
+        """The shape of the matrix for two factors, each of which is square, thin or diagonal."""
         return cls(right.shape[0] if right.ndim == 3 else 1, left.shape[-1])
 
 
 @dataclasses.dataclass(frozen=True)
 class LayerGradient:
-    """The gradient of a layer's ``[W | b]``: ``outputs^T inputs``.
+    """The gradient of a layer's ``[W | b]``, which is ``outputs^T inputs``.
 
     Attributes:
-        outputs: (M, o) output gradients, or None for the identity.
-        inputs: (M, i + 1) inputs; without outputs the gradient itself, (o, i + 1), or
-            (J, o / J, i + 1) for J > 1 groups.
+        outputs: the output gradients, (M, o), or None, which stands for the identity.
+        inputs: the inputs, (M, i + 1). Without ``outputs`` they are the gradient itself,
+            (o, i + 1), or (J, o / J, i + 1) for J > 1 groups.
     """
 
     outputs: Tensor | None
@@ -57,13 +57,21 @@ class LayerGradient:
     def map(
         self, left: Callable[[Tensor], Tensor], right: Callable[[Tensor], Tensor]
     ) -> "LayerGradient":
-        """``L gradient R^T``, where ``left(x) = x L^T`` and ``right(x) = x R^T`` for rows x."""
+        """``L gradient R^T``.
+
+        Args:
+            left: ``x -> x L^T`` for a matrix x.
+            right: ``x -> x R^T`` for a matrix x.
+
+        Returns:
+            The result, factored if the gradient is.
+        """
         if self.outputs is None:
             return LayerGradient(None, left(right(self.inputs).mT).mT)
         return LayerGradient(left(self.outputs), right(self.inputs))
 
     def matrix(self) -> Tensor:
-        """The gradient, formed."""
+        """The gradient as a matrix, formed."""
         return self.inputs if self.outputs is None else self.outputs.mT @ self.inputs
 
 
@@ -76,20 +84,21 @@ def apply_blocks(
     damping: float | Tensor,
     rows: Layers | None = None,
 ) -> Params:
-    """Solve each layer's block and each norm layer's units, and divide the rest.
+    """Solve for each layer and for each unit of a norm layer, and divide the other parameters.
 
     Args:
         grads: the gradient.
-        blocks: the layers' blocks.
-        solve: ``(block, gradient) -> direction``.
-        unit_inverse: for each norm layer the inverses of its units' blocks, (U, 2, 2).
-        others: the curvature's diagonal of what is in no layer.
+        blocks: the shape of each layer's matrix, by block.
+        solve: ``(block, gradient) -> direction`` for one layer.
+        unit_inverse: for each norm layer, the inverses of its units' blocks, (U, 2, 2).
+        others: the curvature's diagonal for parameters that no layer covers.
         damping: added to that diagonal.
-        rows: the layers' rows of this very gradient, if they are known.
+        rows: the layers' rows of this gradient, if they are known. They are used where that costs
+            less.
 
     Returns:
-        The direction. A parameter that nothing is known of, such as one that the loss does not
-        depend on, keeps its gradient.
+        The direction. A parameter without any curvature, such as one on which the loss does not
+        depend, keeps its gradient.
     """
     found: Params = {}
     for block, shape in blocks.items():
@@ -105,7 +114,7 @@ def apply_blocks(
 
 
 def gradient_rows(grads: Params, evidence: Evidence | None) -> Layers | None:
-    """The rows of ``grads``, if they are the observed gradient itself and were measured."""
+    """The rows of ``grads``, if ``grads`` are the observed gradient and its rows were measured."""
     if evidence is None or GRADIENT_ROWS not in evidence:
         return None
     untouched = all(g is evidence.grads.get(k) for k, g in grads.items())
@@ -113,7 +122,7 @@ def gradient_rows(grads: Params, evidence: Evidence | None) -> Layers | None:
 
 
 def unit_inverses(units: dict[str, Tensor], damping: float | Tensor) -> dict[str, Tensor]:
-    """``(M + damping I)^-1`` of (U, 2, 2) blocks."""
+    """``(M + damping I)^-1`` for the blocks M of units, (U, 2, 2) or (U, 1, 1)."""
     inverses = {}
     for block, m in units.items():
         eye = torch.eye(m.shape[-1], dtype=m.dtype, device=m.device)
@@ -132,7 +141,7 @@ def _gradient(grads: Params, block: str, shape: BlockShape, rows: Layers | None)
 
 
 def _few_rows(grads: Params, block: str, rows: Layers | None) -> LayerUse | None:
-    """A layer's only use, if its rows are given and so few that solving for them costs less."""
+    """The only use of a layer, if its rows are known and solving for them costs less; else None."""
     uses = () if rows is None else rows.uses.get(block, ())
     if len(uses) != 1:
         return None

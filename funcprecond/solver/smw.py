@@ -1,8 +1,8 @@
-r"""Sherman, Morrison and Woodbury: ``(U^T U + λ I)^-1`` through the small matrix ``λ I + U U^T``.
+"""The Sherman-Morrison-Woodbury formula: ``(U^T U + λ I)^-1`` from the small ``λ I + U U^T``.
 
-For any vector, ``x = (v - U^T (λ I + U U^T)^-1 U v) / λ``, which cancels as λ becomes small beside
-``U U^T``. For a vector in the rows' span, ``v = U^T y``, the same is
-``x = U^T (λ I + U U^T)^-1 y``: no division by λ and no cancellation.
+For any vector v, ``x = (v - U^T (λ I + U U^T)^-1 U v) / λ``, which suffers from cancellation if λ
+is small relative to ``U U^T``. For a vector in the span of the rows of U, ``v = U^T y``, the same x
+is ``U^T (λ I + U U^T)^-1 y``, without a division by λ and without cancellation.
 """
 
 import dataclasses
@@ -21,11 +21,11 @@ __all__ = ["SMW", "Woodbury"]
 
 @state
 class Woodbury:
-    """A solved Gram matrix.
+    """A Gram matrix, decomposed.
 
     Attributes:
         rows: U.
-        cholesky: (R, R), lower, of ``λ I + U U^T``, :func:`wide`.
+        cholesky: the lower Cholesky factor of ``λ I + U U^T``, (R, R), :func:`wide`.
         damping: λ, 0-d, :func:`wide`.
     """
 
@@ -39,26 +39,41 @@ class SMW:
     """The damped inverse of ``U^T U``.
 
     Attributes:
-        damping: λ, positive. One below the rounding error of ``U U^T`` is lifted to it, the machine
-            epsilon of its dtype times its trace: below that the matrix is not known.
+        damping: λ, positive. A value below the rounding error of ``U U^T`` is raised to this error,
+            which is the trace times the machine epsilon of the dtype.
     """
 
     damping: float | Tensor = 1e-2
     accepts: ClassVar[tuple[type, ...]] = (Gram,)
 
     def prepare(self, representation: Gram) -> Woodbury:
-        """A Cholesky factor, :func:`wide`, ``R^3 / 3`` operations."""
+        """Decompose the damped Gram matrix.
+
+        Args:
+            representation: U.
+
+        Returns:
+            The factor. Costs the Gram matrix and ``R^3 / 3`` operations, :func:`wide`.
+        """
         k = representation.gram()
         matrix = wide((k + k.mT) / 2)
         floor = torch.finfo(k.dtype).eps * matrix.diagonal().sum()
         damping = (torch.zeros_like(floor) + self.damping).maximum(floor)
         eye = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
-        # Does not raise: a matrix with a NaN gives a factor with NaNs, on to skip_nonfinite.
+        # This does not raise: a matrix with NaN gives a factor with NaN, for skip_nonfinite.
         cholesky, _ = torch.linalg.cholesky_ex(matrix + damping * eye)
         return Woodbury(representation, cholesky, damping)
 
     def apply(self, factor: Woodbury, grads: Params) -> Params:
-        """``(U^T U + λ I)^-1`` of any vector."""
+        """``(U^T U + λ I)^-1 v`` for any vector v.
+
+        Args:
+            factor: the result of :meth:`prepare`.
+            grads: v, shaped like the parameters.
+
+        Returns:
+            Shaped like the parameters, in the dtypes of ``grads``.
+        """
         back = factor.rows.rmatvec(_solve(factor, factor.rows.matvec(grads)))
         damping = factor.damping
         return {
@@ -67,7 +82,16 @@ class SMW:
         }
 
     def push_through(self, factor: Woodbury, weights: Tensor, like: Params) -> Params:
-        """``(U^T U + λ I)^-1 U^T y`` for (R,) weights ``y``, in the dtypes of ``like``."""
+        """``(U^T U + λ I)^-1 U^T y``, without cancellation.
+
+        Args:
+            factor: the result of :meth:`prepare`.
+            weights: y, (R,).
+            like: the parameters.
+
+        Returns:
+            Shaped like the parameters, in the dtypes of ``like``.
+        """
         x = factor.rows.rmatvec(_solve(factor, weights))
         return treemath.cast(x, like)
 

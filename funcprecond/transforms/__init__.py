@@ -1,1 +1,1 @@
-"""What is chained around a method."""
+"""Transforms that are chained with a method or wrapped around it."""

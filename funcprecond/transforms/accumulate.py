@@ -15,7 +15,13 @@ __all__ = ["Accumulated", "accumulate"]
 
 @state
 class Accumulated:
-    """The inner state, the running mean of the gradients, and how many are in it."""
+    """The state of :func:`accumulate`.
+
+    Attributes:
+        inner: the state of the method.
+        mean: the running mean of the gradients.
+        count: the number of gradients in the mean, a 0-d integer tensor.
+    """
 
     inner: Any
     mean: Params
@@ -23,16 +29,33 @@ class Accumulated:
 
 
 def accumulate(transform: Transform, steps: int) -> Transform:
-    """Hand ``transform`` the mean gradient of ``steps`` successive batches.
+    """Update a method once for ``steps`` successive batches, with the mean of their gradients.
 
-    On the steps between, the direction is zero and the inner state stays. Inner needs are measured
-    on the last batch of each group, and inner intervals count groups.
+    At the other steps the direction is zero and the state of the method does not change. The needs
+    of the method are measured on the last batch of each group, and its intervals count groups.
+
+    Args:
+        transform: the method.
+        steps: the number of batches in a group.
+
+    Returns:
+        A transform; its state is an :class:`Accumulated`. Its ``update`` requires evidence, and
+        raises :class:`funcprecond.MissingEvidence` without it.
 
     Raises:
         ValueError: ``steps`` is less than 1.
+
+    Example:
+        >>> import torch, funcprecond as fp
+        >>> problem = fp.problem(torch.nn.Linear(4, 3), fp.losses.cross_entropy)
+        >>> opt, batch = fp.accumulate(fp.sgd(), steps=2), (torch.ones(8, 4), torch.arange(8) % 3)
+        >>> step = fp.make_step(problem, opt)
+        >>> params, state, _ = step(problem.params, opt.init(problem.params), batch, t=0)
+        >>> torch.equal(params["weight"], problem.params["weight"]), int(state.count)
+        (True, 1)
     """
     if steps < 1:
-        msg = f"accumulate: steps must be at least 1, not {steps}"
+        msg = f"steps of accumulate must be at least 1, not {steps!r}"
         raise ValueError(msg)
     last = Every(f"update of {steps} batches")
 
@@ -43,7 +66,10 @@ def accumulate(transform: Transform, steps: int) -> Transform:
         state: Accumulated, grads: Params, evidence: Evidence | None = None
     ) -> tuple[Accumulated, Params]:
         if evidence is None:
-            msg = "accumulate needs to know when a group is full: pass the evidence of fp.observe"
+            msg = (
+                "accumulate finds the last batch of a group in the evidence, and there is none: "
+                "pass the evidence of fp.observe(problem, params, batch, opt.needs(t)) to update"
+            )
             raise MissingEvidence(msg)
         count = state.count + 1
         mean = {k: m + (grads[k] - m) / count for k, m in state.mean.items()}
@@ -59,5 +85,5 @@ def accumulate(transform: Transform, steps: int) -> Transform:
 
 
 def _zeros(like: Params) -> Params:
-    # Not a product with zero, which is no zero where an entry is not finite.
+    # A product with zero would not be zero where an entry is not finite.
     return {k: torch.zeros_like(x) for k, x in like.items()}

@@ -10,10 +10,23 @@ __all__ = ["clip_norm"]
 
 
 def clip_norm(limit: float | Tensor) -> Transform:
-    """Shrink the direction so that its norm over all parameters is at most ``limit``.
+    """Shrink the direction so that its Euclidean norm over all parameters is at most ``limit``.
 
-    First in a chain it clips the gradient, after the preconditioner the step. A direction that is
-    not finite stays so: see :func:`funcprecond.skip_nonfinite`.
+    At the start of a chain it clips the gradient, after the preconditioner it clips the step. A
+    direction that is not finite stays so; see :func:`funcprecond.skip_nonfinite`.
+
+    Args:
+        limit: the largest norm.
+
+    Returns:
+        A transform without state.
+
+    Example:
+        >>> import torch, funcprecond as fp
+        >>> opt, grads = fp.clip_norm(1.0), {"w": torch.tensor([3.0, 4.0])}
+        >>> state, direction = opt.update(opt.init(grads), grads)
+        >>> torch.allclose(direction["w"], torch.tensor([0.6, 0.8]))
+        True
     """
 
     def clip(grads: Params) -> Params:

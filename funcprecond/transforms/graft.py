@@ -18,23 +18,39 @@ TINY = 1e-30
 
 @state
 class Grafted:
-    """The states of the two methods."""
+    """The state of :func:`graft`.
+
+    Attributes:
+        direction: the state of the method that gives the direction.
+        magnitude: the state of the method that gives the length.
+    """
 
     direction: Any
     magnitude: Any
 
 
 def graft(direction: Transform, magnitude: Transform, *, start: int = 0) -> Transform:
-    """Take each parameter's direction from one method and its length from another.
+    """Take the direction of each parameter from one method and its length from another.
 
-    ``d <- d * |m| / |d|`` per parameter, so that a learning rate tuned for ``magnitude`` carries
-    over and every global scale of ``direction`` is irrelevant (Anil et al., arXiv 2002.09018).
-    Where the direction is zero the result is zero.
+    For each parameter, ``d <- d * |m| / |d|``, where d and m are the directions of the two methods
+    (Anil et al., arXiv 2002.09018). A learning rate tuned for ``magnitude`` then carries over, and
+    the scale of ``direction`` does not matter. Where d is zero, the result is zero.
 
     Args:
-        direction, magnitude: the two methods; both see every gradient from the first step on.
-        start: until this step the direction is ``magnitude``'s as well, while the statistics of
-            ``direction`` fill.
+        direction, magnitude: the two methods. Both receive every gradient from the first step on.
+        start: before this step the result is the direction of ``magnitude``, while the statistics
+            of ``direction`` accumulate.
+
+    Returns:
+        A transform with the needs of both methods; its state is a :class:`Grafted`.
+
+    Example:
+        >>> import torch, funcprecond as fp
+        >>> opt = fp.graft(fp.adagrad(), fp.sgd())
+        >>> grads = {"w": torch.tensor([3.0, 4.0])}
+        >>> state, direction = opt.update(opt.init(grads), grads)
+        >>> torch.allclose(direction["w"], torch.full((2,), 12.5**0.5))
+        True
     """
     begun = Every(f"graft from step {start}")
 

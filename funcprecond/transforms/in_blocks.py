@@ -9,11 +9,17 @@ __all__ = ["in_blocks"]
 
 
 def in_blocks(inner: Transform, blocking: Blocking) -> Transform:
-    """A method on the blocks of parameters with at least two axes, as if they were parameters.
+    """Apply a method to the blocks of the parameters, as if each block were a parameter.
+
+    Only parameters with at least two axes longer than 1 are divided.
 
     Args:
-        inner: a method that looks at the gradient and its intervals only. Its state is by block.
-        blocking: the layout; ``max_dim`` is left to the method.
+        inner: a method that uses the gradient and its intervals only. Its state has one entry per
+            block.
+        blocking: the layout. The method applies ``max_dim`` itself.
+
+    Returns:
+        A transform with the needs of the method.
     """
 
     def split(params: Params) -> Params:

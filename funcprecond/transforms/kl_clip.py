@@ -1,4 +1,4 @@
-"""A trust region in the curvature's own length: the KL clip."""
+"""The KL clip: a bound on the length of a step in the metric of the curvature."""
 
 from typing import Any
 
@@ -15,26 +15,47 @@ __all__ = ["KLClipped", "kl_clip"]
 
 @state
 class KLClipped:
-    """The method's state, and ν of the last step, 0-d: 1 where nothing was clipped."""
+    """The state of :func:`kl_clip`.
+
+    Attributes:
+        inner: the state of the method.
+        factor: ν of the last step, 0-d; it is 1 if the step was not clipped.
+    """
 
     inner: Any
     factor: Tensor
 
 
 def kl_clip(inner: Transform, *, rate: float | Tensor, bound: float | Tensor = 1e-3) -> Transform:
-    """Shrink a preconditioned direction so that the step changes the model by a bounded divergence.
+    """Shrink a preconditioned direction so that a step changes the model by a bounded divergence.
 
-    ``d <- ν d`` with ``ν = min(1, sqrt(κ / (η² <d, g>)))`` over all parameters, for g the gradient
-    that ``inner`` preconditions and η the learning rate (Ba, Grosse & Martens, 2017). With
-    ``d = C^-1 g`` and C the Fisher matrix, ``η² <d, g> / 2`` is the KL divergence between the
-    model before and after the step, to second order; clipped, it is at most ``κ / 2``. Where
-    ``<d, g>`` is not positive, as it can be if C comes from other batches, nothing is clipped.
+    With the gradient g, the direction d of ``inner``, the learning rate η and the bound κ (Ba,
+    Grosse & Martens, 2017)::
+
+        ν = min(1, sqrt(κ / (η² <d, g>)))          <d, g> over all parameters
+        d <- ν d
+
+    If ``d = C^-1 g`` and C is the Fisher matrix, ``η² <d, g> / 2`` is the KL divergence between the
+    models before and after the step, to second order. The clip bounds it by ``κ / 2``. Nothing is
+    clipped if ``<d, g>`` is not positive, which is possible if C comes from other batches.
 
     Args:
-        inner: a preconditioner, such as ``fp.kfac()``; what follows it, such as momentum, comes
-            after the clip.
+        inner: a preconditioner, such as ``fp.kfac()``. Transforms that follow it, such as momentum,
+            come after the clip.
         rate: η, the learning rate of the chain.
         bound: κ.
+
+    Returns:
+        A transform with the needs of ``inner``; its state is a :class:`KLClipped`. Costs one inner
+        product over the parameters.
+
+    Example:
+        >>> import torch, funcprecond as fp
+        >>> opt = fp.kl_clip(fp.sgd(), rate=1.0, bound=1.0)
+        >>> grads = {"w": torch.tensor([3.0, 4.0])}
+        >>> state, direction = opt.update(opt.init(grads), grads)
+        >>> torch.allclose(direction["w"], grads["w"] / 5)
+        True
     """
 
     def init(params: Params) -> KLClipped:

@@ -1,4 +1,4 @@
-"""Momentum of what comes before it in the chain."""
+"""Momentum of the directions that precede it in the chain."""
 
 from torch import Tensor
 
@@ -12,15 +12,25 @@ __all__ = ["momentum"]
 def momentum(
     decay: float | Tensor = 0.9, *, nesterov: bool = False, average: bool = False
 ) -> Transform:
-    """Heavy-ball momentum ``m <- decay m + d``, and the direction ``m``.
+    """Heavy-ball momentum: ``m <- decay m + d``, with the direction ``m``.
+
+    After a preconditioner it accumulates directions, before one it accumulates gradients.
 
     Args:
-        decay: the weight of the old direction.
-        nesterov: the direction ``d + decay m`` instead, with the new ``m``.
-        average: weight ``d`` by ``1 - decay``, so that the step keeps its length.
+        decay: the factor of the old ``m``.
+        nesterov: return ``d + decay m`` with the new ``m`` instead.
+        average: multiply ``d`` by ``1 - decay``, so that the length of the step does not change.
 
-    After a preconditioner it averages directions, before one gradients. State: one copy of the
-    parameters.
+    Returns:
+        A transform. Its state is ``m``, one copy of the parameters.
+
+    Example:
+        >>> import torch, funcprecond as fp
+        >>> opt, grads = fp.momentum(0.5), {"w": torch.tensor([1.0, 2.0])}
+        >>> state, direction = opt.update(opt.init(grads), grads)
+        >>> state, direction = opt.update(state, grads)
+        >>> direction["w"]
+        tensor([1.5000, 3.0000])
     """
 
     def init(params: Params) -> Params:

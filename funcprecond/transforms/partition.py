@@ -19,11 +19,11 @@ Rules = Sequence[Rule] | Callable[[str, Tensor], str | None]
 
 @dataclasses.dataclass(frozen=True)
 class Assignment:
-    """Which label each parameter has; printing it gives a table.
+    """The label of each parameter; printing it shows a table.
 
     Attributes:
         labels: the label, by parameter name.
-        shapes: the parameters' shapes.
+        shapes: the shapes of the parameters, by name.
     """
 
     labels: dict[str, str]
@@ -40,27 +40,42 @@ class Assignment:
 
 
 def assign(rules: Rules, params: Params, labels: Sequence[str] | None = None) -> Assignment:
-    """Which label each parameter gets; print it before training.
+    """Find the label of each parameter, for inspection before training.
 
     Args:
-        rules: pairs ``(pattern, label)``, the first that matches a parameter wins. A pattern is a
-            shell pattern of the name (``"*.bias"``) or a function ``(name, parameter) -> bool``. Or
-            one function ``(name, parameter) -> label``.
+        rules: pairs ``(pattern, label)``, of which the first that matches a parameter counts. A
+            pattern is a shell pattern of the name (``"*.bias"``) or a function
+            ``(name, parameter) -> bool``. Instead of pairs it can be a single function
+            ``(name, parameter) -> label``.
         params: the parameters.
-        labels: the labels that exist, to catch misspelled ones.
+        labels: the labels that exist, to find misspelled ones; None skips this check.
+
+    Returns:
+        An :class:`funcprecond.transforms.partition.Assignment`.
 
     Raises:
         ValueError: a parameter matches no rule, a name is written out in two rules with different
             labels, one tensor has two names with different labels, or a label does not exist.
+
+    Example:
+        >>> import torch, funcprecond as fp
+        >>> params = {"weight": torch.zeros(4, 3), "bias": torch.zeros(4)}
+        >>> print(fp.assign([("*bias", "adam"), ("*", "muon")], params))
+        parameter  shape   method
+        weight     (4, 3)  muon
+        bias       (4,)    adam
     """
     found = {name: _label(rules, name, p) for name, p in params.items()}
     unmatched = [name for name, label in found.items() if label is None]
     if unmatched:
-        msg = f"no rule matches {unmatched}: add a last rule ('*', label)"
+        msg = f"no rule matches {unmatched}: add ('*', label) as the last rule"
         raise ValueError(msg)
     assigned: dict[str, str] = {k: v for k, v in found.items() if v is not None}
     if labels is not None and (extra := sorted(set(assigned.values()) - set(labels))):
-        msg = f"the rules give the labels {extra}, but there are methods for {sorted(labels)} only"
+        msg = (
+            f"the rules assign the labels {extra}, but the methods have the labels "
+            f"{sorted(labels)}: correct the rules, or pass a method for each label"
+        )
         raise ValueError(msg)
     _check_claims(rules, params, assigned)
     return Assignment(assigned, {k: tuple(p.shape) for k, p in params.items()})
@@ -68,11 +83,12 @@ def assign(rules: Rules, params: Params, labels: Sequence[str] | None = None) ->
 
 @state
 class Partitioned:
-    """The methods' states.
+    """The state of :func:`partition`.
 
     Attributes:
-        inner: by label.
-        names: (label, its parameters), settled once: the rules have no part in a step.
+        inner: the state of each method, by label.
+        names: for each label the names of its parameters. They are found once by ``init``, and the
+            rules are not used in a step.
     """
 
     inner: dict[str, Any]
@@ -83,14 +99,19 @@ def partition(rules: Rules, **transforms: Transform) -> Transform:
     """Route each parameter to one of several methods.
 
     Args:
-        rules: see :func:`assign`; ``print(fp.assign(rules, params))`` shows the outcome.
-        **transforms: a method for each label.
+        rules: see :func:`funcprecond.assign`; ``print(fp.assign(rules, params))`` shows the result.
+        **transforms: one method for each label.
 
     Returns:
-        A transform; its state is a :class:`Partitioned`.
+        A transform with the needs of all methods; its state is a :class:`Partitioned`. Its ``init``
+        raises the errors of :func:`funcprecond.assign`.
 
-    Example: Muon's usual routing is ``[(lambda name, p: p.ndim == 2 and "embed" not in name,
-    "matrix"), ("*", "rest")]``.
+    Example:
+        >>> import torch, funcprecond as fp
+        >>> rules = [(lambda name, p: p.ndim == 2, "matrix"), ("*", "rest")]
+        >>> opt = fp.partition(rules, matrix=fp.muon(), rest=fp.adam())
+        >>> opt.init({"weight": torch.zeros(4, 3), "bias": torch.zeros(4)}).names
+        (('matrix', ('weight',)), ('rest', ('bias',)))
     """
 
     def init(params: Params) -> Partitioned:
@@ -137,5 +158,5 @@ def _check_claims(rules: Rules, params: Params, assigned: dict[str, str]) -> Non
     twice = [k for k, labels in claims.items() if len(labels) > 1]
     twice += [k for k, p in params.items() if len(owners[id(p)]) > 1]
     if twice:
-        msg = f"{twice} are claimed by two methods: leave one rule or one name for each"
+        msg = f"{twice} are claimed by two methods: keep one rule, or one label, for each of them"
         raise ValueError(msg)

@@ -1,4 +1,4 @@
-"""The usual routing of parameters between a method for hidden matrices and one for the rest."""
+"""The usual routing of parameters between a method for hidden matrices and one for the others."""
 
 from fnmatch import fnmatchcase
 
@@ -9,7 +9,7 @@ from funcprecond.transforms.partition import Rule
 
 __all__ = ["muon_rules"]
 
-# Names of what a model starts and ends with; each is held against every part of a dotted name.
+# Names of the first and last layers of a model, compared with every part of a dotted name.
 ENDS = (
     *("embed*", "*_embed", "*embedding", "*embeddings", "tok_emb", "pos_emb", "wte", "wpe"),
     *("head", "heads", "*_head", "classifier", "logits", "fc"),
@@ -17,17 +17,18 @@ ENDS = (
 
 
 def muon_rules(*others: str) -> list[Rule]:
-    """The usual routing, for :func:`funcprecond.partition` with methods ``muon=`` and ``adam=``.
+    """The usual rules for :func:`funcprecond.partition` with the methods ``muon=`` and ``adam=``.
 
-    Hidden matrices and convolutions go to Muon. Vectors go to Adam, and so does what is called an
-    embedding or a head (``wte``, ``lm_head``, ``classifier``, ...), and what the caller names.
+    Hidden matrices and convolutions go to Muon. Vectors go to Adam, and so do parameters whose name
+    says that they are an embedding or a head (``wte``, ``lm_head``, ``classifier``, ...), and those
+    named by the caller.
 
     Args:
-        *others: patterns of further names for Adam, such as ``"4.*"`` for a last layer without a
-            telling name. Print ``fp.assign(rules, params)`` to see that none is missing.
+        *others: patterns of more names for Adam, such as ``"4.*"`` for a last layer whose name does
+            not say so. Print ``fp.assign(rules, params)`` to see that none is missing.
 
     Returns:
-        Rules for :func:`funcprecond.partition`.
+        A list of rules for :func:`funcprecond.partition`.
 
     Example:
         >>> import torch, funcprecond as fp

@@ -12,12 +12,23 @@ __all__ = ["scale"]
 
 
 def scale(factor: float | Tensor | Callable[[Tensor], float | Tensor]) -> Transform:
-    """Multiply the direction; last in a chain, it is the learning rate.
+    """Multiply the direction by a factor, which is the learning rate if this is the end of a chain.
 
     Args:
-        factor: a number, a 0-d tensor (no recompilation for another value, ``vmap`` over it,
-            gradients with respect to it), or a schedule: a function of the step, a 0-d integer
-            tensor counted from 0, made of tensor operations.
+        factor: a number; a 0-d tensor, which can change without recompilation, be mapped by
+            ``vmap`` and have a gradient; or a schedule. A schedule is a function of the step, which
+            is a 0-d integer tensor that counts from 0, and consists of tensor operations.
+
+    Returns:
+        A transform. With a schedule, its state is the step.
+
+    Example:
+        >>> import torch, funcprecond as fp
+        >>> opt = fp.scale(lambda step: 0.5 ** (step + 1))
+        >>> grads = {"w": torch.tensor([8.0, 4.0])}
+        >>> state, direction = opt.update(opt.init(grads), grads)
+        >>> direction["w"], int(state)
+        (tensor([4., 2.]), 1)
     """
     if not callable(factor):
         return stateless(lambda grads: treemath.mul(grads, factor))

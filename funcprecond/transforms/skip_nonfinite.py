@@ -1,4 +1,4 @@
-"""Skipping steps whose gradient is not finite."""
+"""Steps that are skipped if their gradient is not finite."""
 
 from typing import Any
 
@@ -15,18 +15,37 @@ __all__ = ["Guarded", "skip_nonfinite"]
 
 @state
 class Guarded:
-    """The inner state, and how many steps were skipped so far, a 0-d integer tensor."""
+    """The state of :func:`skip_nonfinite`.
+
+    Attributes:
+        inner: the state of the method.
+        skipped: the number of skipped steps so far, a 0-d integer tensor.
+    """
 
     inner: Any
     skipped: Tensor
 
 
 def skip_nonfinite(transform: Transform) -> Transform:
-    """Leave the state as it was and step nowhere if the gradient or the direction has a NaN or inf.
+    """Keep the state and return a zero direction if the gradient or the direction is not finite.
 
-    Decided on the device, without a host synchronisation: both outcomes are computed. A method that
-    learns its layers from the first evidence has no old state to keep then: its first step must be
-    finite.
+    The decision is made on the device, without synchronization with the host, so that both outcomes
+    are computed. A method that finds its layers with the first evidence has no old state to keep at
+    its first step, which must therefore be finite.
+
+    Args:
+        transform: the method.
+
+    Returns:
+        A transform with the needs of the method; its state is a :class:`Guarded`.
+
+    Example:
+        >>> import torch, funcprecond as fp
+        >>> opt = fp.skip_nonfinite(fp.momentum())
+        >>> grads = {"w": torch.tensor([1.0, float("nan")])}
+        >>> state, direction = opt.update(opt.init(grads), grads)
+        >>> direction["w"], int(state.skipped)
+        (tensor([0., 0.]), 1)
     """
 
     def init(params: Params) -> Guarded:
@@ -35,7 +54,7 @@ def skip_nonfinite(transform: Transform) -> Transform:
     def update(
         state: Guarded, grads: Params, evidence: Evidence | None = None
     ) -> tuple[Guarded, Params]:
-        # Zeros in place of a bad gradient: decompositions raise on NaN instead of passing it on.
+        # Zeros replace a bad gradient, because some decompositions raise an error for NaN.
         good = _finite(grads)
         clean = {k: torch.where(good, g, torch.zeros_like(g)) for k, g in grads.items()}
         inner, direction = transform.update(state.inner, clean, evidence)

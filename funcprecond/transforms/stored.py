@@ -1,4 +1,4 @@
-"""What a state is kept in from one step to the next: another dtype, half of a symmetric matrix."""
+"""The storage of a state between steps: another dtype, or half of each symmetric matrix."""
 
 import math
 from collections.abc import Collection
@@ -18,12 +18,13 @@ __all__ = ["Stored", "pack", "stored", "unpack"]
 
 @state
 class Stored:
-    """A state as it is kept.
+    """The state of a method as it is stored.
 
     Attributes:
-        kept: the method's state, with other tensors in it.
-        dtypes: what each of its tensors is computed in.
-        packed: whether it is the lower triangle of a symmetric matrix.
+        kept: the state of the method, with converted tensors.
+        dtypes: for each tensor of the state, the dtype in which the method computes.
+        packed: for each tensor of the state, whether it is the lower triangle of a symmetric
+            matrix.
     """
 
     kept: Any
@@ -34,22 +35,27 @@ class Stored:
 def stored(
     inner: Transform, dtype: torch.dtype | None, symmetric: Collection[str] = ()
 ) -> Transform:
-    """A method whose state is kept in less memory; each step computes as without.
+    """Store the state of a method in less memory, while each step computes as before.
 
-    Rounding to a dtype of unit roundoff u leaves a sum over t steps within ``t u`` of what it was,
-    relative to its diagonal, and a moving average within ``u / (1 - decay)``; where ``1 - decay``
-    is below u, 1/256 for bfloat16, it stops moving.
+    With a dtype of unit roundoff u, rounding changes a sum over t steps by at most ``t u``,
+    relative to its diagonal, and a moving average by at most ``u / (1 - decay)``. If ``1 - decay``
+    is below u, which is 1/256 for bfloat16, a moving average does not change any more.
 
     Args:
-        inner: the method; the structure of its state does not change from step to step.
-        dtype: of the floating-point tensors with at least one axis; None for their own.
-        symmetric: paths of the fields whose matrices are kept as ``n (n + 1) / 2`` entries.
+        inner: the method. The structure of its state must not change from step to step.
+        dtype: the dtype of floating-point tensors with at least one axis; None keeps their own.
+        symmetric: the paths of fields whose matrices are symmetric; they are stored as
+            ``n (n + 1) / 2`` entries.
+
+    Returns:
+        A transform with the needs of the method; its state is a :class:`Stored`. With neither
+        ``dtype`` nor ``symmetric`` it is ``inner`` itself.
 
     Raises:
-        ValueError: the dtype is not one of floating-point numbers.
+        ValueError: ``dtype`` is not a floating-point dtype.
     """
     if dtype is not None and not dtype.is_floating_point:
-        msg = f"a state is kept in a floating-point dtype, not {dtype}"
+        msg = f"the dtype of a stored state must be a floating-point dtype, not {dtype}"
         raise ValueError(msg)
     if dtype is None and not symmetric:
         return inner
@@ -82,13 +88,13 @@ def stored(
 
 
 def pack(matrix: Tensor) -> Tensor:
-    """(n (n + 1) / 2,): the lower triangle, row by row."""
+    """The lower triangle of a matrix, row by row, (n (n + 1) / 2,)."""
     rows, columns = torch.tril_indices(*matrix.shape, device=matrix.device)
     return matrix[rows, columns]
 
 
 def unpack(triangle: Tensor) -> Tensor:
-    """(n, n): the symmetric matrix with this lower triangle."""
+    """The symmetric matrix with this lower triangle, (n, n)."""
     n = (math.isqrt(8 * triangle.shape[0] + 1) - 1) // 2
     i = torch.arange(n, device=triangle.device)
     low, high = torch.minimum(i, i[:, None]), torch.maximum(i, i[:, None])

@@ -1,4 +1,4 @@
-"""Weight decay, decoupled or as an L2 penalty, by where it stands in the chain."""
+"""Weight decay, which is decoupled or an L2 penalty depending on its place in the chain."""
 
 from collections.abc import Callable
 
@@ -17,16 +17,28 @@ def weight_decay(
 ) -> Transform:
     """Add ``coefficient * params`` to the direction.
 
-    After the preconditioner it is decoupled: ``chain(adam(), weight_decay(0.1), scale(lr))`` is
-    AdamW. Before it, it is an L2 penalty in the gradient.
+    After the preconditioner, the decay is decoupled:
+    ``chain(adam(), weight_decay(0.1), scale(lr))`` is AdamW. Before the preconditioner, it is an L2
+    penalty in the gradient.
 
     Args:
-        coefficient: what the parameters are multiplied by.
-        mask: ``(name, parameter) -> bool``, which parameters decay; all by default. Matrices only:
-            ``lambda name, p: p.ndim > 1``.
+        coefficient: the number by which the parameters are multiplied.
+        mask: ``(name, parameter) -> bool``, which selects the parameters that decay; all by
+            default. ``lambda name, p: p.ndim > 1`` selects the matrices.
 
-    Raises:
-        MissingEvidence: ``update`` was called without evidence, which holds the parameters.
+    Returns:
+        A transform without state. Its ``update`` takes the parameters from the evidence, and raises
+        :class:`funcprecond.MissingEvidence` without it.
+
+    Example:
+        >>> import torch, funcprecond as fp
+        >>> problem = fp.problem(torch.nn.Linear(4, 3), fp.losses.cross_entropy)
+        >>> batch = torch.ones(8, 4), torch.arange(8) % 3
+        >>> evidence, opt = fp.observe(problem, problem.params, batch), fp.weight_decay(0.5)
+        >>> _, direction = opt.update((), evidence.grads, evidence)
+        >>> expected = evidence.grads["bias"] + 0.5 * problem.params["bias"]
+        >>> torch.allclose(direction["bias"], expected)
+        True
     """
 
     def update(
@@ -40,8 +52,15 @@ def weight_decay(
 
 
 def parameters(evidence: Evidence | None) -> Params:
-    """Where the evidence was taken; raises :class:`MissingEvidence` if there is none."""
+    """The parameters of the evidence.
+
+    Raises:
+        MissingEvidence: there is no evidence.
+    """
     if evidence is None:
-        msg = "weight decay needs the parameters: pass the evidence of fp.observe to update"
+        msg = (
+            "weight decay needs the parameters, which are in the evidence, and there is none: pass "
+            "the evidence of fp.observe(problem, params, batch, opt.needs(t)) to update"
+        )
         raise MissingEvidence(msg)
     return evidence.params

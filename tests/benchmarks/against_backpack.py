@@ -64,8 +64,8 @@ def ours(model, batch, v):
         "GGN diagonal, sampled": lambda: diagonal("mc"),
         "K-FAC factors, mc": lambda: factored("kfac"),
         "K-FAC factors, exact": lambda: factored("kflr"),
-        "Hessian, one square": lambda: fp.Hessian(*data) @ v,
-        "GGN, one square": lambda: fp.ggn_mv(*data, v),
+        "Hessian, one product": lambda: fp.Hessian(*data) @ v,
+        "GGN, one product": lambda: fp.ggn_mv(*data, v),
     }
 
 
@@ -118,8 +118,8 @@ def theirs(model, batch, v):
         "GGN diagonal, sampled": of(extensions.DiagGGNMC(), "diag_ggn_mc"),
         "K-FAC factors, mc": of(extensions.KFAC(), "kfac"),
         "K-FAC factors, exact": of(extensions.KFLR(), "kflr"),
-        "Hessian, one square": hessian,
-        "GGN, one square": ggn,
+        "Hessian, one product": hessian,
+        "GGN, one product": ggn,
     }
 
 

@@ -139,7 +139,7 @@ def test_stopped_and_started_again(tmp_path, how):
     code, _, error = finish(process)
     assert code == (130 if how is signal.SIGINT else -signal.SIGKILL)
     if how is signal.SIGINT:
-        assert "the same command goes on from there" in error
+        assert "the same command continues from there" in error
         assert "Traceback" not in error
     kept = json.loads(results.read_text())["cells"]
     assert 3 <= len(kept) < 6

@@ -1,1 +1,1 @@
-"""Derivatives that replace torch's own; :mod:`funcprecond.autodiff.rules.table` lists them."""
+"""Derivatives that replace those of torch, listed in :mod:`funcprecond.autodiff.rules.table`."""

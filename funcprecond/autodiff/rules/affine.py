@@ -1,10 +1,11 @@
-"""Affine layers whose second derivatives are computed where they are asked for, and in one piece.
+"""Affine layers that compute only the requested second derivatives, without temporary sums.
 
-``z = x * w + b``, with any bilinear product *. Its pull-back is linear in the output gradients, so
-that the pull-back's own, which is what a product with the Jacobian is made of, is
-``v_x * w + x * v_w + v_b``: two products, added up in one place. torch's own rules (2.13) make
-three tensors of it for a linear layer, and for a convolution take all terms of a second derivative
-together, twice what such a product needs.
+An affine layer is ``z = x * w + b``, with any bilinear product ``*``. Its pull-back maps output
+gradients to the gradients of x, w and b, and is linear in the output gradients. The pull-back of
+this map, of which products with the Jacobian consist, is ``v_x * w + x * v_w + v_b``: two products
+that are added into one tensor. torch 2.13 allocates three tensors for it in a linear layer. In a
+convolution, it computes all terms of the second derivative together, twice as many as such a
+product needs.
 """
 
 from collections.abc import Sequence
@@ -20,27 +21,41 @@ __all__ = ["Layer", "affine"]
 
 
 class Layer(Protocol):
-    """One kind of affine layer: everything about it that is not a tensor."""
+    """One kind of affine layer: its bilinear product ``*`` and the derivatives of it."""
 
     def run(self, x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
         """``x * w + b``."""
         ...
 
     def run_both(self, x: Tensor, w: Tensor, y: Tensor, v: Tensor, b: Tensor | None) -> Tensor:
-        """``x * w + y * v + b``, added up in place; it is not differentiated."""
+        """``x * w + y * v + b``, added up in place, so that it cannot be differentiated."""
         ...
 
     def pull(self, g: Tensor, x: Tensor, w: Tensor, wanted: Sequence[bool]) -> tuple:
-        """Output gradients to those of x, w and b: None for what is not wanted."""
+        """Pull the output gradients g back to x, w and b.
+
+        Args:
+            g, x, w: the output gradients, the input and the weight.
+            wanted: for each of x, w and b, whether its gradient is wanted.
+
+        Returns:
+            The gradients of x, w and b. Those that are not wanted are None.
+        """
         ...
 
     def spread(self, b: Tensor, like: Tensor) -> Tensor:
-        """The bias at every position of an output."""
+        """The bias, expanded to the shape of an output ``like``."""
         ...
 
 
 def affine(layer: Layer, x: Tensor, w: Tensor, b: Tensor | None, spared: Spared | None) -> Tensor:
-    """``layer.run(x, w, b)``, with the parameters whose gradients may have no value."""
+    """Compute ``layer.run(x, w, b)`` with the derivatives of this file.
+
+    Args:
+        layer: the kind of layer.
+        x, w, b: the input, the weight and the bias.
+        spared: the parameters whose gradients may be left without values.
+    """
     return _Affine.apply(x, w, b, layer, spared or ())  # pyright: ignore[reportReturnType]
 
 
@@ -56,14 +71,14 @@ class _Affine(Function):
         x, w = ctx.saved_tensors
         wanted = asked(ctx, 3)
         if not torch.is_grad_enabled():
-            # Without a graph to make, a function of its own would only cost time.
+            # Without a graph, another autograd function would only cost time.
             return *ctx.layer.pull(g, x, w, wanted), None, None
         spared = ctx.next_functions[1][0] in ctx.spared
         return *_Pull.apply(g, x, w, ctx.layer, wanted, spared), None, None  # pyright: ignore
 
 
 class _Pull(Function):
-    """Output gradients to those of input, weight and bias, as far as they are wanted."""
+    """The pull-back from output gradients to the wanted gradients of input, weight and bias."""
 
     @staticmethod
     def forward(ctx, g, x, w, layer, wanted, spared):
@@ -91,7 +106,7 @@ class _Pull(Function):
 
 
 def _pushed(layer, g, x, w, v_x, v_w, v_b):
-    """``v_x * w + x * v_w + v_b``."""
+    """``v_x * w + x * v_w + v_b``, in which a cotangent that is None counts as zero."""
     if v_x is not None and v_w is not None:
         if torch.is_grad_enabled():
             return layer.run(v_x, w, v_b) + layer.run(x, v_w, None)

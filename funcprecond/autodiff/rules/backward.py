@@ -1,4 +1,4 @@
-"""What a backward pass of our own asks of torch: which gradients are wanted, and which unused."""
+"""Tests in a backward pass of which gradients are wanted, and of which the values are not used."""
 
 import contextlib
 from collections.abc import Iterable, Iterator
@@ -10,7 +10,14 @@ __all__ = ["Spared", "asked"]
 
 
 def asked(ctx, count: int) -> list[bool]:
-    """For each of the first arguments, whether this very backward pass needs its gradient."""
+    """Find for each of the first ``count`` arguments whether this backward pass uses its gradient.
+
+    In contrast, ``ctx.needs_input_grad`` is whether any backward pass may use it.
+
+    Args:
+        ctx: the context of the autograd function.
+        count: the number of arguments.
+    """
     nodes = [node for node, _ in ctx.next_functions[:count]]
     needed = [*map(_is_executed, nodes)] + [False] * (count - len(nodes))
     return [a and b for a, b in zip(needed, ctx.needs_input_grad, strict=False)]
@@ -22,15 +29,15 @@ def _is_executed(node) -> bool:
     try:
         return torch._C._will_engine_execute_node(node)  # pyright: ignore
     except RuntimeError:
-        # torch does not answer for a leaf, and is only asked to where the leaf is wanted.
+        # torch has no answer for a leaf. It raises this error only where the leaf is wanted.
         return True
 
 
 class Spared:
-    """Parameters of whose gradients a graph is made and, while it is switched on, no value.
+    """Parameters whose gradients have a graph but, while this is switched on, no values.
 
-    A product with the Hessian takes the gradient's graph alone; the value is one of the nine matrix
-    products that an affine layer has in it.
+    A product with the Hessian uses only the graph of the gradient. In an affine layer, this saves
+    one of nine matrix products.
     """
 
     def __init__(self, params: Iterable[Tensor]):
@@ -38,7 +45,7 @@ class Spared:
         self._on = False
 
     def __contains__(self, node) -> bool:
-        """Whether the value of what arrives at this node of the graph is of no use."""
+        """Whether the value of the gradient at this node of the graph is not used."""
         return self._on and node in self._nodes
 
     @contextlib.contextmanager

@@ -1,7 +1,7 @@
-"""A convolution of our own differentiation: see :mod:`funcprecond.autodiff.rules.affine`.
+"""Convolutions with the derivatives of :mod:`funcprecond.autodiff.rules.affine`.
 
-A convolution and its two transposes, in its input and in its kernel, are bilinear, and each is a
-derivative of the others.
+A convolution, its transpose in the input and its transpose in the kernel are bilinear, and each is
+a derivative of the others.
 """
 
 import dataclasses
@@ -30,13 +30,18 @@ def convolve(
     *,
     spared: Spared | None = None,
 ) -> Tensor:
-    """``function``, one of ``F.conv1d``, ``conv2d`` and ``conv3d``, of the same arguments.
+    """Compute a convolution.
+
+    Torch's own derivatives are used under a transform, a compiler or forward mode, for a padding
+    that is a string, and for an input without a batch axis.
 
     Args:
-        function, input, weight, bias, stride, padding, dilation, groups: torch's.
-        spared: the parameters whose gradients may have no value.
+        function: one of ``F.conv1d``, ``F.conv2d`` and ``F.conv3d``.
+        input, weight, bias, stride, padding, dilation, groups: the arguments of ``function``.
+        spared: the parameters whose gradients may be left without values.
 
-    Under a transform, a compiler or forward mode it is torch's own.
+    Returns:
+        The output of the convolution.
     """
     if is_traced() or input.ndim != weight.ndim or isinstance(padding, str):
         return function(input, weight, bias, stride, padding, dilation, groups)
@@ -50,10 +55,10 @@ def convolve(
 
 @dataclasses.dataclass(frozen=True)
 class _Convolution:
-    """``x * w + b``.
+    """The convolution ``x * w + b``.
 
     Attributes:
-        geometry: torch's arguments from the stride on.
+        geometry: the arguments of ``torch.convolution`` from the stride on.
     """
 
     geometry: tuple

@@ -1,7 +1,7 @@
-"""GELU, whose second derivative is computed once, where it is asked for.
+"""GELU with a second derivative that is computed in few passes, and kept for further products.
 
-torch's own rule (2.13) writes it out in some twenty element-wise operations, all of them at each
-product; a kept product would spend more time there than in a small model's matrix products.
+torch 2.13 computes this derivative with about twenty element-wise operations, and again for every
+product with the Hessian. In a small model, this takes more time than the matrix products.
 """
 
 import math
@@ -18,7 +18,7 @@ __all__ = ["gelu"]
 
 
 def gelu(input: Tensor, approximate: str = "none") -> Tensor:
-    """``F.gelu``; torch's own for the approximation, and where :func:`is_traced`."""
+    """Compute ``F.gelu``, with torch's own derivatives if it is traced or an approximation."""
     if is_traced() or approximate != "none":
         return F.gelu(input, approximate=approximate)
     return _Gelu.apply(input)  # pyright: ignore[reportReturnType]
@@ -40,7 +40,7 @@ class _Gelu(Function):
 
 
 class _GeluPull(Function):
-    """Output gradients times the first derivative."""
+    """The pull-back of GELU: output gradients times the first derivative."""
 
     @staticmethod
     def forward(ctx, g, x, slope):
@@ -57,14 +57,14 @@ class _GeluPull(Function):
         for_x = None
         if of_x:
             bend = _bend(x).mul_(g) if ctx.bend is None else ctx.bend
-            # Kept for the third product where there is a second: one alone has no use for it.
+            # Kept from the second product on, because a single product does not use it again.
             ctx.bend, ctx.again = (bend if ctx.again else None), True
             for_x = v * bend
         return ctx.slope.times(v, x) if of_g else None, for_x, None
 
 
 class _Slope:
-    """The first derivative; kept once it has been used more often than a single product does."""
+    """The first derivative, which is kept after more uses than a single product makes."""
 
     def __init__(self):
         self.value, self.uses = None, 0
@@ -77,7 +77,7 @@ class _Slope:
 
 
 def _bend(x: Tensor) -> Tensor:
-    """The second derivative, ``(2 - x^2)`` times the standard normal density; in four passes."""
+    """The second derivative, ``(2 - x^2)`` times the standard normal density, in four passes."""
     log_scale, two = x.new_full((), -0.5 * math.log(2 * math.pi)), x.new_full((), 2.0)
     density = torch.addcmul(log_scale, x, x, value=-0.5).exp_()
     return density * torch.addcmul(two, x, x, value=-1)

@@ -1,7 +1,7 @@
-"""Layer norm, whose second derivative is computed once, where it is asked for.
+"""Layer norm with a faster second derivative.
 
-torch's own rule (2.13) writes it out in some twenty element-wise operations, and the one for the
-third derivative is wrong.
+torch 2.13 computes this derivative with about twenty element-wise operations, and its third
+derivative is wrong.
 """
 
 import math
@@ -25,7 +25,10 @@ def layer_norm(
     bias: Tensor | None = None,
     eps: float = 1e-5,
 ) -> Tensor:
-    """``F.layer_norm``, to be differentiated twice and not more; torch's own if it is watched."""
+    """Compute ``F.layer_norm``, with torch's own derivatives if it is traced.
+
+    The result can be differentiated twice, but not three times.
+    """
     if is_traced():
         return F.layer_norm(input, normalized_shape, weight, bias, eps)
     out, _ = _Normalised.apply(input, list(normalized_shape), eps)  # pyright: ignore
@@ -34,7 +37,7 @@ def layer_norm(
 
 
 class _Normalised(Function):
-    """``y = (x - mean) r`` over the last axes, and ``r``, the inverse of the deviation."""
+    """``y = (x - mean) r`` over the last axes, and ``r``, the inverse standard deviation."""
 
     @staticmethod
     def forward(ctx, x, shape, eps):
@@ -55,10 +58,10 @@ class _Normalised(Function):
 
 
 class _Centred(Function):
-    """The pull-back ``r (g - <g> - y <g y>)``, with <> the mean.
+    """The pull-back ``r (g - <g> - y <g y>)`` of the output gradients g, where ``<>`` is the mean.
 
-    It is its own transpose in g; in y that of v is ``-r (<g y> v + <v y> g)``, and in r the sum of
-    ``v (g - <g> - y <g y>)``.
+    Its own pull-back of a cotangent v has three parts. In g, it is the same function of v. In y, it
+    is ``-r (<g y> v + <v y> g)``. In r, it is the sum of ``v (g - <g> - y <g y>)``.
     """
 
     @staticmethod
@@ -70,7 +73,10 @@ class _Centred(Function):
     @staticmethod
     def backward(ctx, v):
         if torch.is_grad_enabled():
-            msg = "layer norm is differentiated twice here, and a third time was asked for"
+            msg = (
+                "layer norm can be differentiated twice, but not a third time: write it out with "
+                "torch operations"
+            )
             raise NotImplementedError(msg)
         g, y, inverse = ctx.saved_tensors
         of_g, of_y, of_inverse = asked(ctx, 3)

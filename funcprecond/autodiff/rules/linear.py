@@ -1,4 +1,4 @@
-"""A linear layer of our own differentiation: see :mod:`funcprecond.autodiff.rules.affine`."""
+"""Linear layers with the derivatives of :mod:`funcprecond.autodiff.rules.affine`."""
 
 import torch
 import torch.nn.functional as F
@@ -14,10 +14,17 @@ __all__ = ["linear"]
 def linear(
     input: Tensor, weight: Tensor, bias: Tensor | None = None, *, spared: Spared | None = None
 ) -> Tensor:
-    """``F.linear`` of the same arguments, with the parameters whose gradients may have no value.
+    """Compute ``F.linear``.
 
-    Under a transform, a compiler, forward mode or autocast, and of complex numbers, it is torch's
-    own.
+    Torch's own derivatives are used under a transform, a compiler, forward mode or autocast, and
+    for complex numbers, inputs with one axis and mixed dtypes.
+
+    Args:
+        input, weight, bias: the arguments of ``F.linear``.
+        spared: the parameters whose gradients may be left without values.
+
+    Returns:
+        The output of the layer.
     """
     plain = input.ndim > 1 and weight.ndim == 2 and input.dtype == weight.dtype
     if not plain or input.is_complex() or is_traced() or torch._C._is_any_autocast_enabled():
@@ -26,7 +33,7 @@ def linear(
 
 
 class _Linear:
-    """``x W^T + b``."""
+    """The layer ``x W^T + b``."""
 
     def run(self, x, w, b):
         return F.linear(x, w, b)

@@ -1,4 +1,4 @@
-"""Max-pooling, whose second derivative is zero, so that nothing is computed for it.
+"""Max-pooling, whose second derivative is zero and is not computed.
 
 See :mod:`funcprecond.autodiff.rules.relu`.
 """
@@ -24,7 +24,7 @@ def max_pool2d(
     ceil_mode: bool = False,
     return_indices: bool = False,
 ) -> Any:
-    """``F.max_pool2d``; torch's own with indices, and where :func:`is_traced`."""
+    """Compute ``F.max_pool2d``, with torch's own derivatives if it is traced or returns indices."""
     if return_indices or is_traced():
         options = (kernel_size, stride, padding, dilation, ceil_mode, return_indices)
         return F.max_pool2d(input, *options)  # pyright: ignore
@@ -48,7 +48,10 @@ class _MaxPool(Function):
 
 
 class _Placed(Function):
-    """Output gradients put where each maximum was; the transpose takes what is there."""
+    """The pull-back, which puts each output gradient at the place of the maximum.
+
+    Its own pull-back takes the entries at these places.
+    """
 
     @staticmethod
     def forward(ctx, g, x, places, geometry):

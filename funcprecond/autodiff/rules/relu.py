@@ -1,7 +1,7 @@
-"""ReLU, whose second derivative is zero, so that nothing is computed for it.
+"""ReLU, whose second derivative is zero and is not computed.
 
-torch's own rule (2.13) fills a tensor of the input's size with zeros, which is then added to what
-comes from elsewhere: a tenth of a Hessian product of a small convolutional network.
+torch 2.13 fills a tensor of the size of the input with zeros and adds it to other gradients. This
+takes a tenth of a Hessian product of a small convolutional network.
 """
 
 import torch
@@ -15,7 +15,7 @@ __all__ = ["relu"]
 
 
 def relu(input: Tensor, inplace: bool = False) -> Tensor:
-    """``F.relu``; torch's own in place, and where :func:`is_traced`."""
+    """Compute ``F.relu``, with torch's own derivatives if it is traced or in place."""
     if inplace or is_traced():
         return F.relu(input, inplace)
     return _Relu.apply(input)  # pyright: ignore[reportReturnType]
@@ -34,7 +34,10 @@ class _Relu(Function):
 
 
 class _Masked(Function):
-    """Output gradients where the output is positive: its own transpose."""
+    """The pull-back, which keeps output gradients where the output is positive.
+
+    It is its own pull-back.
+    """
 
     @staticmethod
     def forward(ctx, g, y):
@@ -47,7 +50,7 @@ class _Masked(Function):
 
 
 def _masked(g, y):
-    # Without a graph to make, a function of its own would only cost time.
+    # Without a graph, another autograd function would only cost time.
     if torch.is_grad_enabled():
         return _Masked.apply(g, y)
     return torch.ops.aten.threshold_backward(g, y, 0)

@@ -1,8 +1,8 @@
-"""The one table of torch functions that get other derivatives here, and the mode that looks there.
+"""The table of the torch functions whose derivatives are replaced, and the mode that uses it.
 
-Every replacement computes what torch's function computes. Some are there because torch's second
-derivative is slow or not implemented, some because it is wrong. Where a transform, a compiler or
-forward mode traces the call, a replacement is torch's own function, unless that is wrong.
+Every replacement computes the values of torch's function. Its second derivative replaces one of
+torch that is slow, not implemented or wrong. Where a transform, a compiler or forward mode traces
+the call, the replacement is torch's function, unless the derivative of torch is wrong.
 """
 
 import functools
@@ -39,14 +39,14 @@ RULES: dict[Callable[..., Any], Callable[..., Any]] = {
 
 
 def replaced(function: Callable[..., Any], spared: Spared | None = None) -> Callable[..., Any]:
-    """What stands in for a torch function in a run that is differentiated twice.
+    """Look up the replacement of a torch function for a run that is differentiated twice.
 
     Args:
-        function: torch's.
-        spared: the parameters whose gradients may be left without a value.
+        function: the torch function.
+        spared: the parameters whose gradients may be left without values.
 
     Returns:
-        A function of the same arguments; ``function`` itself where the table has no other.
+        A function of the same arguments. It is ``function`` itself if the table has no other.
     """
     if function in _AFFINE:
         return functools.partial(_AFFINE[function], spared=spared)
@@ -54,7 +54,7 @@ def replaced(function: Callable[..., Any], spared: Spared | None = None) -> Call
 
 
 class DifferentiatedTwice(TorchFunctionMode):
-    """The mode that a user's function runs under where it is differentiated twice."""
+    """The mode for a user's function that is differentiated twice."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         return replaced(func)(*args, **(kwargs or {}))

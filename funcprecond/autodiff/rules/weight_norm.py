@@ -1,4 +1,4 @@
-"""Weight norm, written out: torch's own second derivative (2.13) is wrong on a CPU."""
+"""Weight norm, written out because the second derivative of torch 2.13 is wrong on a CPU."""
 
 from torch import Tensor
 
@@ -6,7 +6,12 @@ __all__ = ["weight_norm"]
 
 
 def weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
-    """``torch._weight_norm``: g times v over its norm, for each index of ``dim`` or over all."""
+    """Compute ``torch._weight_norm``: g times v, divided by the norm of v.
+
+    Args:
+        v, g: the direction and the length of the weight.
+        dim: the axis that has one norm for each index; -1 for a single norm of all entries.
+    """
     if dim == -1:
         return v * (g / v.norm())
     rows = v.movedim(dim, 0)

@@ -1,1 +1,1 @@
-"""How a finished comparison is shown: a table on the terminal, CSV, plots, one HTML page."""
+"""The report of a comparison: a table on the terminal, a CSV file, plots, and an HTML page."""

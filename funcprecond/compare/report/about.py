@@ -1,4 +1,4 @@
-"""What a report says about itself: data, sizes, seeds, threads, versions, machine, date."""
+"""The settings and the environment of a comparison, as text for the report."""
 
 import os
 from datetime import datetime
@@ -11,7 +11,7 @@ from funcprecond.compare.tasks import Task
 
 
 def about(engine: Engine, data: Data, task: Task) -> dict[str, str]:
-    """Name and value of everything that a reader needs to judge or repeat the numbers."""
+    """Everything that a reader needs in order to judge or repeat the results, by name."""
     first = engine.rows[0]
     methods = list(dict.fromkeys(row.method for row in engine.rows))
     settings = {
@@ -28,23 +28,23 @@ def about(engine: Engine, data: Data, task: Task) -> dict[str, str]:
         "task": f"{task.name}: {task.title}, {weights:,} weights, cross-entropy",
         "data": data.description,
         "batch sizes": batch_sizes,
-        "intervals": intervals or "none: no method of this comparison has one",
-        "steps of a run": str(first.steps),
-        "seeds": f"{listed(engine.seeds)}; the first one sweeps the learning rate",
+        "intervals": intervals or "none, because no method of this comparison has one",
+        "steps per run": str(first.steps),
+        "seeds": f"{listed(engine.seeds)}; the learning rate is swept with the first one",
         "learning rates": (
-            f"{engine.points} half decades around the method's own, further where the best is at "
-            "the edge; chosen by the loss on the validation split"
+            f"{engine.points} at first, in half decades around the method's own learning rate, and "
+            "more if the best one is at the edge; chosen by the loss on the validation split"
         ),
         "momentum": f"{MOMENTUM} after every method"
-        + (f" but {', '.join(without)}" if without else ""),
+        + (f" except {', '.join(without)}" if without else ""),
         **(
-            {"with Adam": f"{', '.join(routed)}: for hidden matrices, the rest goes to adam"}
+            {"with Adam": f"{', '.join(routed)} trains hidden matrices, and adam all the rest"}
             if (routed := [method for method in methods if method in FOR_HIDDEN_MATRICES])
             else {}
         ),
         "warm-up": f"methods with an interval refresh at each of the first {WARM_UP} steps",
         "options": "; ".join(f"{method}: {text}" for method, text in settings.items() if text)
-        or "the methods' defaults",
+        or "the defaults of the methods",
         "device": f"{first.device}, {here['device_name']}",
         "threads": f"{first.threads} of {os.cpu_count()} processors",
         "software": f"torch {here['torch']}, Python {here['python']}, {here['system']}, "
@@ -61,5 +61,5 @@ def about(engine: Engine, data: Data, task: Task) -> dict[str, str]:
 
 
 def listed(values) -> str:
-    """Distinct values in order, comma-separated."""
+    """The distinct values in order, separated by commas."""
     return ", ".join(dict.fromkeys(str(value) for value in values))

@@ -1,4 +1,4 @@
-"""One self-contained page: nothing in it is fetched, so it can be mailed or kept."""
+"""The report as one HTML page that needs no other file."""
 
 import base64
 from collections.abc import Sequence
@@ -19,8 +19,8 @@ def page(rows: Sequence[Row], images: Sequence[tuple[Path, str]], about: dict[st
 
     Args:
         rows: the comparison, best first.
-        images: (PNG file, caption) pairs, put into the page itself.
-        about: what was run on what, in words.
+        images: pairs of a PNG file, which is embedded in the page, and its caption.
+        about: the settings and the environment, as text.
     """
     template = Template(files(report).joinpath("page.html").read_text(encoding="utf-8"))
     task = rows[0].task
@@ -37,7 +37,7 @@ def page(rows: Sequence[Row], images: Sequence[tuple[Path, str]], about: dict[st
 
 
 def lead(rows: Sequence[Row]) -> str:
-    """The first sentences: what came out."""
+    """The first sentences, which state the main result."""
     good = [row for row in rows if row.metric is not None]
     if not good:
         return "No method finished this task."
@@ -50,16 +50,16 @@ def lead(rows: Sequence[Row]) -> str:
     if sgd is not None and sgd is not first:
         parts.append(f", against {in_words(sgd)} for SGD with momentum")
     if first.cost.get("time_ratio"):
-        parts.append(f"; one of its steps takes {first.cost['time_ratio']:.1f} times as long")
+        parts.append(f"; a step takes {first.cost['time_ratio']:.1f} times as long as one of SGD")
     missing = len(rows) - len(good)
     tail = (
-        f" {missing} of {len(rows)} rows have no result; the reasons are below." if missing else ""
+        f" {missing} of {len(rows)} rows have no result, for the reasons below." if missing else ""
     )
     return "".join(parts) + "." + tail
 
 
 def in_words(row: Row) -> str:
-    """The row's metric with spread and seeds."""
+    """The metric of a row with its spread and the number of seeds, as text."""
     assert row.metric is not None
     factor, digits, sign = (100, 1, " %") if row.task.metric == "accuracy" else (1, 3, " nats")
     seeds = f" ({len(row.runs)} seeds)" if len(row.runs) > 1 else ""
@@ -67,7 +67,7 @@ def in_words(row: Row) -> str:
 
 
 def html_table(rows: Sequence[Row]) -> str:
-    """The table, with each method's three choices on hover."""
+    """The table, which shows the curvature, representation and solver of a method on hover."""
     style = styles([row.setting.method for row in rows])
     head = "".join(f'<th scope="col">{escape(heading)}</th>' for heading in HEADINGS)
     body = []
@@ -87,12 +87,12 @@ def html_table(rows: Sequence[Row]) -> str:
 
 
 def said(rows: Sequence[Row]) -> list[str]:
-    """What the library warned of during the runs."""
-    return [f"{row.setting.label()} warned: {text}" for row in rows for text in row.warnings()]
+    """The warnings that the library issued during the runs."""
+    return [f"{row.setting.label()} warning: {text}" for row in rows for text in row.warnings()]
 
 
 def figure(path: Path, caption: str) -> str:
-    """An image inside the page, with its caption."""
+    """An embedded image with its caption."""
     data = base64.b64encode(path.read_bytes()).decode()
     return (
         f'<figure><img alt="{escape(caption)}" src="data:image/png;base64,{data}">'

@@ -1,4 +1,4 @@
-"""Plots with one figure a method: quality, cost, learning rates, batch sizes and intervals."""
+"""The plots of the quality, the cost and the learning-rate sweep of each method."""
 
 import math
 from collections.abc import Sequence
@@ -15,12 +15,12 @@ from funcprecond.compare.tasks import Task
 
 
 def unit(task: Task) -> tuple[str, float]:
-    """Name of the task's metric with its unit, and the factor that gives that unit."""
+    """The name of the metric of a task with its unit, and the factor that converts to this unit."""
     return ("accuracy (%)", 100.0) if task.metric == "accuracy" else ("loss (nats)", 1.0)
 
 
 def quality(canvas: Canvas, rows: Sequence[Row]) -> str:
-    """Test metric of each method, a dot a seed."""
+    """Draw the test metric of each method, and return the caption."""
     shown = [row for row in first_of_plan(rows) if row.metric is not None][::-1]
     if not shown:
         return ""
@@ -42,13 +42,19 @@ def quality(canvas: Canvas, rows: Sequence[Row]) -> str:
     axes.set(xlabel=f"test {name}", ylim=(-0.7, len(shown) - 0.3))
     axes.grid(axis="y", visible=False)
     return (
-        f"Test {shown[0].task.metric}, {where(rows)}: a dot for each seed, a bar at the mean, "
-        "shading one standard deviation to each side; the dotted line is SGD's mean."
+        f"Test {shown[0].task.metric} ({where(rows)}): one dot per seed, a bar at the mean, and "
+        "shading of one standard deviation to each side. The dotted line is the mean of SGD."
     )
 
 
 def ratio_axis(axes: Axes, which: str, values: Sequence[float]) -> None:
-    """Make the axis, "x" or "y", logarithmic with ticks at 1, 2, 5, 10, ..."""
+    """Make an axis logarithmic, with ticks at 1, 2, 5, 10 and so on.
+
+    Args:
+        axes: the axes of the plot.
+        which: "x" or "y".
+        values: the ratios that the plot shows.
+    """
     low, high = min([*values, 1.0]), max([*values, 2.0])
     ticks = [m * 10.0**e for e in range(-2, 5) for m in (1, 2, 5)]
     shown = [tick for tick in ticks if low / 1.2 <= tick <= high * 1.4]
@@ -59,7 +65,7 @@ def ratio_axis(axes: Axes, which: str, values: Sequence[float]) -> None:
 
 
 def cost(canvas: Canvas, rows: Sequence[Row]) -> str:
-    """Step time and peak memory as ratios to SGD's."""
+    """Draw the step time and the peak memory relative to SGD, and return the caption."""
     shown = [row for row in first_of_plan(rows) if row.cost.get("time_ratio")]
     if not shown:
         return ""
@@ -68,8 +74,8 @@ def cost(canvas: Canvas, rows: Sequence[Row]) -> str:
     canvas.set_size_inches(10.5, 0.9 + 0.29 * len(shown))
     panels = canvas.subplots(1, 2, sharey=True)
     for axes, entry, label in (
-        (panels[0], "time_ratio", "step time / SGD's"),
-        (panels[1], "memory_ratio", "peak memory / SGD's"),
+        (panels[0], "time_ratio", "step time relative to SGD"),
+        (panels[1], "memory_ratio", "peak memory relative to SGD"),
     ):
         values = [row.cost.get(entry) or math.nan for row in shown]
         ratio_axis(axes, "x", [value for value in values if value == value])
@@ -77,7 +83,7 @@ def cost(canvas: Canvas, rows: Sequence[Row]) -> str:
             color = style[row.setting.method]["color"]
             axes.plot([1, value], [height] * 2, color=color, lw=3, alpha=0.35)
             axes.plot(value, height, "o", color=color, ms=6)
-            text = f"{value:.1f}×" if value == value else "not told by this device"
+            text = f"{value:.1f}×" if value == value else "not available on this device"
             at = value if value == value else 1.0
             axes.annotate(
                 text, (at, height), (7, 0), textcoords="offset points", va="center", fontsize=8
@@ -87,20 +93,20 @@ def cost(canvas: Canvas, rows: Sequence[Row]) -> str:
         axes.grid(axis="y", visible=False)
     panels[0].set_yticks(range(len(shown)), [row.setting.method for row in shown])
     return (
-        f"Cost of one step, {where(rows)}, as a ratio to SGD's on the same batches: time is the "
-        "least over rounds in which the method and SGD take turns; memory is what stays between "
-        "steps and the most that a step allocates on top of it."
+        f"Cost of one step relative to SGD on the same batches ({where(rows)}). The time is the "
+        "minimum over rounds in which the method and SGD take turns. The memory is the sum of what "
+        "is kept between steps and the peak of what a step allocates in addition."
     )
 
 
 def ended_well(row: Row) -> dict[float, float]:
-    """Validation loss by learning rate, without the rates that diverged or failed."""
+    """The validation loss by learning rate, without the rates that diverged or failed."""
     losses = {rate: validation_loss(result) for _, rate, result in row.sweep}
     return {rate: loss for rate, loss in losses.items() if loss is not None}
 
 
 def rates(canvas: Canvas, rows: Sequence[Row]) -> str:
-    """Validation loss against the learning rate, as far as the sweep went."""
+    """Draw the validation loss by learning rate, and return the caption."""
     shown = [row for row in first_of_plan(rows) if len(row.sweep) > 1]
     if not shown:
         return ""
@@ -147,6 +153,6 @@ def rates(canvas: Canvas, rows: Sequence[Row]) -> str:
     canvas.supylabel("validation loss (nats)", fontsize=9, color="#374151")
     canvas.supxlabel("learning rate", fontsize=9, color="#374151")
     return (
-        f"The learning-rate sweep, {where(rows)}, first seed: the ring is the rate chosen by the "
-        "validation split and used for the other seeds."
+        f"Learning-rate sweep with the first seed ({where(rows)}). The ring marks the rate that is "
+        "chosen on the validation split and used for the other seeds."
     )

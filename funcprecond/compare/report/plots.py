@@ -1,4 +1,4 @@
-"""The plots of a report, drawn off screen."""
+"""The plots of a report, which are drawn without a display."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -15,14 +15,14 @@ from funcprecond.compare.summary import Row
 
 
 def figures(rows: Sequence[Row], folder: Path) -> list[tuple[Path, str]]:
-    """Draw every plot that has something to show.
+    """Draw every plot that has data.
 
     Args:
         rows: the comparison, best first.
-        folder: receives one PNG a plot.
+        folder: the folder for the PNG files.
 
     Returns:
-        (file, caption) pairs in the order in which to read them.
+        Pairs of a file and its caption, in the order of the report.
     """
     drawn = []
     for name, draw in PLOTS.items():
@@ -34,7 +34,8 @@ def figures(rows: Sequence[Row], folder: Path) -> list[tuple[Path, str]]:
                 canvas.savefig(folder / f"{name}.png")
                 drawn.append((folder / f"{name}.png", caption))
             else:
-                (folder / f"{name}.png").unlink(missing_ok=True)  # of an earlier, larger plan
+                # An earlier comparison with a larger plan may have drawn this plot.
+                (folder / f"{name}.png").unlink(missing_ok=True)
     return drawn
 
 

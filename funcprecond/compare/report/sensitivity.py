@@ -1,4 +1,4 @@
-"""Quality and cost over the batch sizes and intervals of the plan."""
+"""The plot of quality and cost by batch size and by interval."""
 
 from collections.abc import Sequence
 
@@ -11,9 +11,13 @@ from funcprecond.compare.summary import Row
 
 
 def sensitivity(canvas: Canvas, rows: Sequence[Row]) -> str:
-    """A column for each axis of the plan with more than one value; "" if there is none.
+    """Draw one column for the batch sizes and one for the intervals, if the plan has several.
 
-    Along the batch sizes the interval is the smallest, along the intervals the batch size is.
+    The column of the batch sizes shows the smallest interval, and that of the intervals the
+    smallest batch size.
+
+    Returns:
+        The caption; "" if there is no column, or if all runs failed.
     """
     good = [row for row in rows if row.metric is not None]
     batch_sizes = sorted({row.setting.batch_size for row in rows})
@@ -42,7 +46,7 @@ def sensitivity(canvas: Canvas, rows: Sequence[Row]) -> str:
                 (at, factor * row.metric.mean, row.cost["time_ratio"])
                 for row in shown
                 if row.setting.method == method and row.metric is not None
-                # A method without intervals costs the same at each of them.
+                # A method without intervals has the same cost at each of them.
                 for at in positions(row, label, ticks)
             ]
             if not points:
@@ -56,16 +60,16 @@ def sensitivity(canvas: Canvas, rows: Sequence[Row]) -> str:
         below.xaxis.set_minor_locator(NullLocator())
     ratio_axis(grid[1, 0], "y", [row.cost["time_ratio"] for *_, shown in columns for row in shown])
     grid[0, 0].set_ylabel(f"test {name}")
-    grid[1, 0].set_ylabel("step time / SGD's")
+    grid[1, 0].set_ylabel("step time relative to SGD")
     canvas.legend(handles=list(lines.values()), loc="outside right center", fontsize=8.5)
     return (
-        f"Sensitivity to batch size and interval, each point at its best learning rate: test "
-        f"{task.metric} above, step time as a ratio to SGD's at the same batch size below."
+        f"Sensitivity to batch size and interval, with each point at its best learning rate. Top: "
+        f"test {task.metric}. Bottom: step time relative to SGD at the same batch size."
     )
 
 
 def positions(row: Row, label: str, ticks: Sequence[int]) -> Sequence[int]:
-    """Where on the axis a row's point belongs."""
+    """The positions of a row on the horizontal axis."""
     if label == "batch size":
         return [row.setting.batch_size]
     return ticks if row.setting.interval is None else [row.setting.interval]

@@ -1,10 +1,10 @@
-"""Colours of the methods: one hue a representation, so that relatives look related."""
+"""The colors of the methods: methods with similar representations have shades of one hue."""
 
 from collections.abc import Sequence
 
 from funcprecond.methods.card import CARDS
 
-# First match in "representation" decides; shades from dark to light within one hue.
+# The first name that occurs in the representation of a method determines its hue.
 HUES = (
     ("identity", ("#1f2328",)),
     ("KF-io", ("#c2410c", "#f59e0b", "#7c2d12", "#fbbf24")),
@@ -39,10 +39,10 @@ RULES = {
 
 
 def styles(methods: Sequence[str]) -> dict[str, dict[str, str]]:
-    """Colour and dash of each method, the same in every plot of a report.
+    """The color and the line style of each method, which are the same in every plot of a report.
 
     Args:
-        methods: names in `CARDS`; their order there decides the shade, whatever order comes in.
+        methods: names in `CARDS`. The shades depend on their order in `CARDS`, not on this one.
     """
     chosen: dict[str, dict[str, str]] = {}
     used: dict[str, int] = {}

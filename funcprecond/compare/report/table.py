@@ -1,4 +1,4 @@
-"""The readable table at the end."""
+"""The result table on the terminal."""
 
 from collections.abc import Sequence
 
@@ -9,14 +9,14 @@ from funcprecond.compare.summary import Figure, Row
 
 
 def plus_minus(figure: Figure | None, factor: float = 1.0, digits: int = 3) -> str:
-    """Mean ± spread, times a factor; a dash for none."""
+    """The mean ± spread of a figure times a factor; a dash if there is no figure."""
     if figure is None:
         return "–"
     return f"{factor * figure.mean:.{digits}f} ± {factor * figure.spread:.{digits}f}"
 
 
 def times(ratio: float | None) -> str:
-    """A ratio to SGD; a dash for none."""
+    """A ratio to SGD; a dash if there is none."""
     if ratio is None:
         return "–"
     return (
@@ -39,7 +39,7 @@ HEADINGS = (
 
 
 def cells(row: Row) -> list[str]:
-    """A row's entries under `HEADINGS`."""
+    """The entries of a row, in the order of `HEADINGS`."""
     step = row.cost.get("step_ms")
     return [
         row.setting.method,
@@ -56,12 +56,14 @@ def cells(row: Row) -> list[str]:
 
 
 def table(rows: Sequence[Row], title: str, width: int = 160) -> Table:
-    """All rows, best first; those without a figure are explained in words below.
+    """The table of all rows, with the reasons for failures below it.
 
     Args:
-        rows: as `summary.rows` sorts them.
-        title: above the table; batch size and interval are added to it where all rows share them.
-        width: characters in a line of the terminal; a narrow one does without the training loss.
+        rows: the rows in the order of `summary.rows`.
+        title: the title of the table. The batch size and the interval are added to it if all rows
+            have the same.
+        width: the number of characters per line of the terminal. A table narrower than 100
+            characters has no column for the training loss.
     """
     lines = [cells(row) for row in rows]
     shared = {
@@ -80,7 +82,7 @@ def table(rows: Sequence[Row], title: str, width: int = 160) -> Table:
     )
     kept = [number for number, heading in enumerate(HEADINGS) if heading not in hidden]
     for number in kept:
-        longest = max(len(line[number]) for line in lines)  # headings may be folded, figures not
+        longest = max(len(line[number]) for line in lines)  # only headings may be wrapped
         shown.add_column(HEADINGS[number], justify="right" if number else "left", min_width=longest)
     for row, line in zip(rows, lines, strict=True):
         style = "" if row.status == "ok" else "dim"
@@ -91,5 +93,5 @@ def table(rows: Sequence[Row], title: str, width: int = 160) -> Table:
 
 
 def reasons(rows: Sequence[Row]) -> list[str]:
-    """A line for each row that did not end well, or not for every seed."""
+    """One line per row that failed, or that failed for some seeds."""
     return [f"{row.setting.label()} {row.status}: {row.why}" for row in rows if row.why]

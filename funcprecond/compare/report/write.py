@@ -15,12 +15,12 @@ def write(folder: Path, rows: Sequence[Row], about: dict[str, str]) -> list[Path
     """Write the report.
 
     Args:
-        folder: where to; exists.
+        folder: the folder for the files, which must exist.
         rows: the comparison, best first.
-        about: what was run on what, in words, for the page.
+        about: the settings and the environment, as text for the page.
 
     Returns:
-        the files written, the page last.
+        The files that were written; the page comes last.
     """
     images = figures(rows, folder)
     sheet = folder / "results.csv"
@@ -31,7 +31,7 @@ def write(folder: Path, rows: Sequence[Row], about: dict[str, str]) -> list[Path
 
 
 def to_csv(rows: Sequence[Row]) -> str:
-    """One line a row, under one line of names."""
+    """The rows in CSV format, with a header."""
     records = [row.record() for row in rows]
     text = io.StringIO()
     writer = csv.DictWriter(text, fieldnames=list(records[0]), lineterminator="\n")

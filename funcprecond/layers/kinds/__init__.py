@@ -1,4 +1,4 @@
-"""The kinds of layers. A new one is a file beside these, and a line in the table here."""
+"""The kinds of layers. A new kind is a new file in this folder, and a line in the table below."""
 
 from collections.abc import Callable
 from typing import Any

@@ -1,7 +1,7 @@
-"""Parameters that are added to something: ``x + b`` outside of any layer.
+"""Parameters that are added to a tensor: ``x + b`` outside of any layer.
 
-Such a use tells what the parameter adds to the run, so that products with a Fisher matrix need not
-run the model; it has no block of its own.
+Such a use is recorded so that products with a Fisher matrix do not have to run the model. It has no
+block of its own.
 """
 
 import dataclasses
@@ -30,7 +30,7 @@ class Added(LayerCall):
         own = [x for x in call.args if names.of(x)]
         if len(own) != 1:
             return []
-        # The other summand is no input: nothing about the parameter depends on it.
+        # The other summand is not the input, because nothing about the parameter depends on it.
         return [Recognized(cls(weight=names.of(own[0]) or ""), own[0])]
 
     def apply(self, params: Params, x: Tensor) -> Tensor:

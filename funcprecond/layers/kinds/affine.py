@@ -1,8 +1,9 @@
-r"""Affine layers: ``z = W a + b`` at each position, with ``a`` and ``z`` cut out of input and output.
+r"""Affine layers: ``z = W a + b`` at each position of an input.
 
-The gradient of example n in ``[W | b]`` is :math:`\sum_t g_{nt} [a_{nt}, 1]^T`. So the rows ``a`` of
-the inputs and ``g`` of the output gradients are all that a kind must give; factors, second moments
-and the gradients of single examples follow from them.
+At position t of example n, :math:`a_{nt}` is a part of the input, and :math:`g_{nt}` is the
+gradient in :math:`z_{nt}`, a part of the output. The gradient of the example in ``[W | b]`` is
+:math:`\sum_t g_{nt} [a_{nt}, 1]^T`. So a kind of layer only has to define the matrices with the
+rows ``a`` and ``g``; Kronecker factors, second moments and per-sample gradients follow from them.
 """
 
 import dataclasses
@@ -29,60 +30,69 @@ class AffineCall(LayerCall):
     """A use of an affine layer."""
 
     one_hot: ClassVar[bool] = False
-    """Whether the rows of the inputs are one-hot vectors, given by their indices."""
+    """Whether the rows of the inputs are one-hot vectors, stored as indices."""
 
     @property
     def groups(self) -> int:
-        """J: the layer is J layers side by side, each on its share of the channels."""
+        """The number of groups, J: the layer is J layers, each on its share of the channels."""
         return 1
 
     @property
     def inputs_first(self) -> bool:
-        """Whether axis 0 of the weight is the inputs', so that the bias is a last row of it."""
+        """Whether axis 0 of the weight is the axis of the inputs; the bias is then the last row."""
         return False
 
     @property
     def rows_are_given(self) -> bool:
-        """Whether inputs and output gradients are the rows as they came, in the weight's order."""
+        """Whether inputs and output gradients are already rows, in the order of the weight."""
         return False
 
     @property
     def fan_out(self) -> int:
-        """How many columns the output gradients' rows have, in each group."""
+        """The number of entries in a row of the output gradients, in each group."""
         return self.shape[-1]
 
     def fan_in(self, x: Tensor) -> int:
-        """How many columns the inputs' rows have, in each group; ``x`` is an input."""
+        """The number of entries in a row of the inputs, in each group; ``x`` is an input."""
         return x.shape[-1]
 
     def input_rows(self, x: Tensor) -> Tensor:
-        """(N, T, i) rows of an input; (J, N, T, i / J) for more than one group."""
+        """Compute the rows of an input, (N, T, i), or (J, N, T, i / J) for more than one group."""
         return x.reshape(x.shape[0], -1, x.shape[-1])
 
     def grad_rows(self, g: Tensor, x: Tensor) -> Tensor:
-        """(V, N, T, o) rows of output gradients; (J, V, N, T, o / J) for more than one group."""
+        """Compute the rows of output gradients.
+
+        Args:
+            g: the output gradients, (V, *output shape).
+            x: the input of the layer.
+
+        Returns:
+            (V, N, T, o), or (J, V, N, T, o / J) for more than one group.
+        """
         return g.reshape(g.shape[0], g.shape[1], -1, g.shape[-1])
 
     def positions(self, x: Tensor, sharing: Sharing) -> int:
-        """How many rows the input has: one for each position, or with "reduce" for each example."""
+        """Count the rows of an input: one per position, or with "reduce" one per example."""
         return self.shape[0] if sharing == "reduce" else math.prod(self.shape) // self.shape[-1]
 
     # ------------------------------------------------------------------------ Kronecker factors
     def input_factor(
         self, uses: Sequence[LayerUse], bias: bool, sharing: Sharing, *, thin: bool = False
     ) -> Tensor:
-        """The mean of ``[a, 1] [a, 1]^T`` over all rows of the inputs.
+        """Compute the mean of ``[a, 1] [a, 1]^T`` over all rows of the inputs.
 
         Args:
             uses: all uses of the layer.
-            bias: whether a 1 is appended.
-            sharing: "expand" takes every position as a row of its own, "reduce" the mean over an
-                example's positions.
-            thin: return (..., M, i) rows whose Gram matrix it is, where these are fewer than their
-                columns and come from a single use.
+            bias: whether the 1 is appended.
+            sharing: with "expand", every position is a row; with "reduce", the mean over the
+                positions of an example is a row.
+            thin: whether to return, instead of the factor, M rows whose Gram matrix it is, if there
+                is only one use and M is less than the number of columns.
 
         Returns:
-            (i, i), or (J, i / J, i / J) for more than one group; i + 1 with a bias.
+            (i, i), or (J, i / J, i / J) for more than one group, with i + 1 in place of i if there
+            is a bias. If ``thin`` applies, (..., M, i).
         """
         dtype = factor_dtype(uses[0].grads)
         total, count = None, 0
@@ -98,7 +108,10 @@ class AffineCall(LayerCall):
     def input_moment(
         self, use: LayerUse, bias: bool, sharing: Sharing, dtype: torch.dtype, thin: bool
     ) -> Tensor:
-        """The sum over the rows of one use, or, with ``thin``, the rows if they are few."""
+        """Compute the sum of ``[a, 1] [a, 1]^T`` over the rows of one use.
+
+        With ``thin``, the result is the rows themselves if they are fewer than their columns.
+        """
         rows = self.input_rows(use.inputs).to(dtype)
         rows = rows.mean(-2) if sharing == "reduce" else rows.flatten(-3, -2)
         if rows.shape[-2] < rows.shape[-1]:
@@ -107,7 +120,7 @@ class AffineCall(LayerCall):
         return gram(rows, rows.shape[-2] if bias else None)
 
     def input_diagonal(self, uses: Sequence[LayerUse], bias: bool, sharing: Sharing) -> Tensor:
-        """(i,), or (i + 1,) with a bias: the diagonal of :meth:`input_factor` alone."""
+        """Compute the diagonal of :meth:`input_factor`, (i,), or (i + 1,) with a bias."""
         rows = [use.call.input_rows(use.inputs).to(factor_dtype(use.grads)) for use in uses]
         rows = [x.mean(-2, keepdim=True) if sharing == "reduce" else x for x in rows]
         mean = torch.cat([x.reshape(-1, x.shape[-1]) for x in rows]).square().mean(0)
@@ -116,18 +129,17 @@ class AffineCall(LayerCall):
     def output_factor(
         self, uses: Sequence[LayerUse], sharing: Sharing, scale: Tensor, *, thin: bool = False
     ) -> Tensor:
-        """``scale Σ g g^T`` over all rows of the output gradients.
-
-        With "reduce" an example's rows are summed over its positions first.
+        """Compute ``scale Σ g g^T`` over all rows of the output gradients.
 
         Args:
             uses: all uses of the layer.
-            sharing: see :meth:`input_factor`.
+            sharing: with "expand", every position is a row; with "reduce", the sum over the
+                positions of an example is a row.
             scale: a 0-d tensor.
             thin: see :meth:`input_factor`.
 
         Returns:
-            (o, o), or (J, o / J, o / J) for more than one group.
+            (o, o), or (J, o / J, o / J) for more than one group. If ``thin`` applies, (..., M, o).
         """
         parts = []
         for use in uses:
@@ -144,17 +156,21 @@ class AffineCall(LayerCall):
         return functools.reduce(torch.add, parts)
 
     def output_rows(self, use: LayerUse, sharing: Sharing) -> Tensor:
-        """(..., M, o): the rows that :meth:`output_factor` is the Gram matrix of, without scale."""
+        """Compute (..., M, o), the rows whose Gram matrix is :meth:`output_factor` / scale."""
         g = self.grad_rows(use.grads, use.inputs)
         g = g.sum(-2, keepdim=True) if sharing == "reduce" else g
         return g.to(factor_dtype(g)).flatten(-4, -2)
 
     def output_moment(self, use: LayerUse, sharing: Sharing) -> Tensor | None:
-        """Their Gram matrix, where a kind has a way to it that costs less than the rows; or None."""
+        """Compute the Gram matrix of :meth:`output_rows`, if a kind can do so without the rows.
+
+        Returns:
+            The Gram matrix, or None.
+        """
         return None
 
     def output_diagonal(self, uses: Sequence[LayerUse], sharing: Sharing, scale: Tensor) -> Tensor:
-        """(o,): the diagonal of :meth:`output_factor` alone."""
+        """Compute the diagonal of :meth:`output_factor`, (o,)."""
         rows = [use.call.output_rows(use, sharing) for use in uses]
         parts = [g.reshape(-1, g.shape[-1]).square().sum(0) for g in rows]
         return functools.reduce(torch.add, parts) * scale
@@ -167,17 +183,19 @@ class AffineCall(LayerCall):
         left: Tensor | None = None,
         right: Tensor | None = None,
     ) -> Tensor:
-        """``Σ (left^T G_n right)²`` entry by entry, over cotangents and examples.
+        """Compute ``Σ (left^T G_n right)²``, summed over cotangents and examples.
 
         Args:
             uses: all uses of the layer.
-            bias: whether the bias is a last column of ``G_n``, or row if the inputs are first.
-            left: eigenvectors of the weight's axis 0 as columns, (o, o), or (J, o / J, o / J);
-                None is the identity.
-            right: likewise of the remaining axes.
+            bias: whether the bias is the last column of ``G_n``, or the last row if
+                :attr:`inputs_first`.
+            left: an orthonormal basis for axis 0 of the weight as columns, (o, o), or
+                (J, o / J, o / J) for more than one group; None is the identity.
+            right: the same for the other axes of the weight.
 
         Returns:
-            (o, i + 1), or (J, o / J, i + 1); (i + 1, o) if the inputs are first.
+            (o, i + 1), or (J, o / J, i + 1) for more than one group; (i + 1, o) if
+            :attr:`inputs_first`. Without a bias, i + 1 is i.
         """
         of_outputs, of_inputs = (right, left) if self.inputs_first else (left, right)
         moments = second_moments(uses, bias, of_outputs, of_inputs)
@@ -213,5 +231,5 @@ class AffineCall(LayerCall):
 
 
 def with_ones(rows: Tensor) -> Tensor:
-    """The rows with a 1 appended, which is the input that belongs to a bias."""
+    """Append a column of ones, the input that belongs to a bias."""
     return torch.cat([rows, torch.ones_like(rows[..., :1])], -1)

@@ -1,4 +1,4 @@
-r"""Bilinear layers: ``z_o = x^T W_o y + b_o``, affine in the products of two inputs' entries."""
+r"""Bilinear layers ``z_o = x^T W_o y + b_o``, which are affine in the outer product of x and y."""
 
 import dataclasses
 
@@ -15,7 +15,7 @@ __all__ = ["Bilinear"]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Bilinear(AffineCall):
-    """A use of an (o, p, q) weight; its rows are the outer products of two inputs, ``p q`` long."""
+    """A use of an (o, p, q) weight. Its input rows are outer products of x and y, of length p q."""
 
     functions = (F.bilinear, torch.bilinear)
 

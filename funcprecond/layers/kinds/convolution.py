@@ -18,17 +18,17 @@ from funcprecond.tree import Params
 
 __all__ = ["CONVOLUTIONS", "Convolution", "per_axis"]
 
-# By their number of axes.
+# The functions by number of spatial axes.
 CONVOLUTIONS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Convolution(AffineCall):
-    """A use of an (o, i / J, *kernel) weight; its input rows are patches.
+    """A use of an (o, i / J, *kernel) weight. Its input rows are patches.
 
     Attributes:
-        kernel, stride, padding, dilation: one number for each axis; the padding may be a string.
-        channel_groups: J.
+        kernel, stride, padding, dilation: one number per spatial axis; the padding may be a string.
+        channel_groups: the number of groups, J.
     """
 
     kernel: tuple[int, ...]
@@ -106,7 +106,7 @@ class Convolution(AffineCall):
         outputs, positions = self.fan_out, math.prod(self.shape[2:])
         if sharing == "reduce" or outputs > positions:
             return None
-        # No larger than the gradients themselves, which need not be moved for it.
+        # These products take no more memory than the gradients, which are not copied for them.
         g = use.grads.to(factor_dtype(use.grads)).flatten(3)
         g = rearrange(g, "v n (j o) t -> (v n) j o t", j=self.groups)
         moment = (g @ g.mT).sum(0)
@@ -114,7 +114,7 @@ class Convolution(AffineCall):
 
 
 def per_axis(option: Any, dims: int) -> Any:
-    """An option as one number for each axis; a string as it is."""
+    """Expand an option to one number per axis; a string is returned unchanged."""
     if isinstance(option, str):
         return option
     return tuple(option) if isinstance(option, (tuple, list)) else (option,) * dims

@@ -1,4 +1,4 @@
-"""Embeddings: linear layers whose inputs are one-hot vectors, given by their indices."""
+"""Embeddings: linear layers whose inputs are one-hot vectors, stored as indices."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -19,11 +19,11 @@ __all__ = ["Embedding"]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Embedding(AffineCall):
-    """A use of a (V, d) table.
+    """A use of a table with one row of length d for each token.
 
     Attributes:
-        vocabulary: V, the number of tokens.
-        padding: the token whose row gets no gradient, or None.
+        vocabulary: the number of tokens.
+        padding: the token whose row of the table gets no gradient, or None.
     """
 
     vocabulary: int
@@ -51,11 +51,11 @@ class Embedding(AffineCall):
         return self.vocabulary
 
     def input_rows(self, x: Tensor) -> Tensor:
-        """(N, T) indices."""
+        """The indices of the tokens, (N, T)."""
         return x.reshape(x.shape[0], -1) if x.ndim > 1 else x.reshape(-1, 1)
 
     def grad_rows(self, g: Tensor, x: Tensor) -> Tensor:
-        """(V, N, T, d), zero where the token is the padding."""
+        """The rows of the output gradients, (V, N, T, d); zero where the token is the padding."""
         g = g.reshape(g.shape[0], g.shape[1], -1, g.shape[-1])
         if self.padding is None:
             return g
@@ -67,7 +67,10 @@ class Embedding(AffineCall):
     def input_factor(
         self, uses: Sequence[LayerUse], bias: bool, sharing: Sharing, *, thin: bool = False
     ) -> Tensor:
-        """(V,): of one-hot inputs the second moment is a diagonal, the tokens' frequencies."""
+        """Compute (vocabulary,), the frequencies of the tokens.
+
+        They are the diagonal of the second moment of one-hot inputs, which is diagonal.
+        """
         ids = torch.cat([self.input_rows(use.inputs).reshape(-1) for use in uses])
         kept = torch.ones_like(ids, dtype=factor_dtype(uses[0].grads))
         if self.padding is not None:
@@ -79,7 +82,7 @@ class Embedding(AffineCall):
         return self.input_factor(uses, bias, sharing)
 
     def output_rows(self, use: LayerUse, sharing: Sharing) -> Tensor:
-        # The input of one example is the sum of its tokens, so "reduce" is no other thing here.
+        # The input of an example is the sum of its one-hot vectors, so "reduce" is like "expand".
         g = self.grad_rows(use.grads, use.inputs)
         return g.to(factor_dtype(g)).flatten(-4, -2)
 
@@ -90,7 +93,10 @@ class Embedding(AffineCall):
         left: Tensor | None = None,
         right: Tensor | None = None,
     ) -> Tensor:
-        """(V, d): rows of one token add up within an example before they are squared."""
+        """Compute (vocabulary, d), as :meth:`AffineCall.second_moments`.
+
+        The gradients of equal tokens within an example are added before they are squared.
+        """
         ids = joined([self.input_rows(use.inputs) for use in uses], -1)
         g = joined([self.grad_rows(use.grads, use.inputs) for use in uses], -2)
         g = g.to(factor_dtype(g)) if right is None else g.to(right.dtype) @ right

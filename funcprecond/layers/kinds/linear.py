@@ -1,4 +1,4 @@
-"""Linear layers, in the spellings that models use: ``F.linear``, ``x @ W``, ``addmm``."""
+"""Linear layers, in each form that models use: ``F.linear``, ``x @ W`` and ``addmm``."""
 
 import dataclasses
 
@@ -18,10 +18,10 @@ ADDED_PRODUCTS = (torch.addmm, torch.Tensor.addmm)
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Linear(AffineCall):
-    """``z = a W^T + b`` for a weight (o, i), or ``z = a W + b`` for one that is stored as (i, o).
+    """A use of a weight: ``z = a W^T + b`` if it is stored as (o, i), ``z = a W + b`` if as (i, o).
 
     Attributes:
-        stored_inputs_first: whether the weight is (i, o).
+        stored_inputs_first: whether the weight is stored as (i, o).
     """
 
     stored_inputs_first: bool = False

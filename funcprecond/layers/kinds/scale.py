@@ -1,7 +1,7 @@
-"""Element-wise scales: ``z = x * w + b`` with one number, or two, for each unit.
+"""Element-wise scales ``z = x * w + b``, with a scale and optionally a bias for each unit.
 
-They are what a normalisation layer does to its normalised input, unit by unit. A unit has so few
-parameters that its block of the curvature matrix is exact.
+A normalization layer applies such a scale to its normalized input. A unit has so few parameters
+that its block of the curvature matrix is computed exactly.
 """
 
 import dataclasses
@@ -22,10 +22,11 @@ __all__ = ["Scale"]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Scale(LayerCall):
-    """A use of a scale, and maybe a bias.
+    """A use of a scale, and optionally a bias.
 
     Attributes:
-        trailing: how many of the last axes the weight has; 0 stands for the channels, axis 1.
+        trailing: the number of last axes of the input that the weight has; 0 means that it has
+            axis 1, the channels.
     """
 
     trailing: int = 0
@@ -39,8 +40,8 @@ class Scale(LayerCall):
         if not weight:
             return []
         found = cls(weight=weight, bias=names.of(bias), trailing=trailing)
-        # The normalised input itself: recovered from the output, it would be lost where the scale
-        # is zero.
+        # The normalized input is computed again, because it cannot be recovered from the output
+        # where the scale is zero.
         return [Recognized(found, normalise(call.argument(0, "input")))]
 
     def apply(self, params: Params, x: Tensor) -> Tensor:
@@ -52,14 +53,24 @@ class Scale(LayerCall):
         return x * weight if bias is None else x * weight + bias
 
     def rows(self, x: Tensor, lead: int) -> Tensor:
-        """(*lead, T, U): the units last, all axes beyond the leading ones flattened."""
+        """Reshape to (*lead, T, U), with the U units last and all other axes flattened.
+
+        Args:
+            x: an input or an output gradient.
+            lead: the number of leading axes to keep.
+        """
         if self.trailing:
             units = x.shape[x.ndim - self.trailing :].numel()
             return x.reshape(*x.shape[:lead], -1, units)
         return x.movedim(lead, -1).reshape(*x.shape[:lead], -1, x.shape[lead])
 
     def unit_gradients(self, uses: Sequence[LayerUse], bias: bool) -> Tensor:
-        """(V, N, U, 1), or (V, N, U, 2) with a bias: each example's gradient, unit by unit."""
+        """Compute the per-sample gradients of each unit: (V, N, U, 1), or with a bias (V, N, U, 2).
+
+        Args:
+            uses: all uses of the layer.
+            bias: whether the gradients in the bias are included.
+        """
         terms = []
         for use in uses:
             g = self.rows(use.grads, 2)
@@ -69,7 +80,12 @@ class Scale(LayerCall):
         return functools.reduce(torch.add, terms)
 
     def unit_blocks(self, uses: Sequence[LayerUse], bias: bool, scale: Tensor) -> Tensor:
-        """(U, 2, 2), or (U, 1, 1): the exact curvature block of each unit's scale and bias."""
+        """Compute the exact curvature block of each unit: (U, 1, 1), or with a bias (U, 2, 2).
+
+        Args:
+            uses, bias: see :meth:`unit_gradients`.
+            scale: the factor of the sum of outer products, a 0-d tensor.
+        """
         gradients = self.unit_gradients(uses, bias)
         return torch.einsum("vnup,vnuq->upq", gradients, gradients) * scale.to(gradients.dtype)
 
@@ -83,8 +99,9 @@ class Scale(LayerCall):
         }
 
 
-# ---------------------------------------------------------------------------- normalisation layers
-# (scale, bias, the axes of the scale, the normalisation without them) of a call.
+# ---------------------------------------------------------------------------- normalization layers
+# The parts of a call: the scale, the bias, the number of trailing axes of the scale, and the
+# normalization without scale and bias.
 Norm = tuple[Any, Any, int, Callable[[Tensor], Tensor]]
 
 
@@ -107,10 +124,10 @@ def _group_norm(call: FunctionCall) -> Norm:
 
 
 def _statistics_norm(flag: str, call: FunctionCall) -> Norm:
-    """Batch and instance norm, whose flag says whether they take the batch's own statistics."""
+    """Batch and instance norm, with the name of the flag for the use of the batch's statistics."""
     mean, variance = call.argument(1, "running_mean"), call.argument(2, "running_var")
     if call.argument(5, flag, False) or mean is None:
-        # Without them, so that the running statistics are updated once, by the model's own call.
+        # Left out, so that only the model's own call updates the running statistics.
         mean = variance = None
     scale, bias = call.argument(3, "weight"), call.argument(4, "bias")
     epsilon = call.argument(7, "eps", 1e-5)

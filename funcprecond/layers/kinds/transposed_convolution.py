@@ -1,7 +1,8 @@
-"""Transposed convolutions: every input position is multiplied with the kernel into a patch of output.
+"""Transposed convolutions, which multiply each input position by the kernel to a patch of outputs.
 
-So the rows of the inputs are the positions as they come, and those of the output gradients are the
-patches. The bias belongs to the output's positions, not to the input's: it is a layer of its own.
+The input rows are the input positions, and the rows of the output gradients are patches. The bias
+belongs to the output positions and not to the input positions, so it is recorded as a layer of its
+own.
 """
 
 import dataclasses
@@ -21,7 +22,7 @@ from funcprecond.tree import Params
 
 __all__ = ["TransposedConvolution"]
 
-# By their number of axes.
+# The functions by number of spatial axes.
 TRANSPOSED = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}
 
 
@@ -30,8 +31,8 @@ class TransposedConvolution(AffineCall):
     """A use of an (i, o / J, *kernel) weight.
 
     Attributes:
-        kernel, stride, padding, dilation, output_padding: one number for each axis.
-        channel_groups: J.
+        kernel, stride, padding, dilation, output_padding: one number per spatial axis.
+        channel_groups: the number of groups, J.
     """
 
     kernel: tuple[int, ...]
