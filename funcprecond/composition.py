@@ -6,7 +6,7 @@ from typing import Any
 from torch import Tensor
 
 from funcprecond.curvature.gradient import BatchGradient, OuterProduct
-from funcprecond.evidence import Evidence, MissingEvidence
+from funcprecond.evidence import Evidence, required
 from funcprecond.linalg import treemath
 from funcprecond.need import Every, Need, Turn
 from funcprecond.representation.average import Decay, accumulate, check_decay
@@ -123,13 +123,8 @@ def compose(
         state: Composed, grads: Params, evidence: Evidence | None = None
     ) -> tuple[Composed, Params]:
         rep, factor, mean = state.representation, state.factor, state.mean
-        if evidence is None and not from_gradient:
-            msg = (
-                f"this method needs {curvature} in addition to the gradient: call "
-                "opt.update(state, evidence.grads, evidence) with the evidence that fp.observe "
-                "returns"
-            )
-            raise MissingEvidence(msg)
+        if not from_gradient:
+            evidence = required(evidence, curvature)
         if evidence is None or measure in evidence:
             value = OuterProduct(grads) if from_gradient else evidence[curvature]  # pyright: ignore
             rep = rep.accumulate(value, decay)

@@ -5,10 +5,13 @@ import funcprecond as fp
 from funcprecond.composition import Composed, NoSolver
 from funcprecond.curvature.gradient import BatchGradient
 from funcprecond.curvature.hessian import HessianProbes
+from funcprecond.curvature.layer_statistics import LayerStatistics
 from funcprecond.curvature.per_sample import PerSampleGrads
 from funcprecond.representation.dense import Dense
 from funcprecond.representation.diagonal import Diagonal
 from funcprecond.representation.kronecker_dim import KroneckerDim
+from funcprecond.representation.kronecker_io import KroneckerIO
+from funcprecond.solver.cholesky import Cholesky
 from funcprecond.solver.divide import Divide
 from funcprecond.solver.inverse_root import InverseRoot
 from funcprecond.solver.kronecker_sum import KroneckerSum
@@ -103,3 +106,59 @@ def test_evidence_without_the_measurement_that_is_due_is_an_error():
     evidence = fp.observe(toy.problem, toy.params, toy.batch, opt.needs(0)[1:])
     with pytest.raises(fp.MissingEvidence, match="PerSampleGrads"):
         opt.update(opt.init(toy.params), evidence.grads, evidence)
+
+
+@pytest.mark.parametrize(
+    ("parts", "error", "sentence"),
+    [
+        ((BatchGradient, Diagonal, Divide()), TypeError, "an instance of a Need"),
+        ((BatchGradient(), Diagonal.init({}), Divide()), TypeError, "must be a class"),
+        ((BatchGradient(), Diagonal, Divide), TypeError, "must be an instance"),
+        ((BatchGradient(), KroneckerIO, Cholesky(0.1)), fp.NoRepresentation, "Layers"),
+        ((PerSampleGrads(), KroneckerDim, InverseRoot()), fp.NoRepresentation, "KroneckerDim"),
+        ((LayerStatistics(), Diagonal, Divide()), fp.NoRepresentation, "LayerStatistics"),
+    ],
+)
+def test_parts_that_do_not_fit_are_refused_when_they_are_put_together(parts, error, sentence):
+    with pytest.raises(error, match=sentence):
+        fp.compose(*parts)
+
+
+def test_every_part_of_every_package_is_accepted_or_refused_with_a_sentence():
+    """No combination fails later than at ``compose``, and each solver fits somewhere."""
+    needs = [BatchGradient(), HessianProbes(), PerSampleGrads(), LayerStatistics()]
+    needs += [fp.curvature.SampledGradient()]
+    stores = [getattr(fp.representation, x) for x in fp.representation.__all__]
+    stores = [x for x in stores if isinstance(x, type) and hasattr(x, "accepts")]
+    solvers = [getattr(fp.solver, x) for x in fp.solver.__all__]
+    solvers = [x() for x in solvers if hasattr(x, "accepts") and x is not fp.solver.Solver]
+    toy, fitting = problems.mlp(), set()
+    for need in needs:
+        for store in stores:
+            for solver in solvers:
+                try:
+                    opt = fp.compose(need, store, solver)
+                except (fp.NoRepresentation, fp.NoSolver):
+                    continue
+                fitting |= {type(solver), store}
+                _, direction, evidence = problems.update(toy, opt)
+                assert direction.keys() == evidence.grads.keys()
+    # SMW solves with the rows of one batch, which no representation accumulates.
+    assert {type(s) for s in solvers} - fitting == {fp.solver.SMW}
+    assert {Dense, Diagonal, KroneckerDim, KroneckerIO} <= fitting
+
+
+def test_only_a_solver_that_staggers_can_be_staggered():
+    with pytest.raises(ValueError, match="Divide prepares all factors at once"):
+        fp.compose(BatchGradient(), Diagonal, Divide(), stagger=True)
+
+
+def test_momentum_is_preconditioned_in_the_place_of_the_gradient(randn):
+    opt = fp.compose(BatchGradient(), Diagonal, Divide(1e-3, power=0.5), decay="sum", momentum=0.8)
+    state = opt.init({"w": randn(5)})
+    mean, total = torch.zeros(5, dtype=torch.float64), torch.zeros(5, dtype=torch.float64)
+    for _ in range(3):
+        g = randn(5)
+        state, direction = opt.update(state, {"w": g})
+        mean, total = 0.8 * mean + 0.2 * g, total + g.square()
+        assert_close(direction["w"], mean / (total.sqrt() + 1e-3), rtol=1e-12)

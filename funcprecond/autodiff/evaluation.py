@@ -274,7 +274,6 @@ class Evaluation:
         Returns:
             (loss, gradient). Costs one gradient.
         """
-        self._run.loss  # noqa: B018 - the masks are drawn by the first run
         if is_eager((params, self._buffers, self.inputs)):
             run = GraphRun(self, params)
             return run.loss.detach(), run.grads[0]
@@ -292,7 +291,6 @@ class Evaluation:
         Returns:
             The loss, a 0-d tensor. Costs one forward run.
         """
-        self._run.loss  # noqa: B018
         with torch.no_grad():
             return self._loss(params)[0]
 

@@ -104,18 +104,18 @@ def build(make: Callable[[], nn.Module], seed: int, device: torch.device) -> nn.
         The module, in eval mode.
 
     Raises:
-        TypeError: the module has a layer with parameters that `initialise` does not support.
+        TypeError: the module has a layer with parameters that `initialize` does not support.
     """
     with torch.device("meta"):
         module = make()
     module = module.to_empty(device="cpu")
-    initialise(module, torch.Generator().manual_seed(seed))
+    initialize(module, torch.Generator().manual_seed(seed))
     # All layers behave alike in both modes, but eval mode saves a search for dropout masks.
     return module.to(device).eval()
 
 
 @torch.no_grad()
-def initialise(module: nn.Module, generator: torch.Generator) -> None:
+def initialize(module: nn.Module, generator: torch.Generator) -> None:
     """Draw every parameter in place, from torch's default distributions.
 
     The exception are embeddings, which are normal with standard deviation 0.02, as is usual for
@@ -142,7 +142,7 @@ def initialise(module: nn.Module, generator: torch.Generator) -> None:
                 nn.init.zeros_(layer.bias)
             case _ if next(layer.parameters(recurse=False), None) is not None:
                 message = (
-                    f"initialise does not know the layer {type(layer).__name__}; add a case for it "
+                    f"initialize does not know the layer {type(layer).__name__}; add a case for it "
                     "in funcprecond/compare/models.py."
                 )
                 raise TypeError(message)

@@ -7,7 +7,7 @@ on a batch; ``fp.observe(problem, params, batch, needs)`` measures it.
 from funcprecond.curvature.ggn import GGNOperator
 from funcprecond.curvature.gradient import BatchGradient, OuterProduct
 from funcprecond.curvature.hessian import HessianOperator, HessianProbes, Probes
-from funcprecond.curvature.layer_statistics import LayerStatistics
+from funcprecond.curvature.layer_statistics import ExampleRows, LayerStatistics
 from funcprecond.curvature.objective import Objective, ObjectiveFunctions
 from funcprecond.curvature.per_sample import PerSample, PerSampleGrads
 from funcprecond.curvature.quadratic_form import GGNForm
@@ -17,6 +17,7 @@ from funcprecond.layers.layer_call import LayerUse
 
 __all__ = [
     "BatchGradient",
+    "ExampleRows",
     "GGNForm",
     "GGNOperator",
     "HessianOperator",

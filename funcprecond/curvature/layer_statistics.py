@@ -139,6 +139,9 @@ class ExampleRows(LayerStatistics):
     """Layer statistics whose rows belong to single examples, with rows for all other parameters.
 
     The Gram matrix of the per-sample gradients follows from them.
+
+    Attributes:
+        labels, samples, others, sharing, per_sample, tied: see :class:`LayerStatistics`.
     """
 
     others: Literal["diagonal", "rows", "none"] = "rows"

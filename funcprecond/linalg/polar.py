@@ -64,7 +64,7 @@ def triples(polynomial: Polynomial, steps: int) -> tuple[Triple, ...]:
             found.append((a / s, b / s**3, c / s**5))
         return tuple(found)
     if polynomial not in _CONSTANT:
-        known = [*_CONSTANT, "polar_express", "svd"]
+        known = [*_CONSTANT, "polar_express"]
         msg = f"polynomial must be one of {known}, not {polynomial!r}"
         raise ValueError(msg)
     return (_CONSTANT[polynomial],) * steps

@@ -5,13 +5,12 @@ import math
 import torch
 from torch import Tensor
 
-from funcprecond.evidence import Evidence
+from funcprecond.evidence import Evidence, required
 from funcprecond.linalg import adam_step, treemath
 from funcprecond.linalg.precision import wide
 from funcprecond.methods.card import card
 from funcprecond.tracing import multi_tensor
 from funcprecond.transform import Transform, counter
-from funcprecond.transforms.weight_decay import parameters
 from funcprecond.tree import Params, state
 
 __all__ = ["AdamState", "adam", "adamw"]
@@ -120,7 +119,7 @@ def _adam(betas, damping, weight_decay) -> Transform:
         names, step = list(grads), state.step + 1
         m, v = [state.mean[k] for k in names], [state.second_moment[k] for k in names]
         g = [grads[k].to(m_.dtype) for k, m_ in zip(names, m, strict=True)]
-        decayed = None if weight_decay is None else parameters(evidence)
+        decayed = None if weight_decay is None else required(evidence).params
         p = [] if decayed is None else [decayed[k] for k in names]
         # In float64, because in float32 the first correction would be off by 1e-5.
         correct1 = 1 - _power(b1, wide(step))

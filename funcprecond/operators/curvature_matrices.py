@@ -3,8 +3,8 @@ r"""The Hessian, the Gauss-Newton matrix and the Fisher matrix of a loss on data
 On one batch, the first product runs the model and keeps its graph, so that each further product
 costs 0.9 to 2.2 gradients. On many batches, every product is one pass over the data and runs the
 model anew on each batch. The matrix is that of the loss over all the data, however they are split
-into batches: with a mean loss :math:`L = c \sum_n \ell_n`, where c depends on the batch b, the
-matrices of the batches are averaged with weights :math:`1 / c_b`.
+into batches. With a mean loss, which on batch b is :math:`c_b \sum_n \ell_n`, the matrices of the
+batches are averaged with weights :math:`1 / c_b`.
 """
 
 import abc
@@ -180,7 +180,8 @@ class Hessian(_OnData):
             ``rich.progress.track``.
         buffers: the model's buffers; those of the problem by default.
         generator: seeds the dropout masks once, so that all products use the same masks.
-        chunk_size: the default of :meth:`matmat`.
+        chunk_size: the number of vectors of a stack that are multiplied at a time, see
+            :meth:`matmat`.
 
     Raises:
         ValueError: neither or both of ``batch`` and ``batches`` are given.
@@ -214,7 +215,8 @@ class GGN(_OnData):
             ``rich.progress.track``.
         buffers: the model's buffers; those of the problem by default.
         generator: seeds the dropout masks once, so that all products use the same masks.
-        chunk_size: the default of :meth:`matmat`.
+        chunk_size: the number of vectors of a stack that are multiplied at a time, see
+            :meth:`matmat`.
 
     Raises:
         ValueError: neither or both of ``batch`` and ``batches`` are given.
@@ -267,7 +269,8 @@ class Fisher(_OnData):
         buffers: the model's buffers; those of the problem by default.
         generator: seeds the sampled labels and the dropout masks once, so that all products use the
             same ones.
-        chunk_size: the default of :meth:`matmat`.
+        chunk_size: the number of vectors of a stack that are multiplied at a time, see
+            :meth:`matmat`.
         labels: "exact" for the expectation over the labels that the model predicts; "mc" for
             labels sampled from the prediction, an unbiased estimate; "empirical" for the labels of
             the data.

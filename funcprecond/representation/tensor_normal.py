@@ -73,10 +73,10 @@ class TensorNormal:
         c is the k-th root of the mean eigenvalue of the covariance of D, for a parameter with k
         axes.
         """
-        return {k: normalised(h) for k, h in self.average.value().items()}
+        return {k: normalized(h) for k, h in self.average.value().items()}
 
 
-def normalised(covariances: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+def normalized(covariances: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     """The factors U_i of covariances H_i, which all have the same trace."""
     k, sizes = len(covariances), [len(h) for h in covariances]
     entries = math.prod(sizes)

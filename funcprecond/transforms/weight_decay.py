@@ -4,12 +4,12 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from funcprecond.evidence import Evidence, MissingEvidence
+from funcprecond.evidence import Evidence, required
 from funcprecond.linalg import treemath
 from funcprecond.transform import Transform
 from funcprecond.tree import Params
 
-__all__ = ["parameters", "weight_decay"]
+__all__ = ["weight_decay"]
 
 
 def weight_decay(
@@ -44,23 +44,8 @@ def weight_decay(
     def update(
         state: tuple, grads: Params, evidence: Evidence | None = None
     ) -> tuple[tuple, Params]:
-        params = parameters(evidence)
+        params = required(evidence).params
         chosen = {k: g for k, g in grads.items() if mask is None or mask(k, params[k])}
         return state, {**grads, **treemath.add(chosen, params, coefficient)}
 
     return Transform(lambda params: (), update)
-
-
-def parameters(evidence: Evidence | None) -> Params:
-    """The parameters of the evidence.
-
-    Raises:
-        MissingEvidence: there is no evidence.
-    """
-    if evidence is None:
-        msg = (
-            "weight decay needs the parameters, which are in the evidence, and there is none: pass "
-            "the evidence of fp.observe(problem, params, batch, opt.needs(t)) to update"
-        )
-        raise MissingEvidence(msg)
-    return evidence.params

@@ -8,7 +8,7 @@ from hypothesis import given
 
 import funcprecond as fp
 from funcprecond.curvature.sampled_gradient import SampledGradient, SampledGradients
-from funcprecond.representation.tensor_normal import normalised
+from funcprecond.representation.tensor_normal import normalized
 from tests import problems, reference, strategies
 from tests.equality import assert_close
 from tests.methods.test_kl_shampoo import covariance, samples
@@ -46,14 +46,14 @@ def test_an_exact_kronecker_covariance_is_recovered(sizes):
     factors = [covariance(n, i) for i, n in enumerate(sizes)]
     traces = [s.trace() for s in factors]
     exact = [s * math.prod(traces) / s.trace() for s in factors]
-    assert_close(reference.kron(*normalised(tuple(exact))), reference.kron(*factors), rtol=1e-12)
+    assert_close(reference.kron(*normalized(tuple(exact))), reference.kron(*factors), rtol=1e-12)
 
 
 @given(strategies.gradients())
 def test_all_factors_have_one_mean_eigenvalue_and_the_traces_multiply_to_the_models(grads):
     """TN-2."""
     grams = reference.mode_grams(grads)
-    factors = normalised(tuple(grams))
+    factors = normalized(tuple(grams))
     means = torch.stack([u.trace() / len(u) for u in factors])
     assert_close(means, means[0].expand_as(means), rtol=1e-12)
     product = torch.stack([u.trace() for u in factors]).prod()

@@ -31,12 +31,12 @@ def layer_norm(
     """
     if is_traced():
         return F.layer_norm(input, normalized_shape, weight, bias, eps)
-    out, _ = _Normalised.apply(input, list(normalized_shape), eps)  # pyright: ignore
+    out, _ = _Normalized.apply(input, list(normalized_shape), eps)  # pyright: ignore
     out = out if weight is None else out * weight
     return out if bias is None else out + bias
 
 
-class _Normalised(Function):
+class _Normalized(Function):
     """``y = (x - mean) r`` over the last axes, and ``r``, the inverse standard deviation."""
 
     @staticmethod
@@ -50,14 +50,14 @@ class _Normalised(Function):
     @staticmethod
     def backward(ctx, g, h):
         y, inverse = ctx.saved_tensors
-        found = None if g is None else _Centred.apply(g, y, inverse, ctx.shape)
+        found = None if g is None else _Centered.apply(g, y, inverse, ctx.shape)
         if h is not None:
             through = y * (inverse**2 * h / -math.prod(ctx.shape))
             found = through if found is None else found + through
         return found, None, None
 
 
-class _Centred(Function):
+class _Centered(Function):
     """The pull-back ``r (g - <g> - y <g y>)`` of the output gradients g, where ``<>`` is the mean.
 
     Its own pull-back of a cotangent v has three parts. In g, it is the same function of v. In y, it
@@ -68,7 +68,7 @@ class _Centred(Function):
     def forward(ctx, g, y, inverse, shape):
         ctx.save_for_backward(g, y, inverse)
         ctx.shape = shape
-        return _centred(g, y, inverse, shape)
+        return _centered(g, y, inverse, shape)
 
     @staticmethod
     def backward(ctx, v):
@@ -80,7 +80,7 @@ class _Centred(Function):
             raise NotImplementedError(msg)
         g, y, inverse = ctx.saved_tensors
         of_g, of_y, of_inverse = asked(ctx, 3)
-        for_g = _centred(v, y, inverse, ctx.shape) if of_g else None
+        for_g = _centered(v, y, inverse, ctx.shape) if of_g else None
         for_y = for_inverse = None
         if of_y or of_inverse:
             axes, count = tuple(range(-len(ctx.shape), 0)), math.prod(ctx.shape)
@@ -95,7 +95,7 @@ class _Centred(Function):
         return for_g, for_y, for_inverse, None
 
 
-def _centred(g, y, inverse, shape):
+def _centered(g, y, inverse, shape):
     zero, one, mask = torch.zeros_like(inverse), torch.ones_like(inverse), [True, False, False]
     found = torch.ops.aten.native_layer_norm_backward(g, y, shape, zero, one, None, None, mask)
     return found[0] * inverse

@@ -35,14 +35,14 @@ class Scale(LayerCall):
 
     @classmethod
     def recognize(cls, call: FunctionCall, names: Names) -> list[Recognized]:
-        scale, bias, trailing, normalise = _NORMS[call.function](call)
+        scale, bias, trailing, normalize = _NORMS[call.function](call)
         weight = names.of(scale)
         if not weight:
             return []
         found = cls(weight=weight, bias=names.of(bias), trailing=trailing)
         # The normalized input is computed again, because it cannot be recovered from the output
         # where the scale is zero.
-        return [Recognized(found, normalise(call.argument(0, "input")))]
+        return [Recognized(found, normalize(call.argument(0, "input")))]
 
     def apply(self, params: Params, x: Tensor) -> Tensor:
         weight = params[self.weight]
@@ -132,10 +132,10 @@ def _statistics_norm(flag: str, call: FunctionCall) -> Norm:
     scale, bias = call.argument(3, "weight"), call.argument(4, "bias")
     epsilon = call.argument(7, "eps", 1e-5)
 
-    def normalise(x: Tensor) -> Tensor:
+    def normalize(x: Tensor) -> Tensor:
         return call.function(x, mean, variance, None, None, mean is None, 0.0, epsilon)
 
-    return scale, bias, 0, normalise
+    return scale, bias, 0, normalize
 
 
 _NORMS: dict[Callable, Callable[[FunctionCall], Norm]] = {
