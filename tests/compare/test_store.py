@@ -21,6 +21,24 @@ def test_what_was_put_is_there_for_the_next_process(tmp_path):
     assert Store(tmp_path, pytest.fail).get({**CONFIG, "seed": 1}) is None
 
 
+def test_variants_of_a_cell_are_found_by_what_differs(tmp_path):
+    store = Store(tmp_path, pytest.fail)
+    common = {"kind": "train", "method": "sgd"}
+    for seed, exponent in ((0, -1), (0, 2), (1, 2)):
+        store.put({**common, "seed": seed, "exponent": exponent}, {"seconds": seed + exponent})
+    store.put({**common, "method": "adam", "seed": 0, "exponent": 3}, {"seconds": 9})
+    store.put({**common, "seed": 0, "exponent": 4, "more": 1}, {"seconds": 9})
+    found = store.variants({**common, "seed": 0}, "exponent")
+    assert found == {(-1,): {"seconds": -1}, (2,): {"seconds": 2}}
+    found = store.variants(common, "seed", "exponent")
+    assert found == {(0, -1): {"seconds": -1}, (0, 2): {"seconds": 2}, (1, 2): {"seconds": 3}}
+
+
+def test_a_result_is_returned_as_it_is_stored(tmp_path):
+    store = Store(tmp_path, pytest.fail)
+    assert store.put(CONFIG, {"loss": (1.0, float("nan"))}) == {"loss": [1.0, None]}
+
+
 def test_key_depends_on_every_entry_and_not_on_their_order():
     assert key(CONFIG) == key(dict(reversed(CONFIG.items())))
     assert len({key({**CONFIG, name: "other"}) for name in (*CONFIG, "new")} | {key(CONFIG)}) == 5
