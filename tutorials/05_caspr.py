@@ -166,9 +166,9 @@ panels = (
 )
 for plot, (title, errors) in zip(axes, panels, strict=True):
     for layer, style in zip(layers, ("-", "--"), strict=True):
-        for name, colour in zip(compared, ("tab:orange", "tab:blue"), strict=True):
+        for name, color in zip(compared, ("tab:orange", "tab:blue"), strict=True):
             values = errors[layer, name]
-            plot.plot(range(0, 401, 10), values, style, color=colour, label=f"{name}, {layer}")
+            plot.plot(range(0, 401, 10), values, style, color=color, label=f"{name}, {layer}")
     plot.set(title=title, xlabel="step")
 plt.setp(axes, ylim=(0.4, 1))
 axes[0].set_ylabel("distance to full-matrix AdaGrad, relative")

@@ -156,8 +156,8 @@ class Engine:
 
     def stored_runs(self, row: Setting) -> dict[tuple[int, int], Result]:
         """The training runs of a row in the store, by exponent and seed."""
-        centre = CARDS[row.method].learning_rate
-        exponents = {rate(centre, exponent): exponent for exponent in range(-9, 10)}
+        center = CARDS[row.method].learning_rate
+        exponents = {rate(center, exponent): exponent for exponent in range(-9, 10)}
         found = self.store.variants(row.config("train"), "learning_rate", "seed")
         return {(exponents[r], seed): x for (r, seed), x in found.items() if r in exponents}
 

@@ -125,8 +125,8 @@ def row(engine: Engine, setting: Setting) -> Row:
     if cost["status"] == "failed":
         return Row(setting, "failed", cost["why"])
     results = engine.sweep(setting)
-    centre = CARDS[setting.method].learning_rate
-    sweep = [(e, rate(centre, e), result) for e, result in sorted(results.items())]
+    center = CARDS[setting.method].learning_rate
+    sweep = [(e, rate(center, e), result) for e, result in sorted(results.items())]
     winner = engine.winner(setting)
     if winner is None:
         whys = [f"at learning rate {lr:g}, {result['why']}" for _, lr, result in sweep]
@@ -146,7 +146,7 @@ def row(engine: Engine, setting: Setting) -> Row:
         setting,
         "ok",
         "; ".join(bad),
-        rate(centre, winner),
+        rate(center, winner),
         sweep,
         good,
         Figure.of(result["test"]["accuracy"] for result in good),

@@ -9,9 +9,9 @@ from typing import Any
 EXTENSIONS = 2  # the maximal number of rates beyond the initial ones
 
 
-def rate(centre: float, exponent: int) -> float:
-    """The rate `centre * 10^(exponent / 2)` of the sweep, rounded to three digits."""
-    return float(f"{centre * 10 ** (exponent / 2):.3g}")
+def rate(center: float, exponent: int) -> float:
+    """The rate `center * 10^(exponent / 2)` of the sweep, rounded to three digits."""
+    return float(f"{center * 10 ** (exponent / 2):.3g}")
 
 
 def validation_loss(result: Mapping[str, Any]) -> float | None:

@@ -1,5 +1,6 @@
 """Linear solves with an operator: directly if it has an inverse, iteratively otherwise."""
 
+import inspect
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -19,6 +20,7 @@ from funcprecond.tree import Params
 __all__ = ["Method", "solve"]
 
 Method = Literal["direct", "cg", "minres", "truncated_cg", "neumann"]
+ITERATIVE = {"cg": cg, "minres": minres, "truncated_cg": truncated_cg, "neumann": neumann}
 
 
 def solve(
@@ -44,19 +46,27 @@ def solve(
         options["precondition"] = as_function(precondition)
     if method is None:
         method = "direct" if hasattr(operator, "inverse") else "cg"
-    one_of(("direct", "cg", "minres", "truncated_cg", "neumann"), method=method)
+    one_of(("direct", *ITERATIVE), method=method)
+    _check_options(method, options)
     if method == "direct":
         found = _direct(operator, damped, b, damping)
-    elif method == "cg":
-        found = cg(damped.matvec, b, **{"rule": "none", **options})
     else:
-        iterate = {"minres": minres, "truncated_cg": truncated_cg, "neumann": neumann}[method]
-        found = iterate(damped.matvec, b, **options)
+        default = {"rule": "none"} if method == "cg" else {}
+        found = ITERATIVE[method](damped.matvec, b, **default | options)
     solution = Solution(found.solution, found.residual, found.iterations, found.reason)
     fine = (Stop.RESIDUAL, Stop.BOUNDARY) if method == "truncated_cg" else (Stop.RESIDUAL,)
     if throw and is_eager((b, found.solution)) and int(found.reason) not in fine:
         raise NotConverged(solution, b)
     return solution
+
+
+def _check_options(method: Method, options: dict[str, Any]) -> None:
+    known = {name: inspect.signature(f).parameters.keys() for name, f in ITERATIVE.items()}
+    if unknown := options.keys() - known.get(method, {}):
+        others = [name for name, names in known.items() if unknown <= names]
+        hint = f", or choose method={' or '.join(map(repr, others))}" if others else ""
+        msg = f"method={method!r} does not take {', '.join(sorted(unknown))}: leave it out{hint}"
+        raise TypeError(msg)
 
 
 def as_function(operator: Any) -> Callable[[Params], Params]:

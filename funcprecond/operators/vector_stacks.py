@@ -10,7 +10,6 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from funcprecond.linalg.precision import wide_dtype
 from funcprecond.tracing import multi_tensor
 from funcprecond.tree import Params
 
@@ -23,7 +22,6 @@ __all__ = [
     "partition_of",
     "stack",
     "unstack",
-    "wide_dot",
 ]
 
 Partition = Literal["layer", "tensor"] | Mapping[str, Sequence[str]]
@@ -141,11 +139,6 @@ def in_chunks(function: Callable[[Params], Params], vectors: Params, chunk_size:
     parts = [mapped(dict(zip(names, columns, strict=True))) for columns in cut]
     # The pieces of each parameter are released before those of the next one are joined.
     return {k: torch.cat([part.pop(k) for part in parts]) for k in list(parts[0])}
-
-
-def wide_dot(x: Params, y: Params) -> Tensor:
-    """The inner product of two vectors, a 0-d tensor, summed in :func:`wide_dtype`."""
-    return torch.stack([(x[k] * y[k]).sum(dtype=wide_dtype(x[k])) for k in x]).sum()
 
 
 def by_layer(names: Sequence[str]) -> dict[str, list[str]]:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -132,7 +133,7 @@ def test_stopped_and_started_again(tmp_path, how):
     results = tmp_path / "results.json"
     deadline = time.monotonic() + 60
     while process.poll() is None and time.monotonic() < deadline:
-        if results.exists() and len(json.loads(results.read_text())["cells"]) >= 3:
+        if results.exists() and json.loads(results.read_text())["cells"]:
             break
         time.sleep(0.02)
     process.send_signal(how)
@@ -142,10 +143,10 @@ def test_stopped_and_started_again(tmp_path, how):
         assert "the same command continues from there" in error
         assert "Traceback" not in error
     kept = json.loads(results.read_text())["cells"]
-    assert 3 <= len(kept) < 6
+    assert 1 <= len(kept) < 6
     code, _, error = finish(start(*arguments))
     assert code == 0, error
-    assert error.startswith(f"{len(kept)} finished cells were found")
+    assert re.match(rf"{len(kept)} finished cells? (was|were) found", error)
     cells = json.loads(results.read_text())["cells"]
     assert len(cells) == 6
     assert all(cells[name] == cell for name, cell in kept.items())

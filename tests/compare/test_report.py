@@ -8,8 +8,9 @@ import pytest
 from rich.console import Console
 
 from funcprecond.compare.engine import Engine
-from funcprecond.compare.plan import settings
+from funcprecond.compare.plan import Setting, settings
 from funcprecond.compare.report.about import about
+from funcprecond.compare.report.html import lead
 from funcprecond.compare.report.table import reasons, table, times
 from funcprecond.compare.report.write import to_csv, write
 from funcprecond.compare.store import Store
@@ -53,6 +54,33 @@ def test_plots_that_no_longer_apply_are_removed(found, tmp_path):
     names = {path.name for path in write(tmp_path, one, {})}
     assert "sensitivity.png" not in names
     assert not (tmp_path / "sensitivity.png").exists()
+
+
+def test_the_first_sentences_say_who_is_first_by_steps_and_by_seconds():
+    def run(seconds, losses):
+        curve = {"step": [10, 20, 30], "seconds": [seconds * i for i in (1, 2, 3)], "loss": losses}
+        return {"status": "ok", "curve": curve}
+
+    def row(method, seconds, losses, time_ratio):
+        setting = Setting("digits-mlp", method, 32, None, 30, "cpu", 1)
+        cost, figure = {"time_ratio": time_ratio}, Figure(0.9, 0.0)
+        runs = [run(seconds, losses), run(seconds, losses)]
+        return Row(setting, "ok", runs=runs, accuracy=figure, loss=figure, cost=cost)
+
+    found = [
+        row("kfac", 3.0, [0.5, 0.1, 0.1], 3.0),
+        row("adam", 1.1, [2.0, 1.2, 1.0], 1.1),
+        row("sgd", 1.0, [2.0, 1.5, 1.0], 1.0),
+        row("adagrad", 0.5, [2.0, 1.5, 1.4], 0.5),
+    ]
+    text = lead(found)
+    assert "final training loss of SGD (1 nats after 30 steps and 3 s)" in text
+    assert "fewest steps by <strong>kfac</strong> (10 steps, 3 s)" in text
+    assert "fewest seconds by <strong>kfac</strong>" in text
+    slow = lead([row("kfac", 4.0, [0.5, 0.1, 0.1], 4.0), *found[1:]])
+    assert "fewest seconds by <strong>sgd</strong> (30 steps, 3 s)" in slow
+    assert lead(found[:2]).count("fewest") == 0
+    assert "times as long as one of SGD" not in lead([found[2], *found[:2]])
 
 
 def test_report_of_nothing_but_failures(found, tmp_path):

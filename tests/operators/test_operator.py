@@ -219,3 +219,19 @@ def test_operators_work_inside_of_vmap():
         g = reference.ggn(toy.problem, params, toy.batch) + reference.eye(31)
         x = reference.ravel({k: p[i] for k, p in found.solution.items()})
         assert_close(x, torch.linalg.solve(g, v), rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("method", "option", "hint"),
+    [
+        ("direct", "tol", "'cg'"),
+        ("truncated_cg", "precondition", "'cg' or 'minres'"),
+        ("cg", "radius", "'truncated_cg'"),
+        ("cg", "tolerance", "leave it out$"),
+    ],
+)
+def test_solve_refuses_options_that_its_method_would_ignore(method, option, hint):
+    like = {"w": torch.ones(2, dtype=torch.float64)}
+    operator = fp.operators.Identity(like)
+    with pytest.raises(TypeError, match=f"'{method}' does not take {option}: .*{hint}"):
+        operator.solve(like, method=method, damping=0.1, **{option: torch.ones(())})

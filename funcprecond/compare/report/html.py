@@ -8,6 +8,7 @@ from pathlib import Path
 from string import Template
 
 from funcprecond.compare import report
+from funcprecond.compare.report.curves import first_of_plan, mean_curve
 from funcprecond.compare.report.style import styles
 from funcprecond.compare.report.table import HEADINGS, cells, plus_minus, reasons
 from funcprecond.compare.summary import Row
@@ -49,13 +50,44 @@ def lead(rows: Sequence[Row]) -> str:
     sgd = next((row for row in good if row.setting.method == "sgd"), None)
     if sgd is not None and sgd is not first:
         parts.append(f", against {in_words(sgd)} for SGD with momentum")
-    if first.cost.get("time_ratio"):
+    if first.cost.get("time_ratio") and first is not sgd:
         parts.append(f"; a step takes {first.cost['time_ratio']:.1f} times as long as one of SGD")
     missing = len(rows) - len(good)
     tail = (
         f" {missing} of {len(rows)} rows have no result, for the reasons below." if missing else ""
     )
-    return "".join(parts) + "." + tail
+    return "".join(parts) + "." + first_to_reach(good) + tail
+
+
+def first_to_reach(rows: Sequence[Row]) -> str:
+    """A sentence about which methods reach the final training loss of SGD first.
+
+    Fewer steps do not mean fewer seconds, so that the sentence gives both.
+
+    Args:
+        rows: the rows that have a result.
+
+    Returns:
+        The sentence with a space in front, or "" if SGD is not among the rows.
+    """
+    found = {row.setting.method: mean_curve(row) for row in first_of_plan(rows) if row.runs}
+    if "sgd" not in found or len(found) == 1:
+        return ""
+    steps, seconds, loss, _ = found["sgd"]
+    target, whole = loss[-1], (steps[-1], seconds[-1])
+    reached = {
+        method: (curve[0][below[0]], curve[1][below[0]])
+        for method, curve in found.items()
+        if len(below := (curve[2] <= target).nonzero()[0])
+    }
+    by_steps, by_seconds = (min(reached, key=lambda m, i=i: reached[m][i]) for i in (0, 1))
+    return (
+        f" The final training loss of SGD ({target:.3g} nats after {whole[0]} steps and "
+        f"{whole[1]:.2g} s) is reached in the fewest steps by <strong>{escape(by_steps)}</strong> "
+        f"({reached[by_steps][0]} steps, {reached[by_steps][1]:.2g} s) and in the fewest seconds "
+        f"by <strong>{escape(by_seconds)}</strong> ({reached[by_seconds][0]} steps, "
+        f"{reached[by_seconds][1]:.2g} s)."
+    )
 
 
 def in_words(row: Row) -> str:
