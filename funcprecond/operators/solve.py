@@ -44,8 +44,11 @@ def solve(
     damped = operator if undamped else operator + damping
     if precondition is not None:
         options["precondition"] = as_function(precondition)
-    if method is None:
-        method = "direct" if hasattr(operator, "inverse") else "cg"
+    if method is None and hasattr(operator, "inverse"):
+        # An exact solution meets any tolerance that the iterative methods would take.
+        method = "direct"
+        options = {k: v for k, v in options.items() if not _takes(k)}
+    method = method or "cg"
     one_of(("direct", *ITERATIVE), method=method)
     _check_options(method, options)
     if method == "direct":
@@ -60,12 +63,16 @@ def solve(
     return solution
 
 
+def _takes(option: str) -> list[str]:
+    """The iterative methods that take an option."""
+    return [name for name, f in ITERATIVE.items() if option in inspect.signature(f).parameters]
+
+
 def _check_options(method: Method, options: dict[str, Any]) -> None:
-    known = {name: inspect.signature(f).parameters.keys() for name, f in ITERATIVE.items()}
-    if unknown := options.keys() - known.get(method, {}):
-        others = [name for name, names in known.items() if unknown <= names]
+    if unknown := [name for name in options if method not in _takes(name)]:
+        others = [name for name in ITERATIVE if all(name in _takes(k) for k in unknown)]
         hint = f", or choose method={' or '.join(map(repr, others))}" if others else ""
-        msg = f"method={method!r} does not take {', '.join(sorted(unknown))}: leave it out{hint}"
+        msg = f"method={method!r} does not take {', '.join(unknown)}: leave it out{hint}"
         raise TypeError(msg)
 
 
