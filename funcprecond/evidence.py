@@ -147,15 +147,15 @@ def draw(
     """
     # The needs draw before the model, as in ``observe``, so that one seed gives the same numbers.
     drawn = _draw(problem, params, batch, needs, generator)
-    training = problem.module is None or problem.module.training
-    masks = ()
-    if problem.draws_masks.get(training, True):
+    masks, options = (), problem.options()
+    if problem.draws_masks.get(options, True):
         recorder = Recorder({}, generator=generator)
         with torch.no_grad(), recorder:
             start = problem.buffers if buffers is None else buffers
             problem.forward(params, start, problem.split(batch)[0])
         masks = tuple(recorder.masks)
-        problem.draws_masks[training] = bool(masks)
+        problem.draws_masks.clear()
+        problem.draws_masks[options] = bool(masks)
     return Noise(masks, drawn)
 
 

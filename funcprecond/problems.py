@@ -5,16 +5,14 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from funcprecond import tree
+from funcprecond.functional_module import FunctionalModule
 from funcprecond.losses import Loss, as_loss
+from funcprecond.tree import Buffers, Params
 
-__all__ = ["Buffers", "Params", "Problem", "as_pair", "problem"]
-
-Params = dict[str, Tensor]
-Buffers = dict[str, Tensor]
+__all__ = ["Problem", "as_pair", "problem"]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -31,8 +29,11 @@ class Problem:
             of BatchNorm.
         split: a function ``batch -> (inputs, targets)``.
         module: the ``nn.Module`` that ``forward`` runs, or None for a plain function.
-        draws_masks: whether the model draws dropout masks in training mode (key True) and in eval
-            mode (key False). It is filled in by the first run in each mode.
+        in_axes: the axis of each input that counts the examples, see :func:`problem`.
+        remembered: where the examples are in runs of the model, by the shapes of the inputs
+            (:mod:`funcprecond.autodiff.examples`).
+        draws_masks: whether the model draws dropout masks, by :meth:`options`. It is filled in by
+            :func:`funcprecond.draw`, and remembers the last options only.
     """
 
     forward: Callable[[Params, Buffers, Any], tuple[Any, Buffers]]
@@ -41,7 +42,9 @@ class Problem:
     buffers: Buffers
     split: Callable[[Any], tuple[Any, Any]]
     module: nn.Module | None = None
-    draws_masks: dict[bool, bool] = dataclasses.field(default_factory=dict)
+    in_axes: Any = "auto"
+    remembered: dict[tuple, Any] = dataclasses.field(default_factory=dict)
+    draws_masks: dict[tuple, bool] = dataclasses.field(default_factory=dict)
 
     def __call__(self, params: Params, inputs: Any, buffers: Buffers | None = None) -> Any:
         """Run the model at ``params``, in the current mode (train or eval) of the module.
@@ -55,6 +58,16 @@ class Problem:
             The outputs of the model. Costs one forward run.
         """
         return self.forward(params, self.buffers if buffers is None else buffers, inputs)[0]
+
+    def options(self) -> tuple:
+        """All numbers and flags in the modules' attributes, such as modes and dropout rates.
+
+        Whatever was remembered of a run of the model holds as long as they stay the same.
+        """
+        modules = () if self.module is None else self.module.modules()
+        return tuple(
+            x for part in modules for x in part.__dict__.values() if type(x) in (bool, int, float)
+        )
 
     def couples_examples(self) -> str | None:
         """Find a layer that makes the output of one example depend on the other examples.
@@ -102,6 +115,7 @@ def problem(
     *,
     params: Mapping[str, Tensor] | None = None,
     split: Callable[[Any], tuple[Any, Any]] = as_pair,
+    in_axes: Any = "auto",
 ) -> Problem:
     """Define a training problem from a model and a loss.
 
@@ -117,6 +131,12 @@ def problem(
             its own, and this argument must be None.
         split: a function ``batch -> (inputs, targets)``. The default expects the batch to be such a
             pair. A batch may have any type that ``split`` takes.
+        in_axes: which axis of each input counts the examples, as in ``torch.vmap``: an int, or a
+            tree like the inputs of ints, and of None for an input that all examples share. By
+            default, one small run of the model finds out. Only per-sample quantities need to know.
+            None declares that the inputs belong to all examples together, as in a graph whose nodes
+            are the examples. The per-sample gradients are then those of each example's loss in the
+            whole graph, and cost one pull-back per example.
 
     Returns:
         A :class:`Problem`.
@@ -124,7 +144,8 @@ def problem(
     Raises:
         TypeError: ``model`` or ``loss`` is not callable; a plain function does not take the two
             arguments ``(params, inputs)``; a module was given together with ``params``; or the
-            module hides the layers inside it (a scripted module or ``nn.DataParallel``).
+            module hides the layers inside it (a scripted module or ``nn.DataParallel``), or
+            averages gradients over processes (``DistributedDataParallel``, FSDP).
         ValueError: a trainable parameter is not a floating-point tensor, or it belongs to a lazy
             module and has no shape yet; or the loss is a module of torch with
             ``reduction="none"``.
@@ -142,13 +163,8 @@ def problem(
         if params is not None:
             msg = "a module has its own parameters: pass params= only with a plain function"
             raise TypeError(msg)
-        if isinstance(model, (torch.jit.ScriptModule, nn.DataParallel)):
-            msg = (
-                f"a {type(model).__name__} hides the layers of the model: pass the original "
-                "nn.Module instead"
-            )
-            raise TypeError(msg)
-        return _from_module(model, loss, split)
+        _refuse_wrappers(model)
+        return _from_module(model, loss, split, in_axes)
     if not callable(model):
         msg = f"the model must be an nn.Module or a function, not a {type(model).__name__}"
         raise TypeError(msg)
@@ -161,72 +177,34 @@ def problem(
     def forward(params, buffers, inputs):
         return model(params, inputs), buffers
 
-    return Problem(forward, loss, _trainable(params or {}), {}, split)
+    return Problem(forward, loss, _trainable(params or {}), {}, split, in_axes=in_axes)
 
 
-def _from_module(model: nn.Module, loss: Loss, split: Callable) -> Problem:
-    named = dict(model.named_parameters())
-    frozen = {k: p.detach() for k, p in named.items() if not p.requires_grad}
-    start = _trainable({k: p for k, p in named.items() if p.requires_grad})
-    start_buffers = {k: b.detach().clone() for k, b in model.named_buffers()}
-    # ``forward`` compares with these sets and not with ``start``: otherwise a compiler would guard
-    # on ``params is start`` and recompile at the second step.
-    names, buffer_names = frozenset(start), frozenset(start_buffers)
-    # All places of a tied tensor share one name. They are found only once, because a search at
-    # every call, as in torch's ``functional_call``, would slow down small steps.
-    name_of = {id(x): name for name, x in (*named.items(), *model.named_buffers())}
-    places = [(*place, name_of[id(x)]) for place, x in _places(model)]
-
-    def forward(params, buffers, inputs):
-        _fit("params", params, names)
-        _fit("buffers", buffers, buffer_names)
-        # Layers write into the buffers that they receive, so they receive clones. The clones are
-        # made here so that a transform around this function covers them.
-        fresh = {k: b.clone() for k, b in buffers.items()}
-        tensors = {**frozen, **params, **fresh}
-        args, kwargs = _arguments(inputs)
-        own = [held[key] for held, key, _ in places]
-        try:
-            for held, key, name in places:
-                held[key] = tensors[name]
-            outputs = model(*args, **kwargs)
-            # A layer may also replace a buffer with a new tensor. If a layer removes a buffer, then
-            # the next run starts from the buffer's old value.
-            found = ((name, held.get(key)) for held, key, name in places if name in fresh)
-            fresh |= {name: x for name, x in found if x is not None}
-        finally:
-            for (held, key, _), tensor in zip(places, own, strict=True):
-                held[key] = tensor
-        return outputs, fresh
-
-    return Problem(forward, loss, start, start_buffers, split, model)
+def _from_module(model: nn.Module, loss: Loss, split: Callable, in_axes: Any) -> Problem:
+    forward = FunctionalModule(model)
+    params = {k: p for k, p in model.named_parameters() if p.requires_grad}
+    buffers = {k: b.detach().clone() for k, b in model.named_buffers()}
+    return Problem(forward, loss, _trainable(params), buffers, split, model, in_axes)
 
 
-def _fit(what: str, given: Mapping[str, Tensor], names: frozenset[str]) -> None:
-    if given.keys() != names:
-        missing, unknown = names - given.keys(), given.keys() - names
-        msg = (
-            f"{what} do not fit the model: missing {sorted(missing) or 'none'}, "
-            f"unknown {sorted(unknown) or 'none'}; pass a dict with the names of problem.{what}"
-        )
-        raise KeyError(msg)
-
-
-def _places(model: nn.Module) -> list[tuple[tuple[dict, str], Tensor]]:
-    """Each place that holds a parameter or a buffer (a dict and a key), with the tensor in it."""
-    return [
-        ((held, key), tensor)
-        for module in model.modules()
-        for held in (module._parameters, module._buffers)
-        for key, tensor in held.items()
-        if tensor is not None
-    ]
-
-
-def _arguments(inputs: Any) -> tuple[tuple, dict]:
-    if isinstance(inputs, tuple):
-        return inputs, {}
-    return ((), dict(inputs)) if isinstance(inputs, Mapping) else ((inputs,), {})
+def _refuse_wrappers(model: nn.Module) -> None:
+    """Raise TypeError for modules whose parameters are not those of one ordinary module."""
+    for name, part in model.named_modules():
+        kinds = {cls.__name__ for cls in type(part).__mro__}
+        if kinds & {"ScriptModule", "DataParallel"}:
+            msg = (
+                f"a {type(part).__name__} hides the layers of the model: pass the original "
+                "nn.Module instead"
+            )
+        elif kinds & {"DistributedDataParallel", "FSDPModule", "FullyShardedDataParallel"}:
+            msg = (
+                f"{f'module {name!r} is' if name else 'the model is'} wrapped for data "
+                f"parallelism ({type(part).__name__}), whose gradients are not computed here: pass "
+                "the original module, and average evidence.grads over the processes"
+            )
+        else:
+            continue
+        raise TypeError(msg)
 
 
 def _trainable(params: Mapping[str, Tensor]) -> Params:
@@ -245,21 +223,29 @@ def _trainable(params: Mapping[str, Tensor]) -> Params:
     return {name: p.detach().clone() for name, p in params.items()}
 
 
-def example_count(outputs: Any) -> int:
-    """Return N, the length of axis 0 of the outputs.
+def check_outputs(outputs: Any) -> None:
+    """Raise an error unless the outputs have floating-point tensors with an axis of examples.
 
     Raises:
-        ValueError: the outputs have no axis 0, or its length is zero.
+        TypeError: no leaf of the outputs is a floating-point tensor.
+        ValueError: no such leaf has an axis, or the batch is empty.
     """
-    leaves = [outputs] if isinstance(outputs, Tensor) else tree.leaves(outputs)
-    first = next(x for x in leaves if isinstance(x, Tensor))
-    if first.ndim == 0 or first.shape[0] == 0:
+    found = tree.floating(outputs)
+    if not found:
+        kinds = sorted({type(x).__name__ for x in tree.leaves(outputs)})
         msg = (
-            f"the model's outputs have shape {tuple(first.shape)}: axis 0 must count the examples "
-            "of the batch, and there must be at least one"
+            f"the outputs of the model have no floating-point tensor, but {', '.join(kinds)}: the "
+            "model must return a tensor, or a tuple, list or dict of tensors"
+        )
+        raise TypeError(msg)
+    sized = [x for x in found if x.ndim]
+    if not sized or sized[0].shape[0] == 0:
+        shapes = [tuple(x.shape) for x in found]
+        msg = (
+            f"the model's outputs have the shapes {shapes}: axis 0 must count the examples of the "
+            "batch, and there must be at least one"
         )
         raise ValueError(msg)
-    return first.shape[0]
 
 
 def detach(tensors: Any) -> Any:

@@ -10,16 +10,24 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._functorch.pyfunctorch import retrieve_current_functorch_interpreter
 from torch.autograd import forward_ad
 
 from funcprecond import tree
 
-__all__ = ["in_transform", "is_eager", "is_traced", "multi_tensor"]
+__all__ = ["in_transform", "is_eager", "is_traced", "multi_tensor", "transform_level"]
 
 
 def in_transform() -> bool:
     """Whether the calling code runs under a ``torch.func`` transform."""
     return torch._C._functorch.peek_interpreter_stack() is not None  # pyright: ignore
+
+
+def transform_level() -> tuple[int, int]:
+    """How many transforms the calling code runs under: of ``torch.func``, and of forward mode."""
+    # This spelling is the one that a compiler can trace.
+    level = retrieve_current_functorch_interpreter().level() if in_transform() else 0
+    return level, forward_ad._current_level
 
 
 def is_traced() -> bool:

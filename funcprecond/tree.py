@@ -7,6 +7,7 @@ that uses torch's pytree registry.
 """
 
 import dataclasses
+from collections.abc import Iterable
 from typing import Any, TypeVar, dataclass_transform
 
 from torch import Tensor
@@ -15,7 +16,9 @@ from torch.utils import _pytree as pytree
 __all__ = [
     "Buffers",
     "Params",
+    "broadcast_prefix",
     "flatten",
+    "floating",
     "leaves",
     "leaves_by_path",
     "map",
@@ -23,6 +26,7 @@ __all__ = [
     "state",
     "static",
     "unflatten",
+    "with_floating",
     "write_over",
 ]
 
@@ -104,10 +108,72 @@ def state(cls: type[T]) -> type[T]:
     return cls
 
 
+def floating(tree: Any) -> list[Tensor]:
+    """The leaves of a tree that are floating-point (or complex) tensors, which have derivatives.
+
+    Args:
+        tree: any tree, such as the outputs of a model, which may also contain counts or None.
+
+    Returns:
+        These leaves, in the order of the tree.
+
+    Example:
+        >>> import torch, funcprecond as fp
+        >>> len(fp.tree.floating({"logits": torch.ones(2), "best": torch.tensor(1), "cache": None}))
+        1
+    """
+    if isinstance(tree, Tensor):
+        return [tree] if _has_derivative(tree) else []
+    return [x for x in leaves(tree) if _has_derivative(x)]
+
+
+def with_floating(tree: Any, tensors: Iterable[Any]) -> Any:
+    """A tree with other values in the place of its :func:`floating` leaves.
+
+    Args:
+        tree: the tree.
+        tensors: the values, in the order of the leaves.
+
+    Returns:
+        The new tree. Its other leaves are those of ``tree``.
+
+    Example:
+        >>> import torch, funcprecond as fp
+        >>> fp.tree.with_floating({"logits": torch.ones(2), "cache": None}, [torch.zeros(1)])
+        {'logits': tensor([0.]), 'cache': None}
+    """
+    rest = iter(tensors)
+    if isinstance(tree, Tensor):
+        return next(rest) if _has_derivative(tree) else tree
+    return map(lambda x: next(rest) if _has_derivative(x) else x, tree)
+
+
+def _has_derivative(x: Any) -> bool:
+    return isinstance(x, Tensor) and (x.is_floating_point() or x.is_complex())
+
+
 map = pytree.tree_map
 leaves = pytree.tree_leaves
 flatten = pytree.tree_flatten
 unflatten = pytree.tree_unflatten
+
+
+def broadcast_prefix(prefix: Any, tree: Any) -> list[Any] | None:
+    """The leaves of a tree whose structure is a prefix of another's, one for each leaf of that.
+
+    Args:
+        prefix: the smaller tree. Each of its leaves stands for all leaves below it.
+        tree: the larger tree.
+
+    Returns:
+        The leaves, or None if the structures do not fit.
+
+    Example:
+        >>> import funcprecond as fp
+        >>> fp.tree.broadcast_prefix((0, None), ({"a": 1, "b": 2}, 3))
+        [0, 0, None]
+    """
+    return pytree._broadcast_to_and_flatten(prefix, flatten(tree)[1])
 
 
 def leaves_by_path(tree: Any, is_leaf: Any = None) -> list[tuple[str, Any]]:

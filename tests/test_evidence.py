@@ -53,6 +53,10 @@ def counted(toy: Toy) -> tuple[Toy, list]:
 @pytest.mark.parametrize("make", [problems.mlp, problems.mlp_function, problems.convnet])
 def test_the_model_runs_once_whatever_is_asked(make, needs):
     toy, calls = counted(make())
+    # The first time, a run on two examples finds where the examples are.
+    fp.observe(toy.problem, toy.params, toy.batch, needs, generator=seeded(0))
+    assert len(calls) <= 2
+    calls.clear()
     fp.observe(toy.problem, toy.params, toy.batch, needs, generator=seeded(0))
     assert len(calls) == 1
 
@@ -62,11 +66,15 @@ def test_a_methods_observation_runs_the_model_once(name):
     toy, calls = counted(problems.mlp())
     needs = build(name).needs(0)
     fp.observe(toy.problem, toy.params, toy.batch, needs, generator=seeded(0))
+    calls.clear()
+    fp.observe(toy.problem, toy.params, toy.batch, needs, generator=seeded(0))
     assert len(calls) == 1
 
 
 def test_per_example_gradients_add_no_run():
     toy, calls = counted(problems.mlp())
+    fp.observe(toy.problem, toy.params, toy.batch, (PerSampleGrads(),))
+    calls.clear()
     fp.observe(toy.problem, toy.params, toy.batch, (PerSampleGrads(),))
     assert len(calls) == 1
 
@@ -78,6 +86,8 @@ def test_per_example_gradients_of_what_is_in_no_layer_add_a_run_of_single_exampl
     params = {"w": normal((3, 3)), "s": normal((3,))}
     problem = fp.problem(model, fp.losses.cross_entropy, params=params)
     toy, calls = counted(Toy(problem, problems.mlp().batches))
+    fp.observe(toy.problem, params, toy.batch, (PerSampleGrads(),))
+    calls.clear()
     fp.observe(toy.problem, params, toy.batch, (PerSampleGrads(),))
     assert len(calls) == 2
 

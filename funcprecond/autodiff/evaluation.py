@@ -23,18 +23,19 @@ from torch import Tensor
 from torch.func import grad_and_value
 
 from funcprecond import tree
-from funcprecond.autodiff import examples
+from funcprecond.autodiff.examples import Examples, find
 from funcprecond.autodiff.function_run import ForwardRun, FunctionRun
 from funcprecond.autodiff.graph_run import GraphRun
 from funcprecond.autodiff.missing_derivatives import explained
 from funcprecond.autodiff.once import opened_once
 from funcprecond.autodiff.recorder import Recorder
-from funcprecond.autodiff.rules.backward import Spared
+from funcprecond.autodiff.single_examples import pull_each
 from funcprecond.layers.blocks import complete_blocks
 from funcprecond.layers.layer_call import LayerCall
+from funcprecond.layers.place import Place
 from funcprecond.linalg.precision import wide_dtype
 from funcprecond.losses.base import Labels
-from funcprecond.problems import Problem, detach, example_count
+from funcprecond.problems import Problem, detach
 from funcprecond.tracing import is_eager
 from funcprecond.tree import Buffers, Params
 
@@ -132,9 +133,19 @@ class Evaluation:
         return self._run.buffers
 
     @opened_once
+    def examples(self) -> Examples:
+        """Where the examples are in inputs, outputs and layers, and whether they are apart."""
+        return find(self)
+
+    @property
     def count(self) -> int:
         """The number of examples, N."""
-        return example_count(self._run.outputs)
+        return self.examples.count
+
+    @property
+    def leaves(self) -> list[Any]:
+        """The leaves of the inputs."""
+        return tree.leaves(self.inputs)
 
     @property
     def calls(self) -> list[LayerCall]:
@@ -154,9 +165,12 @@ class Evaluation:
     def blocks(self, *, per_sample: bool = False, tied: bool = False) -> dict[str, list[int]]:
         """Group the recorded calls by block, see :func:`funcprecond.layers.blocks.complete_blocks`.
 
+        A block whose kind needs the gradients of single examples is left out if they cannot be told
+        apart.
+
         Args:
-            per_sample: whether to leave out the blocks with a call whose output does not have the
-                examples on axis 0.
+            per_sample: whether to leave out the blocks with a call in whose output the examples
+                cannot be told apart.
             tied: whether to keep a block whose weight is used by embeddings and by linear layers.
 
         Returns:
@@ -164,8 +178,12 @@ class Evaluation:
         """
         key = (per_sample, tied)
         if key not in self._blocks:
-            lead = examples.lead(self) if per_sample else [True] * len(self.calls)
-            self._blocks[key] = complete_blocks(self.calls, self.unrecorded, lead, tied)
+            usable = [True] * len(self.calls)
+            for i, call in enumerate(self.calls):
+                if per_sample or call.needs_examples:
+                    place = self.examples.calls[i]
+                    usable[i] = place is not None and call.takes(place)
+            self._blocks[key] = complete_blocks(self.calls, self.unrecorded, usable, tied)
         return self._blocks[key]
 
     # --------------------------------------------------------------------------- first derivatives
@@ -211,7 +229,15 @@ class Evaluation:
             return [loss.empirical(outputs, targets)]
         if labels == "mc":
             return list(loss.sampled(outputs, targets, noise))
-        return list(loss.exact(outputs, targets))
+        exact = list(loss.exact(outputs, targets))
+        (place,) = self.examples.outputs if self._may_be_merged else (Place(0),)
+        return [part for u in exact for part in _one_term_each(u, place)]
+
+    @property
+    def _may_be_merged(self) -> bool:
+        """Whether the outputs may have the positions of an example in several entries of axis 0."""
+        lengths = {x.shape[0] for x in self.leaves if isinstance(x, Tensor) and x.ndim}
+        return self.problem.in_axes != "auto" or self.outputs.shape[0] not in lengths
 
     @explained
     def pull(self, cotangents: Any, keep: bool = True) -> Params:
@@ -261,7 +287,7 @@ class Evaluation:
             ValueError: the model couples the examples of a batch.
             RuntimeError: ``vmap`` cannot run the model.
         """
-        return examples.pull_each(self, cotangents, names, chunk_size)
+        return pull_each(self, tree.floating(cotangents), names, chunk_size)
 
     def objective(self, params: Params) -> tuple[Tensor, Params]:
         """Compute the loss and its gradient at another point.
@@ -291,6 +317,10 @@ class Evaluation:
         Returns:
             The loss, a 0-d tensor. Costs one forward run.
         """
+        if is_eager((params, self._buffers, self.inputs)):
+            # With gradients enabled, for a model that differentiates inside its own forward.
+            with torch.enable_grad():
+                return self._loss({k: p.detach() for k, p in params.items()})[0].detach()
         with torch.no_grad():
             return self._loss(params)[0]
 
@@ -357,7 +387,8 @@ class Evaluation:
             :meth:`ggn_mv`.
         """
         pushed = self.jvp(vector)
-        pairs = zip(tree.leaves(pushed), tree.leaves(self.output_hessian_mv(pushed)), strict=True)
+        curved = self.output_hessian_mv(pushed)
+        pairs = zip(tree.floating(pushed), tree.floating(curved), strict=True)
         return torch.stack([(u * c).sum(dtype=wide_dtype(u)) for u, c in pairs]).sum()
 
     def output_hessian_mv(self, pushed: Any) -> Any:
@@ -366,9 +397,9 @@ class Evaluation:
 
     # ------------------------------------------------------------------------------------ internals
     def _forward(
-        self, params: Params, tap: Callable | None, spared: Spared | None = None
+        self, params: Params, tap: Callable | None, **options: Any
     ) -> tuple[Any, Buffers, Recorder]:
-        recorder = Recorder(params, tap, self.masks, self._generator, self._twice, spared)
+        recorder = Recorder(params, tap, self.masks, self._generator, self._twice, **options)
         with _no_checkpoints(), recorder:
             outputs, buffers = self.problem.forward(params, self._buffers, self.inputs)
         self.masks = tuple(recorder.masks)
@@ -377,6 +408,19 @@ class Evaluation:
     def _loss(self, params: Params) -> tuple[Tensor, Any]:
         outputs, buffers, _ = self._forward(params, None)
         return self.problem.loss(outputs, self.targets), (outputs, buffers)
+
+
+def _one_term_each(u: Tensor, place: Place | None) -> list[Tensor]:
+    """Split a cotangent with one entry in each row of the outputs, so that no example has two."""
+    if place is None or (place.axis == 0 and place.inner == 1):
+        return [u]
+    parts = place.split(u)
+    found = []
+    for i in range(parts[0].shape[0]):
+        alone = torch.zeros_like(parts)
+        alone[:, i] = parts[:, i]
+        found.append(place.join(alone))
+    return found
 
 
 def _no_checkpoints() -> AbstractContextManager:

@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 
-from funcprecond.autodiff import examples
 from funcprecond.autodiff.evaluation import Evaluation
 from funcprecond.layers.layer_call import LayerCall
+from funcprecond.layers.place import Place
 from funcprecond.linalg.precision import wide
 from funcprecond.tracing import is_eager
 from funcprecond.tree import Params
@@ -37,12 +37,14 @@ class FisherRows:
         calls, inputs: the recorded calls of layers, and the input of each.
         grads: for each cotangent, its pull-backs to the output of each call, (N, ...).
         scale: the factor c, a 0-d tensor.
+        places: where the examples are in the output of each call.
     """
 
     calls: Sequence[LayerCall]
     inputs: Sequence[Tensor]
     grads: Sequence[Sequence[Tensor]]
     scale: Tensor
+    places: Sequence[Place]
 
     def product(self, vector: Params) -> Params:
         """Multiply the matrix by a vector.
@@ -67,10 +69,8 @@ class FisherRows:
         inner = [self.scale * s for s in self._inner_products(steps())]
         found: Params = {}
         for i, (call, edge) in enumerate(zip(self.calls, edges, strict=True)):
-            pulled = [
-                g[i] * s.reshape(-1, *[1] * (g[i].ndim - 1)).to(g[i].dtype)
-                for s, g in zip(inner, self.grads, strict=True)
-            ]
+            place = self.places[i]
+            pulled = [place.spread(s, g[i]) for s, g in zip(inner, self.grads, strict=True)]
             total = functools.reduce(torch.add, pulled)
             names = [k for k in (call.weight, call.bias) if k is not None]
             parts = torch.autograd.grad(edge, [leaves[k] for k in names], total)
@@ -100,8 +100,9 @@ class FisherRows:
         """
         inner = [self.scale.new_zeros(())] * len(self.grads)
         for i, step in enumerate(steps):
+            place = self.places[i]
             inner = [
-                s + (step * g[i]).flatten(1).sum(1) for s, g in zip(inner, self.grads, strict=True)
+                s + place.sum_others(step * g[i]) for s, g in zip(inner, self.grads, strict=True)
             ]
         return inner
 
@@ -125,8 +126,11 @@ def rows_of(
     if not is_eager((evaluation.params, evaluation.inputs, cotangents)):
         return None
     calls = evaluation.calls
-    if not calls or evaluation.unrecorded or not examples.are_apart(evaluation):
+    if not calls or evaluation.unrecorded:
+        return None
+    places = evaluation.examples.calls
+    if evaluation.examples.coupling or None in places:
         return None
     last = len(cotangents) - 1
     grads = [evaluation.pull_layers(u, keep or i < last) for i, u in enumerate(cotangents)]
-    return FisherRows(calls, evaluation.layer_inputs, grads, scale)
+    return FisherRows(calls, evaluation.layer_inputs, grads, scale, places)

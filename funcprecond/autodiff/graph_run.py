@@ -11,7 +11,7 @@ from funcprecond import tree
 from funcprecond.autodiff.once import opened_once, renamed
 from funcprecond.autodiff.rules.backward import Spared
 from funcprecond.autodiff.symbolic_zeros import SymbolicZeros
-from funcprecond.problems import detach, example_count
+from funcprecond.problems import check_outputs, detach
 from funcprecond.tree import Params
 
 __all__ = ["GraphRun"]
@@ -51,12 +51,18 @@ class GraphRun:
 
         with torch.enable_grad():
             self.outputs, buffers, recorder = evaluation._forward(
-                self.leaves, tap if records_layers else None, self._spared
+                self.leaves,
+                tap if records_layers else None,
+                spared=self._spared,
+                in_graph=records_layers,
             )
-            example_count(self.outputs)
+            check_outputs(self.outputs)
             self.loss = evaluation.problem.loss(self.outputs, evaluation.targets)
         self.buffers = {k: b.detach() for k, b in buffers.items()}
         self.calls, self.unrecorded = recorder.calls, recorder.unrecorded
+        if records_layers:
+            found = recorder.hidden_uses(tree.floating(self.outputs))
+            self.unrecorded = found | self.unrecorded
         self.layer_inputs = [x.detach() for x in recorder.inputs]
 
     @opened_once
@@ -93,15 +99,14 @@ class GraphRun:
         seed, pulled = self._transposed
         if not keep:
             del self._transposed
-        flat, spec = tree.flatten(self.outputs)
         result = self._through(pulled, vector, dict(enumerate(seed)), keep)
-        return tree.unflatten([result[i] for i in range(len(flat))], spec)
+        return tree.with_floating(self.outputs, result.values())
 
     @opened_once
     def _transposed(self):
         """``u -> J^T u`` as a graph in ``u`` without values; its pull-back is ``J``."""
         zeros = SymbolicZeros()
-        seed = [zeros.zeros_like(x).requires_grad_() for x in tree.leaves(self.outputs)]
+        seed = [zeros.zeros_like(x).requires_grad_() for x in tree.floating(self.outputs)]
         with zeros:
             pulled = self._pull(seed, [*self.leaves.values()], create_graph=True)
         return seed, dict(zip(self.leaves, pulled, strict=True))
@@ -122,7 +127,7 @@ class GraphRun:
     def _pull(self, cotangents, inputs, create_graph=False, keep=True):
         pairs = [
             (x, u)
-            for x, u in zip(tree.leaves(self.outputs), tree.leaves(cotangents), strict=True)
+            for x, u in zip(tree.floating(self.outputs), tree.floating(cotangents), strict=True)
             if x.requires_grad
         ]
         outputs = [x for x, _ in pairs]

@@ -15,6 +15,7 @@ from torch.nn.modules.module import (
 )
 
 from funcprecond import tree
+from funcprecond.functional_module import path_of
 from funcprecond.tracing import in_transform
 
 __all__ = ["explained"]
@@ -62,7 +63,7 @@ def explained(method: Method) -> Method:
             if not known or error.__cause__ is not None:
                 raise
             operation = _plain(missing.group(1)) if missing else _called(error)
-            where = _raised_in(error, subject) or _made_in(operation, subject, *args[:1])
+            where = _raised_in(error) or _made_in(operation, subject, *args[:1])
             raise NotImplementedError(_sentence(where, operation, str(error))) from error
 
     return call  # pyright: ignore[reportReturnType]
@@ -92,16 +93,15 @@ def _called(error: BaseException) -> str:
     return _plain(names[-1]) if names else ""
 
 
-def _raised_in(error: BaseException, subject: Any) -> str | None:
+def _raised_in(error: BaseException) -> str | None:
     """Describe the innermost layer in whose forward the error was raised; None if there is none."""
     owner, step = None, error.__traceback__
-    names = _names(subject)
     while step is not None:
         caller = step.tb_frame.f_locals.get("self")
-        if isinstance(caller, nn.Module) and caller in names:
+        if isinstance(caller, nn.Module) and path_of(caller) is not None:
             owner = caller
         step = step.tb_next
-    return None if owner is None else _layer(owner, names)
+    return None if owner is None else _layer(owner)
 
 
 def _made_in(operation: str, subject: Any, params: Any = None) -> str:
@@ -110,7 +110,7 @@ def _made_in(operation: str, subject: Any, params: Any = None) -> str:
     outermost = "the function" if is_function else "the model"
     if not operation or in_transform():
         return outermost if is_function else "the model or its loss"
-    names, seen, running, found = _names(subject), set(), [], []
+    seen, running, found = set(), [], []
 
     def makes(tensors: Any) -> bool:
         """Whether the graph of these tensors has the operation among its new nodes."""
@@ -128,7 +128,7 @@ def _made_in(operation: str, subject: Any, params: Any = None) -> str:
 
     def note(tensors: Any) -> None:
         if not found and makes(tensors):
-            found.append(_layer(running[-1], names) if running else outermost)
+            found.append(_layer(running[-1]) if running else outermost)
 
     def enter(module, inputs):
         note(inputs)
@@ -158,13 +158,8 @@ def _loss(loss: Any) -> str:
     return f"the loss {getattr(function, '__name__', function)}"
 
 
-def _names(subject: Any) -> dict[nn.Module, str]:
-    module = subject.problem.module if hasattr(subject, "problem") else None
-    return {} if module is None else {m: name for name, m in module.named_modules()}
-
-
-def _layer(module: nn.Module, names: dict[nn.Module, str]) -> str:
-    name, kind = names.get(module), type(module).__name__
+def _layer(module: nn.Module) -> str:
+    name, kind = path_of(module), type(module).__name__
     if name is None:
         return f"a layer ({kind})"
     return f"layer {name!r} ({kind})" if name else f"the model ({kind})"

@@ -17,17 +17,19 @@ The mode does three jobs, because they all need the same interception:
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.graph import get_gradient_edge
 from torch.overrides import TorchFunctionMode
 
 from funcprecond import tree
 from funcprecond.autodiff import attention
 from funcprecond.autodiff.embedding import EMBEDDINGS, with_dense_gradient
+from funcprecond.autodiff.hidden_uses import Recorded, hidden_uses, sequence_number
 from funcprecond.autodiff.random_functions import (
     DRAWS,
     DROPOUTS,
@@ -41,6 +43,7 @@ from funcprecond.autodiff.rules.table import replaced
 from funcprecond.layers.kinds import KINDS_OF_FUNCTION
 from funcprecond.layers.layer_call import FunctionCall, LayerCall
 from funcprecond.linalg import random
+from funcprecond.tracing import transform_level
 
 __all__ = ["Recorder"]
 
@@ -85,12 +88,16 @@ class Recorder(TorchFunctionMode):
         generator: the source of the missing masks.
         twice: whether the run will be differentiated twice.
         spared: the parameters whose gradients may be left without values, in such a run.
+        in_graph: whether the run is an ordinary autograd graph.
+        detached: whether the recorded calls get their parameters without a graph. What remains in
+            the graph of the outputs are uses that were not recorded.
 
     Attributes:
         calls: the recorded calls of layers, in order.
         inputs: their inputs, in the same order.
         masks: all masks of the run.
         unrecorded: the parameters with a use outside ``calls``, and the function that uses each.
+        made: in a graph run, the nodes that the recorded calls have made.
     """
 
     def __init__(
@@ -101,6 +108,8 @@ class Recorder(TorchFunctionMode):
         generator: torch.Generator | None = None,
         twice: bool = False,
         spared: Spared | None = None,
+        in_graph: bool = False,
+        detached: bool = False,
     ):
         super().__init__()
         self.tap = tap
@@ -110,9 +119,11 @@ class Recorder(TorchFunctionMode):
         self.calls: list[LayerCall] = []
         self.inputs: list[Tensor] = []
         self.unrecorded: dict[str, str] = {}
-        self._spared = spared
+        self.made: list[Recorded] = []
+        self._spared, self._in_graph, self._detached = spared, in_graph, detached
         self._masks_used = 0
         self._names = _Names({} if tap is None else params)
+        self._level = None if tap is None else transform_level()
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -146,24 +157,63 @@ class Recorder(TorchFunctionMode):
         """Run the function, and record which parameters it uses and how."""
         names = self._names
         if func in _TRANSPOSES and (weight := names.of(args[0])):
-            return names.transposed(func(*args, **kwargs), weight)
+            first = sequence_number() if self._in_graph else 0
+            view = names.transposed(func(*args, **kwargs), weight)
+            if self._in_graph:
+                self._made({weight}, first, view)
+            return view
         kind = KINDS_OF_FUNCTION.get(func)
-        if kind is not None:
+        # A transform inside the model, such as vmap or jvp, makes other nodes than the call alone.
+        if kind is not None and self._level == transform_level():
             uses = kind.recognize(FunctionCall(func, args, kwargs), names)
             if uses:
-                parts = {k for use in uses for k in (use.call.weight, use.call.bias)}
-                # A parameter that is also an input of the layer has a use outside of the call.
-                self._note(func, (x for x in (*args, *kwargs.values())), parts)
-                out = run(*args, **kwargs)
-                for use in uses:
-                    self.calls.append(dataclasses.replace(use.call, shape=tuple(out.shape)))
-                    ones = out.new_ones(()).expand(out.shape) if use.input is None else None
-                    self.inputs.append(ones if use.input is None else use.input)  # pyright: ignore
-                    out = tap(out)
-                return out
+                return self._recorded(tap, func, run, args, kwargs, uses)
         if func not in _QUESTIONS:
             self._note(func, tree.leaves((args, kwargs)), set())
         return run(*args, **kwargs)
+
+    def _recorded(self, tap, func, run, args, kwargs, uses):
+        """Run a function that uses parameters as layers do."""
+        parts = {k for use in uses for k in (use.call.weight, use.call.bias) if k is not None}
+        # A parameter that is also an input of the layer has a use outside of the call.
+        self._note(func, (*args, *kwargs.values()), parts)
+        if self._detached:
+            args = [self._without_graph(x, parts) for x in args]
+            kwargs = {k: self._without_graph(x, parts) for k, x in kwargs.items()}
+        first = sequence_number() if self._in_graph else 0
+        out = run(*args, **kwargs)
+        if self._in_graph:
+            self._made(parts, first, out)
+        if self._in_graph and not out.requires_grad:
+            # Nothing depends on what happens here, as under torch.no_grad.
+            return out
+        for use in uses:
+            self.calls.append(dataclasses.replace(use.call, shape=tuple(out.shape)))
+            ones = out.new_ones(()).expand(out.shape) if use.input is None else None
+            self.inputs.append(ones if use.input is None else use.input)  # pyright: ignore
+            out = tap(out)
+        return out
+
+    def hidden_uses(self, outputs: Sequence[Tensor]) -> dict[str, str]:
+        """The parameters that the outputs depend on other than through ``calls``, in a graph run.
+
+        Args:
+            outputs: the outputs of the run.
+
+        Returns:
+            A description of the use of each such parameter.
+        """
+        return hidden_uses(outputs, self._names.sources(), self.made)
+
+    def _made(self, names, first, output) -> None:
+        """Note that a recorded call of these parameters has made the latest nodes of the graph."""
+        if output.requires_grad:
+            node = get_gradient_edge(output).node
+            self.made.append(Recorded(first, sequence_number(), frozenset(names), node))
+
+    def _without_graph(self, x, parts):
+        name = self._names.of(x) or self._names.of_transpose(x)
+        return x.detach() if name in parts else x
 
     def _note(self, func, used, recorded) -> None:
         """Note the parameters among the arguments ``used`` that are not in ``recorded``."""
@@ -187,12 +237,17 @@ class _Names:
     """The tensors of the run that are parameters or transposes of parameters."""
 
     def __init__(self, params: Mapping[str, Tensor]):
+        self._params = params
         self._names = {id(p): name for name, p in params.items()}
         # The views are kept alive, because the identity of a dead tensor may be used again.
         self._transposes: list[tuple[Tensor, str]] = []
 
     def of(self, tensor: Any) -> str | None:
         return self._names.get(id(tensor))
+
+    def sources(self) -> list[tuple[str, Tensor]]:
+        """All of these tensors, with the names of the parameters that they stand for."""
+        return [*self._params.items(), *((name, view) for view, name in self._transposes)]
 
     def of_transpose(self, tensor: Any) -> str | None:
         return next((name for view, name in self._transposes if view is tensor), None)

@@ -20,11 +20,12 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
+from funcprecond import tree
 from funcprecond.autodiff.evaluation import Evaluation
-from funcprecond.autodiff.examples import refuse_coupling
 from funcprecond.evidence import observe
 from funcprecond.layers.blocks import Layers, split_block
 from funcprecond.layers.layer_call import LayerUse, Sharing
+from funcprecond.linalg import random
 from funcprecond.losses.base import Labels, check_labels
 from funcprecond.need import Need
 from funcprecond.problems import Problem
@@ -53,6 +54,7 @@ class LayerStatistics(Need):
             which is exact if the outputs are pooled over them (Eschenhagen et al., arXiv
             2311.00636).
         per_sample: count a layer among ``others`` if its rows do not belong to single examples.
+            With "reduce" this is the case anyway.
         tied: keep a weight that is both an embedding and a linear layer among the layers, with uses
             of both kinds. By default it counts among ``others``.
 
@@ -67,6 +69,7 @@ class LayerStatistics(Need):
     per_sample: bool = False
     tied: bool = False
     layers: ClassVar[bool] = True
+    exact: ClassVar[bool] = False
     gives: ClassVar[type] = Layers
 
     def __post_init__(self):
@@ -117,7 +120,12 @@ class LayerStatistics(Need):
         grads: Sequence[Tensor],
         scale: Tensor,
     ) -> Layers:
-        uses = layer_uses(evaluation, grads, per_sample=self.per_sample, tied=self.tied)
+        if self.exact:
+            evaluation.examples.require_apart()
+        apart = self.per_sample or self.sharing == "reduce"
+        uses = {}
+        if not (self.exact and evaluation.examples.joint):
+            uses = layer_uses(evaluation, grads, per_sample=apart, tied=self.tied)
         covered = {part for name in uses for part in split_block(name) if part}
         names = [k for k in evaluation.params if k not in covered]
         if not names or self.others == "none":
@@ -125,20 +133,27 @@ class LayerStatistics(Need):
         if cotangents is None:
             # The rows of the layers belong to the gradient of the loss, which includes c.
             (own,) = evaluation.cotangents("empirical", ())
-            cotangents = [own * evaluation.constant]
+            scaled = [u * evaluation.constant.to(u.dtype) for u in tree.floating(own)]
+            cotangents = [tree.with_floating(own, scaled)]
+        if self.others == "diagonal":
+            _warn_of_diagonals(names, evaluation)
+        if self.others == "diagonal" and evaluation.examples.coupling and not self.exact:
+            others = _estimated_squares(evaluation, cotangents, names)
+            return Layers(uses, others, scale, self.sharing)
         pulled = [evaluation.pull_each(u, names, chunk_size=32) for u in cotangents]
         others = {k: torch.stack([p[k] for p in pulled]) for k in names}
         if self.others == "diagonal":
-            _warn_of_diagonals(names, evaluation)
             others = {k: r.square().sum((0, 1)) for k, r in others.items()}
         return Layers(uses, others, scale, self.sharing)
 
 
 @dataclasses.dataclass(frozen=True)
 class ExampleRows(LayerStatistics):
-    """Layer statistics whose rows belong to single examples, with rows for all other parameters.
+    """Layer statistics whose rows are exactly those of single examples.
 
-    The Gram matrix of the per-sample gradients follows from them.
+    The Gram matrix of the per-sample gradients follows from them. A model that couples its examples
+    is refused; where its inputs are declared to belong to all examples together, all parameters
+    count among the others.
 
     Attributes:
         labels, samples, others, sharing, per_sample, tied: see :class:`LayerStatistics`.
@@ -146,10 +161,7 @@ class ExampleRows(LayerStatistics):
 
     others: Literal["diagonal", "rows", "none"] = "rows"
     per_sample: bool = True
-
-    def measure(self, evaluation: Evaluation, noise: Any) -> Layers:
-        refuse_coupling(evaluation.problem)
-        return super().measure(evaluation, noise)
+    exact: ClassVar[bool] = True
 
 
 def layer_statistics(
@@ -205,10 +217,39 @@ def layer_uses(
         per_sample, tied: see :class:`LayerStatistics`.
     """
     inputs, calls = evaluation.layer_inputs, evaluation.calls
+
+    def use(i: int) -> LayerUse:
+        if per_sample or calls[i].needs_examples:
+            return calls[i].by_example(inputs[i], grads[i], evaluation.examples.calls[i])
+        return LayerUse(inputs[i], grads[i], calls[i])
+
     return {
-        name: tuple(LayerUse(inputs[i], grads[i], calls[i]) for i in indices)
+        name: tuple(use(i) for i in indices)
         for name, indices in evaluation.blocks(per_sample=per_sample, tied=tied).items()
     }
+
+
+def _estimated_squares(
+    evaluation: Evaluation, cotangents: Sequence[Any], names: Sequence[str]
+) -> Params:
+    """An unbiased estimate of the sum of the squared rows, where the examples are coupled.
+
+    The cross terms of different examples vanish in the mean over random signs of the examples.
+    """
+    places, count = evaluation.examples.outputs, evaluation.examples.count
+    found = {k: torch.zeros_like(evaluation.params[k]) for k in names}
+    generator = torch.Generator().manual_seed(0)
+    for cotangent in cotangents:
+        tensors = tree.floating(cotangent)
+        options = {"dtype": tensors[0].dtype, "device": tensors[0].device}
+        signs = random.rademacher((count,), generator, **options)
+        signed = [
+            u if place is None else place.spread(signs, u)
+            for u, place in zip(tensors, places, strict=True)
+        ]
+        pulled = evaluation.pull(tree.with_floating(cotangent, signed))
+        found = {k: x + pulled[k].square() for k, x in found.items()}
+    return found
 
 
 def _stack(tensors: Sequence[Tensor]) -> Tensor:

@@ -12,8 +12,7 @@ import torch
 from torch import Tensor
 
 from funcprecond.autodiff.evaluation import Evaluation
-from funcprecond.autodiff.examples import refuse_coupling
-from funcprecond.curvature.layer_statistics import LayerStatistics
+from funcprecond.curvature.layer_statistics import ExampleRows
 from funcprecond.layers.blocks import Layers, split_block
 from funcprecond.layers.layer_call import LayerUse
 from funcprecond.linalg.precision import factor_dtype
@@ -79,7 +78,6 @@ class PerSampleGrads(Need):
         Returns:
             (N, *shape) for each parameter.
         """
-        refuse_coupling(evaluation.problem)
         params, count = evaluation.params, evaluation.count
         step = self.chunk_size or max(count, 1)
         parts = [
@@ -97,14 +95,17 @@ class PerSampleGrads(Need):
         return {k: found[k].to(p.dtype) for k, p in params.items()}
 
 
-_LAYERS = LayerStatistics("empirical", others="none", per_sample=True)
+_LAYERS = ExampleRows("empirical", others="none")
 
 
 def _part(layers: Layers, examples: slice, factor: Tensor | None) -> Layers:
     def part(use: LayerUse) -> LayerUse:
-        g = use.grads[:, examples]
+        # Positions may be merged with the examples.
+        inner = use.call.inner
+        own = slice(examples.start * inner, examples.stop * inner)
+        g = use.grads[:, own]
         g = g if factor is None else g * factor.to(g.dtype)
-        return dataclasses.replace(use, inputs=use.inputs[examples], grads=g)
+        return dataclasses.replace(use, inputs=use.inputs[own], grads=g)
 
     uses = {block: tuple(map(part, of_block)) for block, of_block in layers.uses.items()}
     return dataclasses.replace(layers, uses=uses)

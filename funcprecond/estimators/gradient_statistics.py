@@ -10,15 +10,14 @@ import torch
 from torch import Tensor
 
 from funcprecond.autodiff.evaluation import Evaluation
-from funcprecond.autodiff.examples import refuse_coupling
-from funcprecond.curvature.layer_statistics import LayerStatistics
+from funcprecond.curvature.layer_statistics import ExampleRows
 from funcprecond.problems import Problem
 from funcprecond.representation.gram import Gram
 from funcprecond.tree import Params
 
 __all__ = ["PER_SAMPLE", "per_sample_gram", "per_sample_norms"]
 
-PER_SAMPLE = LayerStatistics("empirical", others="rows", per_sample=True)
+PER_SAMPLE = ExampleRows("empirical")
 """The per-sample gradients: as factors in the layers, and formed for all other parameters."""
 
 
@@ -96,7 +95,6 @@ def per_sample_norms(
 
 def _rows(problem, params, batch, generator) -> tuple[Gram, Tensor]:
     """The empirical Fisher matrix ``U^T U``, where U has the rows ``√c g_n``, and c."""
-    refuse_coupling(problem)
     evaluation = Evaluation(problem, params, batch, generator=generator, layers=True)
     (layers,) = PER_SAMPLE.each(evaluation, ())
     return Gram.from_layers(layers, params), layers.scale

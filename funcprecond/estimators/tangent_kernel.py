@@ -7,8 +7,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from funcprecond.autodiff.examples import refuse_coupling
-from funcprecond.curvature.layer_statistics import LayerStatistics
+from funcprecond.curvature.layer_statistics import ExampleRows
 from funcprecond.evidence import observe
 from funcprecond.losses import MSE, Loss
 from funcprecond.problems import Problem
@@ -17,7 +16,7 @@ from funcprecond.tree import Params
 
 __all__ = ["ntk"]
 
-ENTRIES = LayerStatistics("exact", others="rows", per_sample=True)
+ENTRIES = ExampleRows("exact")
 
 
 def ntk(
@@ -98,7 +97,6 @@ class _Outputs(Loss):
 def _jacobian(problem, params, batch, generator) -> tuple[Gram, int]:
     """The Jacobian as layers' inputs and output gradients, with rows ordered as (o, n); and O."""
     problem = dataclasses.replace(problem, loss=_Outputs())
-    refuse_coupling(problem)
     found = observe(problem, params, batch, (ENTRIES,), generator=generator)
     return Gram.from_layers(found[ENTRIES], params), found.outputs[0].numel()
 

@@ -16,6 +16,7 @@ from typing import Any, ClassVar, Literal, NamedTuple, Protocol
 
 from torch import Tensor
 
+from funcprecond.layers.place import Place
 from funcprecond.tree import Params, state, static
 
 __all__ = ["FunctionCall", "LayerCall", "LayerUse", "Names", "Recognized", "Sharing"]
@@ -89,16 +90,22 @@ class LayerCall(abc.ABC):
         weight: the name of the parameter.
         bias: the name of the bias, if the call adds one that is a parameter.
         shape: the shape of the output.
+        inner: the number of positions of each example that are merged into axis 0 of the output.
     """
 
     weight: str
     bias: str | None = None
     shape: tuple[int, ...] = ()
+    inner: int = 1
 
     functions: ClassVar[tuple[Callable[..., Any], ...]] = ()
     """The torch functions whose calls can be uses of a layer of this kind."""
     has_block: ClassVar[bool] = True
     """Whether the uses determine the curvature of the weight, so that it has its own block."""
+    needs_examples: ClassVar[bool] = False
+    """Whether its block is computed from the gradients of single examples."""
+    first_axis: ClassVar[bool] = True
+    """Whether the examples, or positions merged with them, must be on axis 0 of the output."""
 
     @classmethod
     @abc.abstractmethod
@@ -129,7 +136,31 @@ class LayerCall(abc.ABC):
 
     def combines_with(self, other: "LayerCall") -> bool:
         """Whether both calls belong to the same layer: everything except the shape agrees."""
-        return dataclasses.replace(self, shape=()) == dataclasses.replace(other, shape=())
+        mine, theirs = (dataclasses.replace(x, shape=(), inner=1) for x in (self, other))
+        return mine == theirs
+
+    def takes(self, place: Place) -> bool:
+        """Whether the rows of single examples can be computed if the examples are at a place."""
+        return place.axis == 0 or not self.first_axis
+
+    def by_example(self, inputs: Tensor, grads: Tensor, place: Place) -> "LayerUse":
+        """Arrange a use of the layer so that axis 0 has the examples, and then their positions.
+
+        Args:
+            inputs: the input of the call.
+            grads: (V, *output shape).
+            place: where the examples are in the output and in the input.
+
+        Returns:
+            The use. If positions are merged with the examples, those of one example follow each
+            other.
+        """
+        if place == Place(0):
+            return LayerUse(inputs, grads, self)
+        inputs = place.split(inputs).movedim(1 + place.axis, 1).flatten(0, 1)
+        grads = place.split(grads, 1).movedim(2 + place.axis, 2).flatten(1, 2)
+        call = dataclasses.replace(self, shape=tuple(grads.shape[1:]), inner=place.inner)
+        return LayerUse(inputs, grads, call)
 
     def example_gradients(self, uses: Sequence[LayerUse], params: Params) -> Any:
         """Compute the rows of the layer, one for each cotangent and example.

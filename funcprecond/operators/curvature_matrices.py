@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from funcprecond.autodiff.evaluation import Evaluation
+from funcprecond.autodiff.examples import CoupledExamples
 from funcprecond.curvature.fisher import draw_labels, fisher_form, fisher_product, fisher_rows
 from funcprecond.linalg.treemath import wide_dot
 from funcprecond.losses import Loss
@@ -153,15 +154,15 @@ class _OnData(Operator):
         in no layer cannot be computed.
         """
         likelihood = type(self.problem.loss).exact is not Loss.exact
-        if self.problem.couples_examples() or not (likelihood or labels == "empirical"):
+        if not (likelihood or labels == "empirical"):
             return None
         seed = self._seed  # pyright: ignore[reportAttributeAccessIssue]
         data = (self.batch, None if self.batches is None else self._pass())
         rest = (labels, samples, self.buffers, seed)
         try:
             return exact_diagonal(self.problem, self.params, *data, *rest)
-        except RuntimeError:
-            # Some parameter is in no layer, and vmap cannot compute its per-sample gradients.
+        except (CoupledExamples, RuntimeError):
+            # The rows of the matrix are not those of single examples.
             return None
 
 

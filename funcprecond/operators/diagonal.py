@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from funcprecond.autodiff.evaluation import Evaluation
-from funcprecond.curvature.layer_statistics import LayerStatistics
+from funcprecond.curvature.layer_statistics import ExampleRows
 from funcprecond.layers.blocks import Layers
 from funcprecond.linalg import treemath
 from funcprecond.losses.base import Labels, check_labels
@@ -157,13 +157,7 @@ def exact_diagonal(
     seed: int | None,
 ) -> Params:
     """The values of :class:`DiagonalGGN`, with random numbers drawn from a seed."""
-    need = LayerStatistics(labels, samples, per_sample=True)
-    if coupling := problem.couples_examples():
-        msg = (
-            "the diagonal is computed from per-sample gradients, which are not defined because "
-            f"{coupling} couples the examples of a batch: put it in eval mode"
-        )
-        raise ValueError(msg)
+    need = ExampleRows(labels, samples, others="diagonal")
 
     def measured():
         for i, b in enumerate(each_batch(batch, batches)):

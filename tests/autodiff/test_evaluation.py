@@ -279,7 +279,7 @@ def test_per_example_gradients_of_coupled_examples_are_refused(norm):
     module = initialised(nn.Sequential(nn.Linear(3, 4), norm, nn.Linear(4, 3)))
     problem = fp.problem(module, fp.losses.cross_entropy)
     e = Evaluation(problem, problem.params, problems.labelled(5, 3, 3, 0))
-    with pytest.raises(ValueError, match="BatchNorm1d '1'.*use GroupNorm"):
+    with pytest.raises(ValueError, match="BatchNorm1d .1..*GroupNorm"):
         e.pull_each(normal((5, 3)), ["0.weight"])
 
 

@@ -325,7 +325,7 @@ def test_both_routes_lead_to_the_same_numbers(model, monkeypatch):
 
 @every_model
 def test_layer_pairs_rebuild_the_gradient_of_linear_layers(model):
-    """Both guards of facts/capture.md: no call is lost, and pairs give the gradient."""
+    """No call is lost, and inputs and output gradients give the gradient."""
     problem, batch = build(model)
     e = evaluate(problem, batch, layers=True)
     assert len(e.calls) == len(e.layer_inputs) == len(e.layer_grads)
@@ -343,12 +343,9 @@ def test_layer_pairs_rebuild_the_gradient_of_linear_layers(model):
 
 
 COUPLED = [m for m in MODELS if "batch norm" in m and "eval" not in m]
-# The upstream limits of facts/torch-func.md: no batching rule, and buffers written in place.
-RECURRENT = ["rnn", "lstm", "lstm, stacked in both directions", "gru"]
-NOT_MAPPED = [*RECURRENT, "instance norm, tracking"]
 
 
-@pytest.mark.parametrize("model", [m for m in MODELS if m not in COUPLED + NOT_MAPPED])
+@pytest.mark.parametrize("model", [m for m in MODELS if m not in COUPLED])
 def test_per_example_gradients_are_those_of_the_examples_alone(model):
     problem, batch = build(model)
     e = evaluate(problem, batch)
@@ -358,14 +355,6 @@ def test_per_example_gradients_are_those_of_the_examples_alone(model):
         alone = torch.zeros_like(u)
         alone[n] = u[n]
         assert_close({k: g[n] for k, g in pulled.items()}, e.pull(alone), rtol=1e-8, atol=1e-12)
-
-
-@pytest.mark.parametrize("model", NOT_MAPPED)
-def test_models_that_vmap_cannot_run_are_refused_by_parameter(model):
-    problem, batch = build(model)
-    e = evaluate(problem, batch)
-    with pytest.raises(RuntimeError, match=r"per-sample gradients of \['head.weight'\]"):
-        e.pull_each(normal((N, 3)), ["head.weight"])
 
 
 @pytest.mark.parametrize("model", COUPLED)

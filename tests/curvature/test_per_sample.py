@@ -5,7 +5,7 @@ from torch import nn
 import funcprecond as fp
 from funcprecond.curvature.per_sample import PerSampleGrads
 from tests import problems, reference
-from tests.autodiff.test_op_table import MODELS, NOT_MAPPED, build
+from tests.autodiff.test_op_table import COUPLED, MODELS, build
 from tests.equality import assert_close
 from tests.problems import Toy, initialised, normal, seeded
 
@@ -63,7 +63,7 @@ def test_chunks_give_the_same_rows(make, size):
     assert_close(chunked, whole, rtol=1e-12)
 
 
-@pytest.mark.parametrize("name", [m for m in MODELS if m not in NOT_MAPPED])
+@pytest.mark.parametrize("name", [m for m in MODELS if m not in COUPLED])
 def test_of_every_kind_of_layer_the_rows_are_those_by_vmap_and_of_the_need(name):
     """By layer and alone, by layer beside the gradient, and example by example."""
     problem, batch = build(name)

@@ -163,9 +163,11 @@ def test_a_layer_that_mixes_the_examples_is_left_to_the_diagonal():
     problem = fp.problem(model, fp.losses.cross_entropy, params=params)
     opt = fp.ekfac(labels="empirical")
     batch = (problems.normal((4, 3)), torch.tensor([0, 1, 2, 0]))
-    with pytest.raises(RuntimeError, match="mix"):
-        # Its examples cannot be told apart by vmap either: the sentence names the parameter.
-        fp.observe(problem, params, batch, opt.needs(0))
+    with pytest.warns(UserWarning, match="'mix'.*only the diagonal"):
+        evidence = fp.observe(problem, params, batch, opt.needs(0))
+    state, direction = opt.update(opt.init(params), evidence.grads, evidence)
+    assert set(state.factors.others) == {"mix"}
+    assert direction["mix"].isfinite().all()
 
 
 def test_the_refresh_interval_must_be_a_multiple_of_the_measurements():

@@ -5,12 +5,13 @@ from torch import nn
 import funcprecond as fp
 from funcprecond.operators.operator import Operator
 from tests import problems, reference
-from tests.autodiff.test_op_table import COUPLED, MODELS, RECURRENT, build
+from tests.autodiff.test_op_table import COUPLED, MODELS, build
 from tests.equality import assert_close, assert_same
 from tests.operators.test_curvature_matrices import with_loss
 from tests.problems import Toy, initialised, normal, seeded
 
 KINDS = ("kfac", "ekfac", "kflr", "foof")
+RECURRENT = {"rnn", "lstm", "lstm, stacked in both directions", "gru"}
 LAYERS = sorted(MODELS.keys() - {*COUPLED, *RECURRENT, "tied embedding"})
 
 

@@ -56,9 +56,32 @@ class AffineCall(LayerCall):
         """The number of entries in a row of the inputs, in each group; ``x`` is an input."""
         return x.shape[-1]
 
+    def cut_inputs(self, x: Tensor) -> Tensor:
+        """Cut an input into rows, (N, T, i), or (J, N, T, i / J) for more than one group.
+
+        If positions are merged into the axis of the examples, N counts both here.
+        """
+        return x.reshape(x.shape[0], -1, x.shape[-1])
+
+    def cut_grads(self, g: Tensor, x: Tensor) -> Tensor:
+        """Cut output gradients into rows, (V, N, T, o), or (J, V, N, T, o / J).
+
+        Args:
+            g: the output gradients, (V, *output shape).
+            x: the input of the layer.
+
+        Returns:
+            The rows. If positions are merged into the axis of the examples, N counts both here.
+        """
+        return g.reshape(g.shape[0], g.shape[1], -1, g.shape[-1])
+
     def input_rows(self, x: Tensor) -> Tensor:
         """Compute the rows of an input, (N, T, i), or (J, N, T, i / J) for more than one group."""
-        return x.reshape(x.shape[0], -1, x.shape[-1])
+        rows = self.cut_inputs(x)
+        if self.inner == 1:
+            return rows
+        lead, last = (0, ()) if self.one_hot else (self.groups > 1, rows.shape[-1:])
+        return rows.reshape(*rows.shape[:lead], rows.shape[lead] // self.inner, -1, *last)
 
     def grad_rows(self, g: Tensor, x: Tensor) -> Tensor:
         """Compute the rows of output gradients.
@@ -70,11 +93,18 @@ class AffineCall(LayerCall):
         Returns:
             (V, N, T, o), or (J, V, N, T, o / J) for more than one group.
         """
-        return g.reshape(g.shape[0], g.shape[1], -1, g.shape[-1])
+        rows = self.cut_grads(g, x)
+        if self.inner == 1:
+            return rows
+        lead = 1 + (self.groups > 1)
+        count = rows.shape[lead] // self.inner
+        return rows.reshape(*rows.shape[:lead], count, -1, rows.shape[-1])
 
     def positions(self, x: Tensor, sharing: Sharing) -> int:
         """Count the rows of an input: one per position, or with "reduce" one per example."""
-        return self.shape[0] if sharing == "reduce" else math.prod(self.shape) // self.shape[-1]
+        if sharing == "reduce":
+            return self.shape[0] // self.inner
+        return math.prod(self.shape) // self.shape[-1]
 
     # ------------------------------------------------------------------------ Kronecker factors
     def input_factor(

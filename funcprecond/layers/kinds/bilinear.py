@@ -1,6 +1,7 @@
 r"""Bilinear layers ``z_o = x^T W_o y + b_o``, which are affine in the outer product of x and y."""
 
 import dataclasses
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -18,12 +19,13 @@ class Bilinear(AffineCall):
     """A use of an (o, p, q) weight. Its input rows are outer products of x and y, of length p q."""
 
     functions = (F.bilinear, torch.bilinear)
+    first_axis: ClassVar[bool] = False
 
     @classmethod
     def recognize(cls, call: FunctionCall, names: Names) -> list[Recognized]:
         x, y = call.argument(0, "input1"), call.argument(1, "input2")
         weight = names.of(call.argument(2, "weight"))
-        if not weight:
+        if not weight or x.ndim < 2:
             return []
         products = x.unsqueeze(-1) * y.unsqueeze(-2)
         found = cls(weight=weight, bias=names.of(call.argument(3, "bias")))

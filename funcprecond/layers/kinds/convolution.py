@@ -42,8 +42,8 @@ class Convolution(AffineCall):
     @classmethod
     def recognize(cls, call: FunctionCall, names: Names) -> list[Recognized]:
         kernel = call.argument(1, "weight")
-        weight = names.of(kernel)
-        if not weight:
+        weight, x = names.of(kernel), call.argument(0, "input")
+        if not weight or x.ndim < kernel.ndim:
             return []
         dims = kernel.ndim - 2
         options = (call.argument(3, "stride", 1), call.argument(4, "padding", 0))
@@ -59,7 +59,7 @@ class Convolution(AffineCall):
             dilation=dilation,
             channel_groups=call.argument(6, "groups", 1),
         )
-        return [Recognized(found, call.argument(0, "input"))]
+        return [Recognized(found, x)]
 
     def apply(self, params: Params, x: Tensor) -> Tensor:
         convolve = CONVOLUTIONS[len(self.kernel)]
@@ -78,18 +78,20 @@ class Convolution(AffineCall):
     def fan_in(self, x: Tensor) -> int:
         return x.shape[1] // self.groups * math.prod(self.kernel)
 
-    def input_rows(self, x: Tensor) -> Tensor:
+    def cut_inputs(self, x: Tensor) -> Tensor:
         patches = unfold(x, self.kernel, self.stride, self.padding, self.dilation)
         if self.groups == 1:
             return patches.mT
         return rearrange(patches, "n (j c) t -> j n t c", j=self.groups)
 
-    def grad_rows(self, g: Tensor, x: Tensor) -> Tensor:
+    def cut_grads(self, g: Tensor, x: Tensor) -> Tensor:
         g = g.flatten(3)
         return g.mT if self.groups == 1 else rearrange(g, "v n (j o) t -> j v n t o", j=self.groups)
 
     def positions(self, x: Tensor, sharing: Sharing) -> int:
-        return self.shape[0] if sharing == "reduce" else math.prod(self.shape) // self.shape[1]
+        if sharing == "reduce":
+            return self.shape[0] // self.inner
+        return math.prod(self.shape) // self.shape[1]
 
     def input_moment(
         self, use: LayerUse, bias: bool, sharing: Sharing, dtype: torch.dtype, thin: bool

@@ -31,6 +31,7 @@ class Embedding(AffineCall):
 
     functions = (F.embedding,)
     one_hot: ClassVar[bool] = True
+    first_axis: ClassVar[bool] = False
     inputs_first: ClassVar[bool] = True  # pyright: ignore[reportIncompatibleVariableOverride]
 
     @classmethod
@@ -50,41 +51,47 @@ class Embedding(AffineCall):
     def fan_in(self, x: Tensor) -> int:
         return self.vocabulary
 
-    def input_rows(self, x: Tensor) -> Tensor:
+    def cut_inputs(self, x: Tensor) -> Tensor:
         """The indices of the tokens, (N, T)."""
         return x.reshape(x.shape[0], -1) if x.ndim > 1 else x.reshape(-1, 1)
 
-    def grad_rows(self, g: Tensor, x: Tensor) -> Tensor:
+    def cut_grads(self, g: Tensor, x: Tensor) -> Tensor:
         """The rows of the output gradients, (V, N, T, d); zero where the token is the padding."""
         g = g.reshape(g.shape[0], g.shape[1], -1, g.shape[-1])
         if self.padding is None:
             return g
-        return g * (self.input_rows(x) != self.padding).unsqueeze(-1)
-
-    def positions(self, x: Tensor, sharing: Sharing) -> int:
-        return x.numel() if self.padding is None else int((x != self.padding).sum())
+        return g * (self.cut_inputs(x) != self.padding).unsqueeze(-1)
 
     def input_factor(
         self, uses: Sequence[LayerUse], bias: bool, sharing: Sharing, *, thin: bool = False
     ) -> Tensor:
-        """Compute (vocabulary,), the frequencies of the tokens.
+        """Compute (vocabulary,), the diagonal of the second moment of the one-hot inputs.
 
-        They are the diagonal of the second moment of one-hot inputs, which is diagonal.
+        With "expand" it has the frequencies of the tokens, and the second moment is diagonal. With
+        "reduce" it has the mean squares of the frequencies within an example.
         """
+        dtype = factor_dtype(uses[0].grads)
+        if sharing == "reduce":
+            shares = [use.call.token_shares(use.inputs, dtype) for use in uses]
+            return torch.cat(shares).square().mean(0)
         ids = torch.cat([self.input_rows(use.inputs).reshape(-1) for use in uses])
-        kept = torch.ones_like(ids, dtype=factor_dtype(uses[0].grads))
-        if self.padding is not None:
-            kept = (ids != self.padding).to(kept.dtype)
+        kept = self._is_kept(ids).to(dtype)
         total = kept.new_zeros(self.vocabulary).index_add(0, ids, kept)
         return total / total.sum()
 
+    def token_shares(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """Compute (N, vocabulary), the share of each token in the positions of an example."""
+        ids = self.input_rows(x)
+        kept = self._is_kept(ids).to(dtype) / ids.shape[1]
+        return kept.new_zeros(ids.shape[0], self.vocabulary).scatter_add(1, ids, kept)
+
+    def _is_kept(self, ids: Tensor) -> Tensor:
+        if self.padding is None:
+            return torch.ones_like(ids, dtype=torch.bool)
+        return ids != self.padding
+
     def input_diagonal(self, uses: Sequence[LayerUse], bias: bool, sharing: Sharing) -> Tensor:
         return self.input_factor(uses, bias, sharing)
-
-    def output_rows(self, use: LayerUse, sharing: Sharing) -> Tensor:
-        # The input of an example is the sum of its one-hot vectors, so "reduce" is like "expand".
-        g = self.grad_rows(use.grads, use.inputs)
-        return g.to(factor_dtype(g)).flatten(-4, -2)
 
     def second_moments(
         self,

@@ -1,6 +1,7 @@
 """Linear layers, in each form that models use: ``F.linear``, ``x @ W`` and ``addmm``."""
 
 import dataclasses
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -27,6 +28,7 @@ class Linear(AffineCall):
     stored_inputs_first: bool = False
 
     functions = (F.linear, *PRODUCTS, *ADDED_PRODUCTS)
+    first_axis: ClassVar[bool] = False
 
     @classmethod
     def recognize(cls, call: FunctionCall, names: Names) -> list[Recognized]:
@@ -44,7 +46,7 @@ class Linear(AffineCall):
             x, matrix = call.argument(0, "input"), call.argument(1, "other")
             matrix = call.argument(1, "mat2") if matrix is None else matrix
             inputs_are_columns = True
-        if not isinstance(matrix, Tensor) or matrix.ndim != 2:
+        if not isinstance(matrix, Tensor) or matrix.ndim != 2 or x.ndim < 2:
             return []
         if bias is not None and names.of(bias) and bias.shape != (_outputs(matrix, call),):
             return []

@@ -7,13 +7,14 @@ that its block of the curvature matrix is computed exactly.
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from funcprecond.layers.layer_call import FunctionCall, LayerCall, LayerUse, Names, Recognized
+from funcprecond.layers.place import Place
 from funcprecond.linalg.precision import factor_dtype
 from funcprecond.tree import Params
 
@@ -31,13 +32,14 @@ class Scale(LayerCall):
 
     trailing: int = 0
 
+    needs_examples: ClassVar[bool] = True
     functions = (F.layer_norm, F.rms_norm, F.group_norm, F.batch_norm, F.instance_norm)
 
     @classmethod
     def recognize(cls, call: FunctionCall, names: Names) -> list[Recognized]:
         scale, bias, trailing, normalize = _NORMS[call.function](call)
         weight = names.of(scale)
-        if not weight:
+        if not weight or call.argument(0, "input").ndim <= trailing:
             return []
         found = cls(weight=weight, bias=names.of(bias), trailing=trailing)
         # The normalized input is computed again, because it cannot be recovered from the output
@@ -52,17 +54,23 @@ class Scale(LayerCall):
             weight, bias = weight.reshape(shape), None if bias is None else bias.reshape(shape)
         return x * weight if bias is None else x * weight + bias
 
+    def takes(self, place: Place) -> bool:
+        return place.axis == 0 or 0 < self.trailing < len(self.shape)
+
     def rows(self, x: Tensor, lead: int) -> Tensor:
         """Reshape to (*lead, T, U), with the U units last and all other axes flattened.
 
         Args:
             x: an input or an output gradient.
-            lead: the number of leading axes to keep.
+            lead: the number of leading axes to keep, the last of which has the examples.
         """
         if self.trailing:
             units = x.shape[x.ndim - self.trailing :].numel()
-            return x.reshape(*x.shape[:lead], -1, units)
-        return x.movedim(lead, -1).reshape(*x.shape[:lead], -1, x.shape[lead])
+        else:
+            units = x.shape[lead]
+            x = x.movedim(lead, -1)
+        count = x.shape[lead - 1] // self.inner
+        return x.reshape(*x.shape[: lead - 1], count, -1, units)
 
     def unit_gradients(self, uses: Sequence[LayerUse], bias: bool) -> Tensor:
         """Compute the per-sample gradients of each unit: (V, N, U, 1), or with a bias (V, N, U, 2).

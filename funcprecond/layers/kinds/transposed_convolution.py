@@ -97,11 +97,11 @@ class TransposedConvolution(AffineCall):
     def fan_in(self, x: Tensor) -> int:
         return x.shape[1] // self.groups
 
-    def input_rows(self, x: Tensor) -> Tensor:
+    def cut_inputs(self, x: Tensor) -> Tensor:
         x = x.flatten(2)
         return x.mT if self.groups == 1 else rearrange(x, "n (j c) t -> j n t c", j=self.groups)
 
-    def grad_rows(self, g: Tensor, x: Tensor) -> Tensor:
+    def cut_grads(self, g: Tensor, x: Tensor) -> Tensor:
         geometry = (self.kernel, self.stride, self.padding, self.dilation, self.output_padding)
         patches = transposed_patches(g.flatten(0, 1), *geometry).unflatten(0, g.shape[:2])
         if self.groups == 1:
@@ -109,4 +109,4 @@ class TransposedConvolution(AffineCall):
         return rearrange(patches, "v n (j o) t -> j v n t o", j=self.groups)
 
     def positions(self, x: Tensor, sharing: Sharing) -> int:
-        return self.shape[0] if sharing == "reduce" else x.numel() // x.shape[1]
+        return x.shape[0] // self.inner if sharing == "reduce" else x.numel() // x.shape[1]
