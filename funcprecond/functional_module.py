@@ -51,7 +51,7 @@ class FunctionalModule:
         self.buffers = frozenset(k for k, _ in module.named_buffers())
         self._frozen = {k: p.detach() for k, p in named.items() if not p.requires_grad}
         name_of = {id(x): name for name, x in (*named.items(), *module.named_buffers())}
-        self._places = [
+        self._places: list[tuple[dict[str, Any], str, str]] = [
             (held, key, name_of[id(x)])
             for part in module.modules()
             for held in (part._parameters, part._buffers)

@@ -109,7 +109,7 @@ class Evaluation:
         self._generator = generator
         self._layers = layers
         self._keep = keep
-        self._blocks: dict[tuple[bool, bool], dict[str, list[int]]] = {}
+        self._blocks: dict[tuple[bool, bool], dict[str, list[tuple[int, LayerCall]]]] = {}
         eager = is_eager((params, self._buffers, batch))
         self._twice = twice or not eager
         if not eager:
@@ -162,7 +162,9 @@ class Evaluation:
         """The parameters with a use outside the recorded calls, and the function that uses each."""
         return self._run.unrecorded
 
-    def blocks(self, *, per_sample: bool = False, tied: bool = False) -> dict[str, list[int]]:
+    def blocks(
+        self, *, per_sample: bool = False, tied: bool = False
+    ) -> dict[str, list[tuple[int, LayerCall]]]:
         """Group the recorded calls by block, see :func:`funcprecond.layers.blocks.complete_blocks`.
 
         A block whose kind needs the gradients of single examples is left out if they cannot be told
@@ -174,7 +176,7 @@ class Evaluation:
             tied: whether to keep a block whose weight is used by embeddings and by linear layers.
 
         Returns:
-            The indices of the calls of each block.
+            The indices of the calls of each block, and the part of each call that belongs to it.
         """
         key = (per_sample, tied)
         if key not in self._blocks:
@@ -230,14 +232,8 @@ class Evaluation:
         if labels == "mc":
             return list(loss.sampled(outputs, targets, noise))
         exact = list(loss.exact(outputs, targets))
-        (place,) = self.examples.outputs if self._may_be_merged else (Place(0),)
+        (place,) = self.examples.outputs
         return [part for u in exact for part in _one_term_each(u, place)]
-
-    @property
-    def _may_be_merged(self) -> bool:
-        """Whether the outputs may have the positions of an example in several entries of axis 0."""
-        lengths = {x.shape[0] for x in self.leaves if isinstance(x, Tensor) and x.ndim}
-        return self.problem.in_axes != "auto" or self.outputs.shape[0] not in lengths
 
     @explained
     def pull(self, cotangents: Any, keep: bool = True) -> Params:

@@ -23,7 +23,7 @@ from funcprecond.autodiff.once import renamed
 from funcprecond.autodiff.recorder import Recorder
 from funcprecond.layers.place import Place
 from funcprecond.problems import Problem
-from funcprecond.tracing import is_traced
+from funcprecond.tracing import is_eager, is_traced
 from funcprecond.tree import floating
 
 __all__ = ["CoupledExamples", "Examples", "find"]
@@ -73,6 +73,27 @@ class Examples:
                 "are the examples"
             )
             raise CoupledExamples(msg)
+
+    def check_cotangent(self, cotangent: Any) -> None:
+        """Raise an error if the loss depends on an output that all examples share.
+
+        Args:
+            cotangent: shaped like the outputs.
+
+        Raises:
+            CoupledExamples: it is not zero in such an output.
+        """
+        tensors = tree.floating(cotangent)
+        if None not in self.outputs or not is_eager(tensors):
+            return
+        for i, (u, place) in enumerate(zip(tensors, self.outputs, strict=True)):
+            if place is None and bool(u.any()):
+                msg = (
+                    f"the loss depends on output {i} of the model, of the shape {tuple(u.shape)}, "
+                    "which has no axis of examples, so that it is not a sum over the examples: "
+                    "return a value for each example instead"
+                )
+                raise CoupledExamples(msg)
 
 
 def find(evaluation: Any) -> Examples:

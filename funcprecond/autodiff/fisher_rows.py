@@ -131,6 +131,8 @@ def rows_of(
     places = evaluation.examples.calls
     if evaluation.examples.coupling or None in places:
         return None
+    for cotangent in cotangents:
+        evaluation.examples.check_cotangent(cotangent)
     last = len(cotangents) - 1
     grads = [evaluation.pull_layers(u, keep or i < last) for i, u in enumerate(cotangents)]
     return FisherRows(calls, evaluation.layer_inputs, grads, scale, places)

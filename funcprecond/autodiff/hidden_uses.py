@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import get_gradient_edge
 
 __all__ = ["Recorded", "hidden_uses", "sequence_number"]
 
@@ -38,7 +37,7 @@ class Recorded:
 
 def sequence_number() -> int:
     """The number that autograd gives to the next node."""
-    return torch._C._autograd._get_sequence_nr()
+    return torch._C._autograd._get_sequence_nr()  # pyright: ignore
 
 
 def hidden_uses(
@@ -57,16 +56,14 @@ def hidden_uses(
         A description of such a path for each parameter that has one. Costs a walk over the graph,
         two microseconds per node.
     """
-    names: dict[Any, str] = {
-        get_gradient_edge(x).node: name for name, x in sources if x.requires_grad
-    }
+    names = {node: name for name, x in sources if (node := _node(x)) is not None}
     starts = [call.first for call in recorded]
 
     def made_by(number: int) -> Recorded | None:
         i = bisect.bisect_right(starts, number) - 1
         return recorded[i] if i >= 0 and number < recorded[i].end else None
 
-    stack = [get_gradient_edge(x).node for x in outputs if x.requires_grad]
+    stack = [x.grad_fn for x in outputs if x.grad_fn is not None]
     seen, found = set(stack), {}
     while stack:
         node = stack.pop()
@@ -86,3 +83,11 @@ def hidden_uses(
                 seen.add(following)
                 stack.append(following)
     return found
+
+
+def _node(x: Tensor) -> Any:
+    """The node of a tensor in the graph; None for one that was made where gradients are off."""
+    if x.grad_fn is not None or not x.requires_grad:
+        return x.grad_fn
+    with torch.enable_grad():
+        return x.view_as(x).grad_fn.next_functions[0][0]  # pyright: ignore

@@ -23,7 +23,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.graph import get_gradient_edge
 from torch.overrides import TorchFunctionMode
 
 from funcprecond import tree
@@ -184,7 +183,7 @@ class Recorder(TorchFunctionMode):
         out = run(*args, **kwargs)
         if self._in_graph:
             self._made(parts, first, out)
-        if self._in_graph and not out.requires_grad:
+        if self._in_graph and out.grad_fn is None:
             # Nothing depends on what happens here, as under torch.no_grad.
             return out
         for use in uses:
@@ -207,9 +206,8 @@ class Recorder(TorchFunctionMode):
 
     def _made(self, names, first, output) -> None:
         """Note that a recorded call of these parameters has made the latest nodes of the graph."""
-        if output.requires_grad:
-            node = get_gradient_edge(output).node
-            self.made.append(Recorded(first, sequence_number(), frozenset(names), node))
+        if output.grad_fn is not None:
+            self.made.append(Recorded(first, sequence_number(), frozenset(names), output.grad_fn))
 
     def _without_graph(self, x, parts):
         name = self._names.of(x) or self._names.of_transpose(x)

@@ -34,6 +34,7 @@ def pull_each(
     """
     examples = evaluation.examples
     examples.require_apart()
+    examples.check_cotangent(cotangents)
     eager = is_eager((evaluation.params, evaluation.inputs, cotangents))
     if examples.joint:
         return _through_the_whole_run(evaluation, cotangents, names)

@@ -9,6 +9,7 @@ rows, layer by layer (:mod:`funcprecond.autodiff.fisher_rows`). Otherwise no row
 the inner product taken within each example.
 """
 
+import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -119,14 +120,14 @@ def fisher_product(
         # This raises an error if the loss has no known likelihood.
         evaluation.cotangents("exact", ())
         return evaluation.ggn_mv(vector, keep)
-    total = None
+    places = evaluation.examples.outputs
+    terms = []
     for cotangent, inner in _inner_products(evaluation, vector, labels, noise, keep):
         scaled = evaluation.constant * inner
-        one = tree.map(
-            lambda u, s=scaled: u * s.reshape(-1, *[1] * (u.ndim - 1)).to(u.dtype), cotangent
-        )
-        total = one if total is None else tree.map(torch.add, total, one)
-    return evaluation.pull(total, keep)
+        parts = zip(tree.floating(cotangent), places, strict=True)
+        terms.append([u if place is None else place.spread(scaled, u) for u, place in parts])
+    total = [functools.reduce(torch.add, of_leaf) for of_leaf in zip(*terms, strict=True)]
+    return evaluation.pull(tree.with_floating(evaluation.outputs, total), keep)
 
 
 def fisher_form(
@@ -148,10 +149,13 @@ def _inner_products(
     keep: bool = True,
 ) -> Iterator[tuple[Any, Tensor]]:
     """Each cotangent, with the inner product of each example's part with ``J vector``, (N,)."""
-    pushed = tree.leaves(evaluation.jvp(vector, keep))
+    places = evaluation.examples.outputs
+    pushed = tree.floating(evaluation.jvp(vector, keep))
     for cotangent in evaluation.cotangents(labels, noise):
-        pairs = zip(tree.leaves(cotangent), pushed, strict=True)
-        yield cotangent, torch.stack([(u * t).flatten(1).sum(1) for u, t in pairs]).sum(0)
+        evaluation.examples.check_cotangent(cotangent)
+        parts = zip(tree.floating(cotangent), pushed, places, strict=True)
+        inner = [place.sum_others(u * t) for u, t, place in parts if place is not None]
+        yield cotangent, torch.stack(inner).sum(0)
 
 
 def draw_labels(

@@ -23,8 +23,8 @@ from torch import Tensor
 from funcprecond import tree
 from funcprecond.autodiff.evaluation import Evaluation
 from funcprecond.evidence import observe
-from funcprecond.layers.blocks import Layers, split_block
-from funcprecond.layers.layer_call import LayerUse, Sharing
+from funcprecond.layers.blocks import Layers, part_of, split_block
+from funcprecond.layers.layer_call import LayerCall, LayerUse, Sharing
 from funcprecond.linalg import random
 from funcprecond.losses.base import Labels, check_labels
 from funcprecond.need import Need
@@ -218,14 +218,15 @@ def layer_uses(
     """
     inputs, calls = evaluation.layer_inputs, evaluation.calls
 
-    def use(i: int) -> LayerUse:
+    def use(i: int, part: LayerCall) -> LayerUse:
+        whole = LayerUse(inputs[i], grads[i], calls[i])
         if per_sample or calls[i].needs_examples:
-            return calls[i].by_example(inputs[i], grads[i], evaluation.examples.calls[i])
-        return LayerUse(inputs[i], grads[i], calls[i])
+            whole = calls[i].by_example(inputs[i], grads[i], evaluation.examples.calls[i])
+        return whole if part is calls[i] else part_of(whole, part)
 
     return {
-        name: tuple(use(i) for i in indices)
-        for name, indices in evaluation.blocks(per_sample=per_sample, tied=tied).items()
+        name: tuple(use(*member) for member in members)
+        for name, members in evaluation.blocks(per_sample=per_sample, tied=tied).items()
     }
 
 

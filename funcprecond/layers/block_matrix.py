@@ -31,7 +31,8 @@ def join(vector: Params, like: Params, block: str, rows: int, groups: int = 1) -
     """
     weight, bias = split_block(block)
     lead = vector[weight].ndim - like[weight].ndim
-    matrix = vector[weight].flatten(lead + 1)
+    # A bias alone is a matrix of one column.
+    matrix = vector[weight].reshape(*vector[weight].shape[: lead + 1], -1)
     matrix = matrix.to(torch.promote_types(matrix.dtype, torch.float32))
     if bias is not None:
         axis = -1 if rows * groups == matrix.shape[-2] else -2

@@ -1,17 +1,21 @@
 """The blocks of a curvature matrix that belong to layers, and the measurements of all layers."""
 
+import dataclasses
 from collections.abc import Container, Iterable, Sequence
 
 from torch import Tensor
 
 from funcprecond.layers.example_gradients import ExampleGradients
+from funcprecond.layers.kinds.affine import AffineCall
+from funcprecond.layers.kinds.bias import Bias
 from funcprecond.layers.kinds.embedding import Embedding
 from funcprecond.layers.kinds.linear import Linear
+from funcprecond.layers.kinds.scale import Scale
 from funcprecond.layers.layer_call import LayerCall, LayerUse, Sharing
 from funcprecond.linalg.precision import factor_dtype
 from funcprecond.tree import Params, state, static
 
-__all__ = ["Layers", "complete_blocks", "split_block"]
+__all__ = ["Layers", "complete_blocks", "part_of", "split_block"]
 
 
 @state
@@ -39,27 +43,22 @@ class Layers:
         """Select the measurements of the named parameters.
 
         Args:
-            names: the parameters. If a weight is named without its bias, then its block becomes
-                that of the weight alone.
+            names: the parameters. If only one of a weight and its bias is named, then its block
+                becomes that of this parameter alone.
 
         Returns:
             The selected measurements.
-
-        Raises:
-            ValueError: a bias was named without the weight of its block.
         """
         chosen = set(names)
         uses = {}
         for block, of_block in self.uses.items():
             weight, bias = split_block(block)
-            if weight in chosen:
-                uses[block if bias in chosen else weight] = of_block
-            elif bias in chosen:
-                msg = (
-                    f"{bias!r} is preconditioned together with {weight!r}: assign both to the same "
-                    "method"
-                )
-                raise ValueError(msg)
+            own = [k for k in (weight, bias) if k in chosen]
+            if len(own) == 2 or bias is None:
+                uses |= {block: of_block} if own else {}
+            elif own:
+                pairs = [(use, parts(use.call)[own[0] == bias]) for use in of_block]
+                uses[own[0]] = tuple(part_of(*pair) for pair in pairs)
         others = {k: v for k, v in self.others.items() if k in chosen}
         return Layers(uses, others, self.scale, self.sharing)
 
@@ -96,11 +95,12 @@ def split_block(name: str) -> tuple[str, str | None]:
 
 def complete_blocks(
     calls: Sequence[LayerCall], unrecorded: Container[str], usable: Sequence[bool], tied: bool
-) -> dict[str, list[int]]:
+) -> dict[str, list[tuple[int, LayerCall]]]:
     """Group the calls of a run by block, and keep the complete blocks.
 
     A block is complete if every use of its parameters is among the calls, and all of its calls are
-    of the same kind and have the same bias.
+    of one kind. A weight and its bias form one block if they always appear together. Otherwise each
+    has a block of its own.
 
     Args:
         calls: all calls of a run, in order.
@@ -110,27 +110,51 @@ def complete_blocks(
             the same table.
 
     Returns:
-        The indices of the calls of each complete block.
+        For each complete block, the indices of its calls, and what the calls are for the block: as
+        they were recorded, or without their bias, or their bias alone.
     """
-    blocks: dict[str, list[int]] = {}
-    owners: dict[str, set[str]] = {}
+    partners: dict[str, set[str | None]] = {}
+    for call in calls:
+        partners.setdefault(call.weight, set()).add(call.bias)
+        if call.bias is not None:
+            partners.setdefault(call.bias, set()).add(call.weight)
+    blocks: dict[str, list[tuple[int, LayerCall]]] = {}
     for i, call in enumerate(calls):
-        blocks.setdefault(call.block, []).append(i)
-        for part in split_block(call.block):
-            if part:
-                owners.setdefault(part, set()).add(call.block)
+        together = call.bias is None or (
+            partners[call.weight] == {call.bias}
+            and partners[call.bias] == {call.weight}
+            and not (call.weight in unrecorded or call.bias in unrecorded)
+        )
+        for part in (call,) if together else parts(call):
+            blocks.setdefault(part.block, []).append((i, part))
 
-    def is_complete(name: str, indices: list[int]) -> bool:
-        first, *rest = (calls[i] for i in indices)
-        parts = [part for part in split_block(name) if part]
+    def is_complete(members: list[tuple[int, LayerCall]]) -> bool:
+        first, *rest = (call for _, call in members)
         return (
             first.has_block
-            and all(usable[i] for i in indices)
-            and not any(part in unrecorded or len(owners[part]) > 1 for part in parts)
+            and all(usable[i] for i, _ in members)
+            and not any(k in unrecorded for k in (first.weight, first.bias) if k)
             and (all(map(first.combines_with, rest)) or (tied and _are_tied([first, *rest])))
         )
 
-    return {name: indices for name, indices in blocks.items() if is_complete(name, indices)}
+    return {name: members for name, members in blocks.items() if is_complete(members)}
+
+
+def parts(call: LayerCall) -> tuple[LayerCall, LayerCall]:
+    """A call without its bias, and its bias alone."""
+    bias, weight = call.bias or "", dataclasses.replace(call, bias=None)
+    if isinstance(call, Scale):
+        return weight, dataclasses.replace(weight, weight=bias)
+    axis = call.channel if isinstance(call, AffineCall) else -1
+    return weight, Bias(weight=bias, shape=call.shape, inner=call.inner, axis=axis)
+
+
+def part_of(use: LayerUse, part: LayerCall) -> LayerUse:
+    """What a use is for a part of its call, as :func:`parts` makes it."""
+    part = dataclasses.replace(part, shape=use.call.shape, inner=use.call.inner)
+    if part.weight == use.call.weight:
+        return dataclasses.replace(use, call=part)
+    return LayerUse(use.grads.new_ones(()).expand(use.call.shape), use.grads, part)
 
 
 def _are_tied(calls: Sequence[LayerCall]) -> bool:

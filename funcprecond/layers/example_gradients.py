@@ -160,7 +160,7 @@ class ExampleGradients:
         """Join the weight and the bias to (J, o, i)."""
         w = vector[self.weight].to(self.grads.dtype)
         groups = self.inputs.shape[0]
-        matrix = w.flatten(1).unflatten(0, (groups, -1))
+        matrix = w.reshape(w.shape[0], -1).unflatten(0, (groups, -1))
         matrix = matrix.mT if self.inputs_first else matrix
         if self.bias is None:
             return matrix

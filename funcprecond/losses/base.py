@@ -3,7 +3,7 @@
 import abc
 import dataclasses
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
 import torch
@@ -67,9 +67,9 @@ class Loss(abc.ABC):
         Returns:
             Shaped like the outputs.
         """
-        gradient = _gradient(lambda f: self(f, targets), outputs, targets)
+        gradients = _gradient(lambda f: self(f, targets), outputs, targets)
         constant = self.constant(outputs, targets)
-        return tree.map(lambda g: g / constant.to(g.dtype), gradient)
+        return tree.with_floating(outputs, [g / constant.to(g.dtype) for g in gradients])
 
     def hessian_product(self, outputs: Any, targets: Any, vector: Any) -> Any:
         """Multiply the Hessian of the loss in the outputs, including ``c``, by a vector.
@@ -84,7 +84,12 @@ class Loss(abc.ABC):
         Returns:
             Shaped like the outputs.
         """
-        return vjp(grad(lambda f: self(f, targets)), outputs)[1](vector)[0]
+
+        def loss(floating: list[Tensor]) -> Tensor:
+            return self(tree.with_floating(outputs, floating), targets)
+
+        pull = vjp(grad(loss), tree.floating(outputs))[1]
+        return tree.with_floating(outputs, pull(tree.floating(vector))[0])
 
     def label_noise(self, targets: Any, samples: int, generator: torch.Generator | None) -> Tensor:
         """Draw the random numbers from which labels are sampled.
@@ -176,22 +181,23 @@ class Custom(Loss):
         return value
 
     def constant(self, outputs: Any, targets: Any) -> Tensor:
-        first = tree.leaves(outputs)[0]
+        first = next(x for x in tree.floating(outputs) if x.ndim)
         count = first.shape[0] if self.reduction == "mean" else 1
         return first.new_full((), 1 / max(count, 1))
 
 
-def _gradient(loss: Callable[[Any], Tensor], outputs: Any, targets: Any) -> Any:
-    flat, spec = tree.flatten(outputs)
+def _gradient(loss: Callable[[Any], Tensor], outputs: Any, targets: Any) -> Sequence[Tensor]:
+    """The gradient of the loss in each floating-point leaf of the outputs."""
+    flat = tree.floating(outputs)
     if not is_eager((flat, targets)):
-        return grad(loss)(outputs)
+        return grad(lambda flat: loss(tree.with_floating(outputs, flat)))(flat)
     # torch.func has no rule for some kernels, such as that of CTC with lengths in tuples.
     flat = [f.detach().requires_grad_() for f in flat]
     with torch.enable_grad():
-        value = loss(tree.unflatten(flat, spec))
+        value = loss(tree.with_floating(outputs, flat))
     if not value.requires_grad:
-        return tree.map(torch.zeros_like, outputs)
-    return tree.unflatten(torch.autograd.grad(value, flat, materialize_grads=True), spec)
+        return [torch.zeros_like(x) for x in flat]
+    return torch.autograd.grad(value, flat, materialize_grads=True)
 
 
 def entries(outputs: Tensor, reduction: Reduction) -> int:

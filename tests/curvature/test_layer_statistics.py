@@ -12,6 +12,7 @@ from funcprecond.layers.kinds.embedding import Embedding
 from funcprecond.layers.kinds.scale import Scale
 from funcprecond.layers.patches import unfold
 from funcprecond.operators.diagonal import diagonal_of
+from funcprecond.representation.kronecker_io import KroneckerIO
 from tests import problems, reference
 from tests.equality import assert_close
 from tests.problems import Toy, initialised, normal, seeded
@@ -229,25 +230,33 @@ def test_a_weight_with_a_use_that_is_no_layer_falls_back():
     assert layers.others.keys() == {"w"}
 
 
-def test_a_weight_used_with_two_biases_falls_back():
+def test_a_weight_used_with_two_biases_keeps_its_block_and_each_bias_has_its_own():
     def model(p, x):
-        return F.linear(F.linear(x, p["w"], p["a"]), p["w"], p["b"])
+        return F.linear(F.linear(x, p["w"], p["a"]).tanh(), p["w"], p["b"])
 
     params = {"w": normal((3, 3)), "a": normal((3,), 1), "b": normal((3,), 2)}
     problem = fp.problem(model, fp.losses.cross_entropy, params=params)
-    layers = layer_statistics(problem, params, problems.labelled(N, 3, 3, 0), labels="exact")
-    assert layers.uses == {}
-    assert layers.others.keys() == {"w", "a", "b"}
+    batch = problems.labelled(N, 3, 3, 0)
+    layers = layer_statistics(problem, params, batch, labels="exact")
+    assert layers.uses.keys() == {"w", "a", "b"}
+    assert len(layers.uses["w"]) == 2
+    kept = KroneckerIO.init(params).accumulate(layers, None)
+    dense = reference.ggn(problem, params, batch)
+    for bias in ("a", "b"):
+        assert_close(kept.block(bias), part(dense, params, [bias]))
 
 
-def test_a_bias_used_elsewhere_takes_its_layer_with_it():
+def test_a_bias_used_elsewhere_leaves_its_layer_the_weight():
     def model(p, x):
-        return F.linear(x, p["w"], p["b"]) * p["b"]
+        return F.linear(x, p["w"], p["b"]) + p["b"].square()
 
     params = {"w": normal((3, 3)), "b": normal((3,), 1)}
     problem = fp.problem(model, fp.losses.cross_entropy, params=params)
-    layers = layer_statistics(problem, params, problems.labelled(N, 3, 3, 0), labels="exact")
-    assert layers.uses == {}
+    batch = problems.labelled(N, 3, 3, 0)
+    layers = layer_statistics(problem, params, batch, labels="exact")
+    assert layers.uses.keys() == {"w"}
+    diagonal = part(reference.ggn(problem, params, batch), params, ["b"]).diagonal()
+    assert_close(layers.scale * layers.others["b"], diagonal)
 
 
 def test_a_deep_product_of_parameters_is_not_taken_for_layers():

@@ -200,22 +200,33 @@ def test_diagonal_factors_are_solved_with_as_matrices_are(kind, split):
         torch.testing.assert_close(found, expected, rtol=1e-8, atol=1e-10)
 
 
-@pytest.mark.parametrize("orientation", ["in_out", "with a bias"])
-def test_other_second_uses_of_a_table_leave_it_to_its_diagonal(orientation):
+def table_and_head(head):
+    """The state of K-FAC for a model whose table is also used by ``head(params, hidden)``."""
     params = {"table": problems.normal((5, 5)), "bias": problems.normal((5,))}
-
-    def model(p, ids):
-        h = F.embedding(ids, p["table"]).tanh()
-        if orientation == "in_out":
-            return h @ p["table"] + p["bias"]
-        return F.linear(h, p["table"], p["bias"])
-
-    problem = fp.problem(model, fp.losses.cross_entropy, params=params)
+    problem = fp.problem(
+        lambda p, ids: head(p, F.embedding(ids, p["table"]).tanh()),
+        fp.losses.cross_entropy,
+        params=params,
+    )
     opt = fp.kflr(decay=None)
     evidence = fp.observe(problem, params, (IDS, NEXT), opt.needs(0))
     state, _ = opt.update(opt.init(params), evidence.grads, evidence)
+    return problem, params, state.representation
+
+
+def test_a_table_that_is_also_a_weight_of_inputs_first_is_left_to_its_diagonal():
+    problem, params, kept = table_and_head(lambda p, h: h @ p["table"] + p["bias"])
     diagonal = reference.fisher(problem, params, (IDS, NEXT)).diagonal()[:25].reshape(5, 5)
-    torch.testing.assert_close(state.representation.others["table"], diagonal)
+    torch.testing.assert_close(kept.others["table"], diagonal)
+
+
+def test_a_tied_head_may_have_a_bias():
+    problem, params, kept = table_and_head(lambda p, h: F.linear(h, p["table"], p["bias"]))
+    constant = problems.normal((5,))
+    _, _, expected = table_and_head(lambda p, h: F.linear(h, p["table"], constant))
+    torch.testing.assert_close(kept.block("table"), expected.block("table"))
+    dense = reference.fisher(problem, params, (IDS, NEXT))
+    torch.testing.assert_close(kept.block("bias"), dense[25:, 25:])
 
 
 def test_training_batchnorm_keeps_its_statistics_as_values():

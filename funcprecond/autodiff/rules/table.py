@@ -46,11 +46,16 @@ def replaced(function: Callable[..., Any], spared: Spared | None = None) -> Call
         spared: the parameters whose gradients may be left without values.
 
     Returns:
-        A function of the same arguments. It is ``function`` itself if the table has no other.
+        A function of the same arguments. It is ``function`` itself if the table has no other, or
+        under autocast, which chooses dtypes by torch's functions.
     """
+    if function not in RULES:
+        return function
+    if torch._C._is_any_autocast_enabled() and function is not torch._weight_norm:
+        return function
     if function in _AFFINE:
         return functools.partial(_AFFINE[function], spared=spared)
-    return RULES.get(function, function)
+    return RULES[function]
 
 
 class DifferentiatedTwice(TorchFunctionMode):

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 from funcprecond.layers.kinds.added import Added
+from funcprecond.layers.kinds.bias import Bias
 from funcprecond.layers.kinds.bilinear import Bilinear
 from funcprecond.layers.kinds.convolution import Convolution
 from funcprecond.layers.kinds.embedding import Embedding
@@ -22,6 +23,7 @@ KINDS: tuple[type[LayerCall], ...] = (
     Embedding,
     Scale,
     Added,
+    Bias,
 )
 KINDS_OF_FUNCTION: dict[Callable[..., Any], type[LayerCall]] = {
     function: kind for kind in KINDS for function in kind.functions

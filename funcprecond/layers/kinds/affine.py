@@ -31,6 +31,8 @@ class AffineCall(LayerCall):
 
     one_hot: ClassVar[bool] = False
     """Whether the rows of the inputs are one-hot vectors, stored as indices."""
+    channel: ClassVar[int] = -1
+    """The axis of the output that the bias belongs to: 1, or -1 for the last."""
 
     @property
     def groups(self) -> int:

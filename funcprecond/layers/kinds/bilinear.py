@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from funcprecond.layers.kinds.affine import AffineCall
+from funcprecond.layers.kinds.bias import Bias
 from funcprecond.layers.layer_call import FunctionCall, Names, Recognized
 from funcprecond.tree import Params
 
@@ -25,8 +26,10 @@ class Bilinear(AffineCall):
     def recognize(cls, call: FunctionCall, names: Names) -> list[Recognized]:
         x, y = call.argument(0, "input1"), call.argument(1, "input2")
         weight = names.of(call.argument(2, "weight"))
-        if not weight or x.ndim < 2:
+        if x.ndim < 2:
             return []
+        if not weight:
+            return Bias.of(names, call.argument(3, "bias"))
         products = x.unsqueeze(-1) * y.unsqueeze(-2)
         found = cls(weight=weight, bias=names.of(call.argument(3, "bias")))
         return [Recognized(found, products.flatten(-2))]

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -10,6 +10,7 @@ from einops import rearrange
 from torch import Tensor
 
 from funcprecond.layers.kinds.affine import AffineCall
+from funcprecond.layers.kinds.bias import Bias
 from funcprecond.layers.layer_call import FunctionCall, LayerUse, Names, Recognized, Sharing
 from funcprecond.layers.patches import patch_gram, unfold
 from funcprecond.linalg.gram import bordered
@@ -36,6 +37,7 @@ class Convolution(AffineCall):
     padding: tuple[int, ...] | str
     dilation: tuple[int, ...]
     channel_groups: int
+    channel: ClassVar[int] = 1
 
     functions = tuple(CONVOLUTIONS.values())
 
@@ -43,8 +45,10 @@ class Convolution(AffineCall):
     def recognize(cls, call: FunctionCall, names: Names) -> list[Recognized]:
         kernel = call.argument(1, "weight")
         weight, x = names.of(kernel), call.argument(0, "input")
-        if not weight or x.ndim < kernel.ndim:
+        if x.ndim < kernel.ndim:
             return []
+        if not weight:
+            return Bias.of(names, call.argument(2, "bias"), 1)
         dims = kernel.ndim - 2
         options = (call.argument(3, "stride", 1), call.argument(4, "padding", 0))
         stride, padding, dilation = (

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from funcprecond.layers.kinds.affine import AffineCall
+from funcprecond.layers.kinds.bias import Bias
 from funcprecond.layers.layer_call import FunctionCall, Names, Recognized
 from funcprecond.tree import Params
 
@@ -55,7 +56,7 @@ class Linear(AffineCall):
         elif weight := names.of_transpose(matrix):
             inputs_first = not inputs_are_columns
         else:
-            return []
+            return Bias.of(names, bias)
         found = cls(weight=weight, bias=names.of(bias), stored_inputs_first=inputs_first)
         return [Recognized(found, x)]
 
