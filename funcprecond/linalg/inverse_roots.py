@@ -53,9 +53,10 @@ def inverse_root(
 
     Returns:
         The roots, (..., n, n), in the dtype of ``matrices``, and booleans, (...,). A boolean is
-        False where the matrix is zero or not finite, or where the method did not converge; the root
-        is then meaningless. Costs one eigendecomposition per matrix with "eigh", 40 matrix products
-        per square root with "polar_express", and up to ``40 (2 + log2 p)`` with "coupled_newton".
+        False where the matrix is not finite, where its mean eigenvalue is below the normal numbers
+        of its dtype, or where the method did not converge; the root is then meaningless. Costs one
+        eigendecomposition per matrix with "eigh", 40 matrix products per square root with
+        "polar_express", and up to ``40 (2 + log2 p)`` with "coupled_newton".
 
     Raises:
         ValueError: ``method`` does not exist or cannot compute this p, or ``ridge="outer"`` is
@@ -132,14 +133,15 @@ def eigen_root(
 def _scaled(matrices: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     """The symmetric parts scaled to a mean eigenvalue of 1, the means, and whether they are valid.
 
-    Where a matrix is not finite or its mean eigenvalue is not positive, the results are the
-    identity, 1 and False.
+    Where a matrix is not finite or its mean eigenvalue is not a positive normal number, the results
+    are the identity, 1 and False.
     """
+    least = torch.finfo(matrices.dtype).tiny
     a = (matrices + matrices.mT).to(torch.promote_types(matrices.dtype, dtype))
     # With a mean eigenvalue of 1, neither the computation nor a root overflows or underflows.
     scale = a.diagonal(dim1=-2, dim2=-1).mean(-1)
     # The sum is not finite if any entry is not, and it takes one pass over memory.
-    ok = torch.isfinite(a.sum((-2, -1))) & (scale > 0)
+    ok = torch.isfinite(a.sum((-2, -1))) & (scale >= 2 * least)
     scale = torch.where(ok, scale, 2.0)
     eye = torch.eye(a.shape[-1], dtype=a.dtype, device=a.device)
     return torch.where(ok[..., None, None], a / scale[..., None, None], eye), scale / 2, ok

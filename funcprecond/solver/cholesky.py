@@ -186,7 +186,8 @@ def pi(right: Tensor, left: Tensor) -> Tensor:
     """``sqrt(mean eigenvalue of right / that of left)`` for each group; 1 where either is zero."""
     r, x = _mean_eigenvalue(right), _mean_eigenvalue(left)
     both = (r > 0) & (x > 0)
-    return torch.where(both, (r / torch.where(both, x, 1.0)).sqrt(), 1.0)
+    # The quotient of the roots is finite also where that of the eigenvalues overflows.
+    return torch.where(both, r, 1.0).sqrt() / torch.where(both, x, 1.0).sqrt()
 
 
 def _mean_eigenvalue(matrix: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
 """Axis preconditioners by inverse roots: Shampoo's product with one root per axis.
 
-A factor keeps its previous root if it is zero or not finite, or if its root does not converge.
+A factor keeps its previous root if it is zero, below the normal numbers of its dtype (as squares of
+vanishing gradients are) or not finite, or if its root does not converge.
 """
 
 import dataclasses
@@ -231,15 +232,18 @@ def diagonal_roots(
 ) -> Params:
     """The inverse roots of the parameters without factors, entry by entry.
 
-    A parameter whose second moment is zero or not finite keeps its previous root.
+    A parameter whose second moment is zero, below the normal numbers or not finite keeps its
+    previous root.
     """
     new = {}
     for name, d in diagonals.items():
         d = d / representation.normalizer
         largest = d.max() if d.numel() else d.new_zeros(())
-        ok = torch.isfinite(largest) & (largest > 0)
-        ridge = epsilon * torch.where(ok, largest, 1.0)
-        new[name] = torch.where(ok, (d + ridge).rsqrt(), previous[name])
+        ok = torch.isfinite(largest) & (largest >= torch.finfo(d.dtype).tiny)
+        largest = torch.where(ok, largest, 1.0)
+        # Relative to the largest entry, the ridge does not underflow.
+        root = (d / largest + epsilon).rsqrt() * largest.rsqrt()
+        new[name] = torch.where(ok, root, previous[name])
     return new
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from funcprecond.evidence import Evidence
-from funcprecond.linalg.precision import factor_dtype
+from funcprecond.linalg.precision import factor_dtype, wide_dtype
 from funcprecond.need import Every
 from funcprecond.transform import Transform
 from funcprecond.tree import Params, state
@@ -77,4 +77,5 @@ def graft(direction: Transform, magnitude: Transform, *, start: int = 0) -> Tran
 
 
 def _norm(x: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(x, dtype=factor_dtype(x))
+    # In float32 the squares of a vanishing direction underflow, and the quotient would explode.
+    return torch.linalg.vector_norm(x, dtype=wide_dtype(x)).to(factor_dtype(x))
