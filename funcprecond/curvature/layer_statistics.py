@@ -82,13 +82,17 @@ class LayerStatistics(Need):
             return ()
         return problem.loss.label_noise(problem.split(batch)[1], self.samples, generator)
 
+    def cotangents(self, evaluation: Evaluation, noise: Any) -> list[Any]:
+        """The cotangents that are pulled back to the layers."""
+        return evaluation.cotangents(self.labels, noise)
+
     def measure(self, evaluation: Evaluation, noise: Any) -> Layers:
         if self.labels == "empirical":
             # The gradient of the loss exists already. Its rows are c times those of the loss terms,
             # so that the scale c becomes c / c^2 = 1 / c.
             grads = [g.unsqueeze(0) for g in evaluation.layer_grads]
             return self._layers(evaluation, None, grads, 1 / evaluation.constant)
-        cotangents = evaluation.cotangents(self.labels, noise)
+        cotangents = self.cotangents(evaluation, noise)
         pulled = [evaluation.pull_layers(u) for u in cotangents]
         grads = [_stack(g) for g in zip(*pulled, strict=True)]
         return self._layers(evaluation, cotangents, grads, evaluation.constant)
@@ -99,7 +103,7 @@ class LayerStatistics(Need):
         The last part frees the graph of the evaluation, from which no other gradient can be taken
         afterwards.
         """
-        cotangents = evaluation.cotangents(self.labels, noise)
+        cotangents = self.cotangents(evaluation, noise)
         # The gradients of a part take no more memory than the parameters. Large parts are faster,
         # because second moments of many rows at once cost less than a sum over parts.
         size = sum(math.prod(call.shape) for call in evaluation.calls)

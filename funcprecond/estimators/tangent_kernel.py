@@ -7,16 +7,14 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
+from funcprecond.autodiff.evaluation import Evaluation
 from funcprecond.curvature.layer_statistics import ExampleRows
-from funcprecond.evidence import observe
-from funcprecond.losses import MSE, Loss
+from funcprecond.losses import Loss
 from funcprecond.problems import Problem
 from funcprecond.representation.gram import Gram
 from funcprecond.tree import Params
 
 __all__ = ["ntk"]
-
-ENTRIES = ExampleRows("exact")
 
 
 def ntk(
@@ -30,7 +28,8 @@ def ntk(
 ) -> Tensor:
     """The empirical neural tangent kernel ``J J^T`` of a model whose output is a single tensor.
 
-    J is the Jacobian of the outputs in the parameters. An example's output has O entries.
+    J is the Jacobian of the outputs in the parameters. The output of an example has O entries, in
+    the order in which a batch of this example alone has them.
 
     Args:
         problem, params, batch: the problem, the parameters at which its model is differentiated,
@@ -76,7 +75,7 @@ def ntk(
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Outputs(Loss):
-    """A loss whose "exact" Fisher matrix is ``J^T J``: its cotangents select single entries."""
+    """The sum of the outputs, in the place of a loss, which the kernel does not need."""
 
     def __call__(self, outputs: Any, targets: Any) -> Tensor:
         if not isinstance(outputs, Tensor):
@@ -90,15 +89,24 @@ class _Outputs(Loss):
     def constant(self, outputs: Tensor, targets: Any) -> Tensor:
         return outputs.new_ones(())
 
-    def exact(self, outputs: Tensor, targets: Any):
-        return MSE().exact(outputs, targets)
+
+@dataclasses.dataclass(frozen=True)
+class _JacobianRows(ExampleRows):
+    """The rows of J: in turn, those of one entry of every example's output."""
+
+    def cotangents(self, evaluation: Evaluation, noise: Any) -> list[Tensor]:
+        (place,) = evaluation.examples.outputs
+        parts = place.split(torch.zeros_like(evaluation.outputs))
+        chosen = torch.eye(parts[0].numel(), dtype=parts.dtype, device=parts.device)
+        return [place.join(row.reshape(parts[0].shape).expand(parts.shape)) for row in chosen]
 
 
 def _jacobian(problem, params, batch, generator) -> tuple[Gram, int]:
     """The Jacobian as layers' inputs and output gradients, with rows ordered as (o, n); and O."""
     problem = dataclasses.replace(problem, loss=_Outputs())
-    found = observe(problem, params, batch, (ENTRIES,), generator=generator)
-    return Gram.from_layers(found[ENTRIES], params), found.outputs[0].numel()
+    run = Evaluation(problem, params, batch, generator=generator, layers=True)
+    rows = Gram.from_layers(_JacobianRows("exact").measure(run, ()), params)
+    return rows, run.outputs.numel() // run.examples.count
 
 
 def _entry(gram: Gram, entries: int, v: int) -> Gram:

@@ -64,7 +64,11 @@ class _Affine(Function):
     def forward(ctx, x, w, b, layer, spared):
         ctx.save_for_backward(x, w)
         ctx.layer, ctx.spared = layer, spared
-        return layer.run(x, w, b)
+        output = layer.run(x, w, b)
+        # Autograd refuses in-place changes of a view that is made here, and torch's product of a
+        # stack of matrices is one. It is a view of a temporary, which nobody else can change.
+        is_view = output._base is not None
+        return torch.ops.aten._unsafe_view(output, output.shape) if is_view else output
 
     @staticmethod
     def backward(ctx, g):
