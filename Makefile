@@ -9,16 +9,19 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 REPORT ?= report
 COMPARE ?=
 PYTEST ?=
-PINS := pyproject.toml constraints.txt
+CONSTRAINTS ?= constraints.txt
+PINS := pyproject.toml $(CONSTRAINTS)
 BIN := $(VENV)/bin
+TORCH_VENV := build/torch-$(VERSION)
 
-.PHONY: help compare test test-slow lint format dev clean
+.PHONY: help compare test test-slow test-torch lint format dev clean
 
 help:
 	@echo 'make compare     the comparison on real data; report in $(REPORT)/'
 	@echo '                 COMPARE="--task char-lm --methods sgd,caspr" passes options on'
 	@echo 'make test        the test suite; PYTEST="-k kfac" passes options on'
 	@echo 'make test-slow   the tests left out of it'
+	@echo 'make test-torch VERSION=2.14.1   the test suite with another torch, in build/torch-2.14.1'
 	@echo 'make lint        ruff, pyright, and which way imports run'
 	@echo 'make format      let ruff put right what it can'
 	@echo 'make dev         everything needed to work on the library'
@@ -32,6 +35,16 @@ test: $(VENV)/.stamp-test
 
 test-slow: $(VENV)/.stamp-test
 	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m slow $(PYTEST)
+
+# The pins with another torch, which brings its own setuptools. The file is written only when it
+# changes, because an environment older than its pins is installed again.
+test-torch:
+	@test -n '$(VERSION)' || { echo 'say which torch: make test-torch VERSION=2.14.1'; exit 2; }
+	@mkdir -p build
+	@sed 's/^torch==.*/torch==$(VERSION)/; /^setuptools==/d' constraints.txt > build/constraints.new
+	@cmp -s build/constraints.new $(TORCH_VENV).txt || cp build/constraints.new $(TORCH_VENV).txt
+	@rm build/constraints.new
+	$(MAKE) test VENV=$(TORCH_VENV) CONSTRAINTS=$(TORCH_VENV).txt
 
 lint: $(VENV)/.stamp-dev
 	$(BIN)/ruff check .
@@ -47,7 +60,7 @@ dev: $(VENV)/.stamp-dev
 
 # The stem of the stamp is the extra to install.
 $(VENV)/.stamp-%: $(BIN)/python $(PINS)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[$*]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) -e '.[$*]'
 	@touch $@
 
 $(BIN)/python:
