@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, settings
 
 torch.set_num_threads(1)
 
-for _name, _examples in {"dev": 20, "ci": 50}.items():
+for _name, _examples in {"dev": 20, "ci": 50, "many": 2000}.items():
     settings.register_profile(
         _name,
         max_examples=_examples,
