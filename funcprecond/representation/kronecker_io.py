@@ -7,6 +7,7 @@ inputs. Only their product has a meaning; it is in units of the loss.
 """
 
 import dataclasses
+import math
 from typing import ClassVar
 
 import torch
@@ -45,6 +46,7 @@ class KroneckerIO:
         others: the diagonal of the curvature for parameters that no layer covers.
         normalizer: 0-d, see :mod:`funcprecond.representation.average`.
         names: the names of the parameters that this state covers.
+        shapes: their shapes, with which a restored state is checked; empty if they are not known.
         thin: store a factor of a local measurement (``decay=None``) as X, (r, n), if it is
             ``X^T X`` with r < n.
         max_dim: of a factor for a longer axis, only the diagonal is measured and stored, (o,) or
@@ -60,6 +62,7 @@ class KroneckerIO:
     names: tuple[str, ...] = static()
     thin: bool = static(default=False)
     max_dim: int = static(default=0)
+    shapes: tuple[tuple[int, ...], ...] = static(default=())
 
     accepts: ClassVar[type] = Layers
 
@@ -74,7 +77,8 @@ class KroneckerIO:
         Returns:
             The representation.
         """
-        return cls({}, {}, {}, {}, scalar_like(params), tuple(params), thin, max_dim)
+        shapes = tuple(tuple(p.shape) for p in params.values())
+        return cls({}, {}, {}, {}, scalar_like(params), tuple(params), thin, max_dim, shapes)
 
     def accumulate(self, value: Layers, decay: Decay) -> "KroneckerIO":
         """Include a measurement of the layers.
@@ -170,6 +174,65 @@ class KroneckerIO:
         return torch.block_diag(
             *(torch.kron(x.contiguous(), y.contiguous()) for x, y in zip(left, right, strict=True))
         )
+
+    def check_restored(self) -> None:
+        """Check that the factors belong to the parameters of :meth:`init`.
+
+        :func:`funcprecond.from_dict` calls this, because an empty state takes factors of any name
+        and size.
+
+        Raises:
+            ValueError: a block has other parameters or another size, or a parameter has none.
+        """
+        shapes = dict(zip(self.names, self.shapes, strict=False))
+        blocks = {**self.left, **self.right, **self.units, **self.others}
+        if not shapes or not blocks:
+            return
+        covered = {name for block in blocks for name in split_block(block) if name}
+        unknown, missing = sorted(covered - shapes.keys()), sorted(shapes.keys() - covered)
+        if unknown or missing:
+            msg = (
+                f"the saved factors belong to another model: it has {unknown or 'no parameter'} "
+                f"that this one lacks, and lacks {missing or 'none'} of this one; restore them for "
+                "the model that they were saved for"
+            )
+            raise ValueError(msg)
+        for block in blocks:
+            sizes = [math.prod(shapes[name]) for name in split_block(block) if name]
+            found, fits = self._restored_size(block, shapes[split_block(block)[0]], sum(sizes))
+            if not fits:
+                expected = {name: shapes[name] for name in split_block(block) if name}
+                msg = (
+                    f"the saved curvature of {block!r} is for {found}, but the parameters have the "
+                    f"shapes {expected}: restore it for the model that it was saved for"
+                )
+                raise ValueError(msg)
+
+    def _restored_size(self, block: str, shape: tuple[int, ...], count: int) -> tuple[str, bool]:
+        """What the curvature of a block is for, and whether that is ``count`` entries.
+
+        Args:
+            block: the name of the block.
+            shape: the shape of its first parameter.
+            count: the number of entries of all its parameters.
+
+        Returns:
+            A description of the saved curvature, and whether it fits.
+        """
+        lead = self.normalizer.ndim  # the axes of a vmap
+        if block in self.units:
+            units, parts = self.units[block].shape[lead : lead + 2]
+            return f"{units} units of {parts} entries", units * parts == count
+        if block in self.others:
+            found = tuple(self.others[block].shape[lead:])
+            return f"a parameter of shape {found}", found == shape
+        left, right = self.left[block], self.right[block]
+        groups = max(x.shape[lead] if x.ndim == lead + 3 else 1 for x in (left, right))
+        rows, columns = left.shape[-1], right.shape[-1]
+        # The bias is a column, or a row of a layer whose first axis is that of its inputs.
+        extra = groups * rows - shape[0]
+        fits = groups * rows * columns == count and extra in (0, split_block(block)[1] is not None)
+        return f"{groups} matrices of shape {(rows, columns)}", fits
 
     def _input_factor(self, uses: Uses, bias: bool, sharing: Sharing) -> Tensor:
         call: AffineCall = uses[0].call  # pyright: ignore[reportAssignmentType]
