@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.func import grad, jacrev
 
-from funcprecond.losses import GaussianNLL
+from funcprecond.losses import NLL, CrossEntropy, GaussianNLL
 
 
 def ravel(tree: dict[str, Tensor]) -> Tensor:
@@ -63,8 +63,12 @@ def output_hessian(loss, outputs: Tensor, targets) -> Tensor:
     """The loss's Hessian in its outputs, by autodiff of its value.
 
     Of a Gaussian with a predicted variance the mean over the labels: it is quadratic in each, so
-    that the mean over the two at one standard deviation is the expectation.
+    that the mean over the two at one standard deviation is the expectation. Of log-probabilities
+    that of the cross-entropy, which is the same once it is pulled back through a log-softmax.
     """
+    if isinstance(loss, NLL):
+        weight, reduction, axis = loss.weight, loss.reduction, loss.class_dim
+        loss = CrossEntropy(loss.ignore_index, 0.0, weight, reduction, axis)
     if isinstance(loss, GaussianNLL):
         mean, variance = outputs.chunk(2, -1)
         labels = [mean + variance.sqrt(), mean - variance.sqrt()]

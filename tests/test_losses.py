@@ -11,6 +11,7 @@ from torch.func import grad
 import funcprecond as fp
 from funcprecond.losses import (
     MSE,
+    NLL,
     BCEWithLogits,
     CrossEntropy,
     Custom,
@@ -84,6 +85,11 @@ CASES = {
     "bce, soft": (BCEWithLogits(), X, normal((N, C), 3).sigmoid()),
     "bce, weighted sum": (
         BCEWithLogits(POSITIVE, "sum"),
+        X,
+        labels(N, C).clamp_max(1).double(),
+    ),
+    "bce, weights of entries": (
+        BCEWithLogits(POSITIVE, weight=WEIGHT),
         X,
         labels(N, C).clamp_max(1).double(),
     ),
@@ -172,6 +178,102 @@ def test_sampling_is_scaled_by_the_number_of_samples(loss, f, y):
     assert_close(thrice[0], once[0] / math.sqrt(3), rtol=1e-12)
 
 
+# ------------------------------------------------------------------------------ log-probabilities
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("weight", [None, WEIGHT])
+@pytest.mark.parametrize("class_dim", [-1, 1])
+def test_the_nll_of_log_probabilities_is_cross_entropy(reduction, weight, class_dim):
+    """Value, constant, and the matrices of all labels, pulled back through the log-softmax."""
+    x, y = SEQUENCE, labels(N, 2, ignore=-1)
+    x = x.movedim(-1, class_dim)
+    nll = NLL(-1, weight, reduction, class_dim)
+    other = CrossEntropy(-1, 0.0, weight, reduction, class_dim)
+    logs, pull = torch.func.vjp(lambda z: z.log_softmax(class_dim), x)
+    torchs = nn.NLLLoss(weight, ignore_index=-1, reduction=reduction)
+    assert_close(nll(logs, y), torchs(logs.movedim(class_dim, 1), y), rtol=1e-13)
+    assert_close(nll(logs, y), other(x, y), rtol=1e-12)
+    assert_close(nll.constant(logs, y), other.constant(x, y), rtol=1e-12)
+    v = normal(x.shape, 5)
+    pushed = torch.func.jvp(lambda z: z.log_softmax(class_dim), (x,), (v,))[1]
+    product = pull(nll.hessian_product(logs, y, pushed))[0]
+    assert_close(product, other.hessian_product(x, y, v), rtol=1e-11)
+    assert_close(pull(nll.empirical(logs, y))[0], other.empirical(x, y), rtol=1e-12)
+    noise = nll.label_noise(y, 5, seeded(3))
+    ours = torch.stack([pull(u)[0] for u in nll.sampled(logs, y, noise)])
+    assert_close(ours, other.sampled(x, y, noise), atol=1e-12)
+    total = sum(outer(pull(u)[0]) for u in nll.exact(logs, y))
+    assert_close(total, sum(outer(u) for u in other.exact(x, y)), atol=1e-12)
+
+
+def test_the_divisor_of_a_custom_loss_is_its_mean():
+    def masked(f, y):
+        kept = y != 0
+        return ((f - y).square() * kept).sum() / (2 * kept.sum())
+
+    y = normal((N, C), 1)
+    y[0], y[1, 1] = 0, 0
+    loss = Custom(masked, divisor=lambda f, y: (y != 0).sum())
+    assert_close(loss.constant(X, y), torch.tensor(1 / 8, dtype=torch.float64))
+    assert_close(loss.empirical(X, y), (X - y) * (y != 0), rtol=1e-12)
+    with pytest.raises(ValueError, match="a sum divides by nothing"):
+        Custom(masked, "sum", loss.divisor)
+    with pytest.raises(ValueError, match="reduction must be 'mean' or 'sum', not 'none'"):
+        Custom(masked, "none")  # pyright: ignore[reportArgumentType]
+
+
+ENTRYWISE = [
+    (nn.L1Loss(), F.l1_loss),
+    (nn.SmoothL1Loss(beta=0.5), F.smooth_l1_loss),
+    (nn.BCELoss(), F.binary_cross_entropy),
+    (nn.PoissonNLLLoss(), F.poisson_nll_loss),
+    (nn.SoftMarginLoss(), F.soft_margin_loss),
+    (nn.HingeEmbeddingLoss(), F.hinge_embedding_loss),
+    (nn.MultiLabelSoftMarginLoss(), F.multilabel_soft_margin_loss),
+]
+
+
+@pytest.mark.parametrize(("module", "function"), ENTRYWISE)
+def test_torchs_means_over_entries_divide_by_their_number(module, function):
+    f, y = X.sigmoid(), (X > 0).double()
+    for loss in (as_loss(module), as_loss(function)):
+        one = loss.constant(f, y)
+        assert_close(one, torch.tensor(1 / f.numel(), dtype=torch.float64))
+        # So the mean over all data is the mean over batches with the weights 1 / c.
+        parts = [(f[:1], y[:1]), (f[1:], y[1:])]
+        mean = sum(loss(*p) / loss.constant(*p) for p in parts) * one
+        assert_close(mean, loss(f, y), rtol=1e-12)
+
+
+def test_probabilities_have_the_empirical_fisher_matrix_of_their_logits():
+    module, y = nn.Linear(2, C).double(), labels(N, C).clamp_max(1).double()
+    batch = normal((N, 2), 4), y
+    found = []
+    for model, loss in (
+        (module, nn.BCEWithLogitsLoss()),
+        (nn.Sequential(module, nn.Sigmoid()), nn.BCELoss()),
+    ):
+        problem = fp.problem(model, loss)
+        found.append(fp.Fisher(problem, problem.params, batch, labels="empirical").trace())
+    assert_close(found[1], found[0], rtol=1e-10)
+
+
+class Focal(nn.CrossEntropyLoss):
+    def __init__(self):
+        super().__init__(reduction="none")
+
+    def forward(self, input, target):
+        value = super().forward(input, target)
+        return ((1 - (-value).exp()) ** 2 * value).mean()
+
+
+def test_a_subclass_with_its_own_forward_is_not_taken_for_its_base():
+    y, loss = labels(N), as_loss(Focal())
+    assert isinstance(loss, Custom)
+    assert_close(loss(X, y), Focal()(X, y))
+    named = type("Named", (nn.CrossEntropyLoss,), {})
+    assert isinstance(as_loss(named()), CrossEntropy)
+
+
 # ------------------------------------------------------------------------------ against torch's own
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 @pytest.mark.parametrize("options", [{}, {"label_smoothing": 0.2}, {"weight": WEIGHT}])
@@ -196,7 +298,10 @@ def test_mse_and_bce_are_torchs(reduction):
         nn.MSELoss(reduction=reduction),
         nn.BCEWithLogitsLoss(reduction=reduction),
         nn.BCEWithLogitsLoss(pos_weight=POSITIVE, reduction=reduction),
+        nn.BCEWithLogitsLoss(weight=POSITIVE, reduction=reduction),
+        nn.BCEWithLogitsLoss(WEIGHT, pos_weight=POSITIVE, reduction=reduction),
     ):
+        assert not isinstance(as_loss(torchs), Custom)
         assert_close(as_loss(torchs)(X, y), torchs(X, y), rtol=1e-13)
 
 
@@ -228,6 +333,7 @@ def test_an_outlier_has_a_gradient_and_no_curvature():
 def test_torchs_other_losses_keep_their_reduction():
     weighted = nn.BCEWithLogitsLoss(weight=POSITIVE, reduction="sum")
     assert as_loss(weighted).reduction == "sum"
+    assert as_loss(nn.NLLLoss(reduction="sum")).reduction == "sum"
     y = labels(N, C).clamp_max(1).double()
     assert_close(as_loss(weighted).constant(X, y), torch.ones((), dtype=torch.float64))
     assert as_loss(nn.KLDivLoss(reduction="batchmean")).reduction == "mean"
@@ -238,6 +344,8 @@ def test_torchs_functions_become_our_losses():
     assert isinstance(as_loss(F.huber_loss), Huber)
     assert isinstance(as_loss(F.gaussian_nll_loss), GaussianNLL)
     assert as_loss(F.cross_entropy).class_dim == 1
+    assert isinstance(as_loss(F.nll_loss), NLL)
+    assert as_loss(F.nll_loss).class_dim == 1
     assert isinstance(as_loss(F.mse_loss), MSE)
     assert isinstance(as_loss(F.binary_cross_entropy_with_logits), BCEWithLogits)
 
@@ -303,3 +411,118 @@ def test_sampling_reaches_the_last_class_and_the_first():
     u = fp.losses.cross_entropy.sampled(f, labels(1), torch.tensor([[0.0], [0.9999999]]))
     drawn = (f.softmax(-1) - u * math.sqrt(2)).argmax(-1)
     assert drawn.flatten().tolist() == [0, 2]
+
+
+@pytest.mark.parametrize("loss", [fp.losses.cross_entropy, fp.losses.nll])
+def test_what_is_no_class_index_is_explained(loss):
+    with pytest.raises(TypeError, match=r"class indices of an integer dtype.*targets.long\(\)"):
+        loss(X, labels(N).double())
+    with pytest.raises(TypeError, match="targets must be one tensor, not a list"):
+        loss(X, [0, 1, 2, 0])
+    with pytest.raises(TypeError, match="outputs must be one tensor, not a tuple"):
+        loss((X, X), labels(N))
+    with pytest.raises(ValueError, match="axis 0 must count the examples"):
+        loss(X[0], torch.tensor(1))
+    with pytest.raises(ValueError, match=r"expect targets \(4,\), not \(4, 1\)"):
+        loss(X, labels(N, 1))
+
+
+def test_one_column_never_broadcasts_against_a_row():
+    """(N,) against (N, 1) would be an (N, N) table of errors."""
+    for loss in (fp.losses.mse, fp.losses.huber, fp.losses.bce_with_logits):
+        for f, y in ((X[:, :1], X[:, 0]), (X[:, 0], X[:, :1])):
+            with pytest.raises(ValueError, match="must agree"):
+                loss(f, y)
+    with pytest.raises(ValueError, match="must agree"):
+        fp.losses.gaussian_nll(moments(N)[:, [0, 3]], X[:, 0])
+
+
+# ------------------------------------------------------------------------------------------ dtypes
+REAL = {"mse": MSE(), "huber": Huber(2.0), "bce": BCEWithLogits(), "gaussian nll": GaussianNLL()}
+DTYPES = [torch.int64, torch.int32, torch.uint8, torch.bool, torch.float64, torch.bfloat16]
+
+
+@pytest.mark.parametrize("name", REAL)
+@pytest.mark.parametrize("target", DTYPES)
+@pytest.mark.parametrize("output", [torch.float32, torch.float64])
+def test_targets_may_have_any_real_dtype(name, target, output):
+    loss, y = REAL[name], torch.tensor([[0, 1], [1, 0], [1, 1]])
+    f = normal((3, 4), 1) if name == "gaussian nll" else normal((3, 2), 1)
+    f = f.abs() if name == "gaussian nll" else f
+    expected = loss(f, y.double())
+    f, y = f.to(output), y.to(target)
+    assert_close(loss(f, y).double(), expected, rtol=1e-5)
+    found = [loss.empirical(f, y), loss.hessian_product(f, y, f), *loss.exact(f, y)]
+    found += list(loss.sampled(f, y, loss.label_noise(y, 2, seeded(0))))
+    assert {u.dtype for u in found} == {output}
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.uint8, torch.int16])
+def test_class_indices_may_have_any_integer_dtype(dtype):
+    # As one byte, 156 would equal the index that is ignored, -100.
+    f, y = normal((3, 160), 1), torch.tensor([0, 156 if dtype is torch.uint8 else 9, 2])
+    for loss in (CrossEntropy(label_smoothing=0.1), NLL()):
+        assert_close(loss(f, y.to(dtype)), loss(f, y))
+        assert_close(loss.constant(f, y.to(dtype)), torch.tensor(1 / 3, dtype=torch.float64))
+        assert_close(loss.hessian_product(f, y.to(dtype), f), loss.hessian_product(f, y, f))
+    flags = torch.tensor([True, False, True])
+    assert_close(fp.losses.cross_entropy(f, flags), fp.losses.cross_entropy(f, flags.long()))
+
+
+HALF = [torch.float16, torch.bfloat16]
+
+
+@pytest.mark.parametrize("dtype", [*HALF, torch.float32])
+def test_constants_of_many_terms_are_exact_in_every_dtype(dtype):
+    f, y = torch.zeros(70_001, 2, dtype=dtype), torch.zeros(70_001, dtype=torch.int64)
+    for loss, targets, terms in (
+        (CrossEntropy(), y, 70_001),
+        (NLL(), y, 70_001),
+        (BCEWithLogits(), f, 140_002),
+        (Custom(lambda f, y: f.sum()), y, 70_001),
+    ):
+        assert float(loss.constant(f, targets)) == pytest.approx(1 / terms, rel=1e-6)
+
+
+@pytest.mark.parametrize("dtype", HALF)
+def test_labels_of_half_precision_logits_have_their_exact_probabilities(dtype):
+    """A chi-squared test over the classes of a wide softmax, which half precision cannot sum."""
+    classes, samples = 500, 40_000
+    logits = normal((1, classes), 3).to(dtype)
+    logits[0, ::7] = -torch.inf
+    for f, loss in ((logits, CrossEntropy()), (logits.double().log_softmax(-1), NLL())):
+        p = logits.double().softmax(-1)[0]
+        y = torch.zeros(1, dtype=torch.int64)
+        counts = torch.zeros(classes, dtype=torch.float64)
+        for seed in range(4):
+            u = loss.sampled(f, y, loss.label_noise(y, samples // 4, seeded(seed)))[:, 0]
+            drawn = (u * (samples // 4) ** 0.5).argmin(-1)
+            counts += drawn.bincount(minlength=classes)
+        assert not counts[p == 0].any()
+        seen = p > 0
+        chi = ((counts - samples * p).square() / (samples * p))[seen].sum()
+        freedom = int(seen.sum()) - 1
+        assert abs(float(chi) - freedom) < 5 * (2 * freedom) ** 0.5
+
+
+@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize("logit", [-9.0, -3.0, 0.1, 3.0, 9.0])
+def test_bernoulli_labels_of_half_precision_logits_have_the_right_moments(dtype, logit):
+    f, y = torch.full((1, 1), logit, dtype=dtype), torch.zeros(1, 1)
+    q, samples = f.double().sigmoid(), 400_000
+    loss = BCEWithLogits()
+    u = loss.sampled(f, y, loss.label_noise(y, samples, seeded(1))).double() * samples**0.5
+    variance = q * (1 - q)
+    assert_close(u.square().mean(), variance.squeeze(), atol=5 * float(variance / samples) ** 0.5)
+    assert_close(loss.hessian_product(f, y, torch.ones(1, 1)).double(), variance, rtol=1e-2)
+
+
+def test_a_class_of_probability_zero_is_never_drawn():
+    """Neither first, between others, nor last, where rounding leaves a part uncovered."""
+    f = torch.tensor([[-torch.inf, 0.1, -torch.inf, 0.7, -0.3, -torch.inf]])
+    edges = torch.tensor([[0.0], [1 - 2**-24], [0.5]])
+    for loss, outputs in ((CrossEntropy(), f), (NLL(), f.log_softmax(-1))):
+        u = loss.sampled(outputs, labels(1), edges)
+        drawn = u.argmin(-1).flatten()
+        assert set(drawn.tolist()) <= {1, 3, 4}
+        assert drawn[:2].tolist() == [1, 4]

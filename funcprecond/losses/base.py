@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.func import grad, vjp
 
 from funcprecond import tree
+from funcprecond.linalg.precision import factor_dtype
 from funcprecond.tracing import is_eager
 
 __all__ = [
@@ -19,9 +20,11 @@ __all__ = [
     "Loss",
     "Reduction",
     "check_labels",
+    "check_reduction",
+    "check_tensors",
     "entries",
+    "matched",
     "one_term",
-    "same_shape",
 ]
 
 Reduction = Literal["mean", "sum"]
@@ -34,6 +37,14 @@ class Loss(abc.ABC):
     To add a loss, implement :meth:`__call__` and :meth:`constant`, and for a loss with a likelihood
     also :meth:`label_noise`, :meth:`sampled` and :meth:`exact`.
     """
+
+    @property
+    def is_sum(self) -> bool:
+        """Whether the loss of several batches is the sum of their losses.
+
+        Otherwise it is their mean, in which each batch has the weight ``1 / c``.
+        """
+        return getattr(self, "reduction", "mean") == "sum"
 
     @abc.abstractmethod
     def __call__(self, outputs: Any, targets: Any) -> Tensor:
@@ -55,7 +66,8 @@ class Loss(abc.ABC):
             outputs, targets: see :meth:`__call__`.
 
         Returns:
-            A 0-d tensor.
+            A 0-d tensor, in float32 or wider. It is infinite if no term counts, as where all
+            targets are ignored.
         """
 
     def empirical(self, outputs: Any, targets: Any) -> Any:
@@ -157,20 +169,41 @@ def _no_likelihood(loss: Loss) -> TypeError:
 class Custom(Loss):
     """Any callable ``(outputs, targets) -> 0-d tensor`` as a loss.
 
+    The value alone does not tell how the loss combines its terms, so this is assumed: every example
+    has one term, and the loss is their mean. It is true of a mean over all entries, too, as long as
+    the examples of all batches have equally many. Gradients, products and matrices of a single
+    batch do not depend on it, except for the scale of the empirical Fisher matrix. Whatever
+    combines batches or examples does: matrices over several batches, :func:`funcprecond.accumulate`
+    and :func:`funcprecond.gradient_noise_scale`. So if the callable returns a sum, say so with
+    ``reduction``; if it ignores some targets, or weights them, say so with ``divisor``.
+
     Attributes:
         function: the callable.
-        reduction: how the callable combines the losses of the examples: "mean" (the default) or
-            "sum". The scale of the empirical Fisher matrix depends on it.
+        reduction: how the callable combines its terms: "mean" (the default) or "sum".
+        divisor: a function ``(outputs, targets) -> number``: the number by which a mean divides the
+            sum of its terms, such as the number of targets that are not ignored. None means the
+            number of examples.
 
     Example:
         >>> import torch, funcprecond as fp
-        >>> loss = fp.losses.Custom(lambda outputs, targets: (outputs - targets).abs().sum(), "sum")
-        >>> loss(torch.ones(2, 3), torch.zeros(2, 3))
-        tensor(6.)
+        >>> def masked(outputs, targets):
+        ...     kept = targets != 0
+        ...     return ((outputs - targets).abs() * kept).sum() / kept.sum()
+        >>> loss = fp.losses.Custom(masked, divisor=lambda outputs, targets: (targets != 0).sum())
+        >>> outputs, targets = torch.ones(2, 3), torch.tensor([[3.0, 0.0, 0.0], [2.0, 0.0, 4.0]])
+        >>> loss(outputs, targets), loss.constant(outputs, targets)
+        (tensor(2.), tensor(0.3333))
     """
 
     function: Callable[[Any, Any], Tensor]
     reduction: Reduction = "mean"
+    divisor: Callable[[Any, Any], Tensor | float] | None = None
+
+    def __post_init__(self):
+        check_reduction(self.reduction)
+        if self.divisor is not None and self.reduction == "sum":
+            msg = "a sum divides by nothing: pass divisor with reduction='mean' only"
+            raise ValueError(msg)
 
     def __call__(self, outputs: Any, targets: Any) -> Tensor:
         value = self.function(outputs, targets)
@@ -182,8 +215,10 @@ class Custom(Loss):
 
     def constant(self, outputs: Any, targets: Any) -> Tensor:
         first = next(x for x in tree.floating(outputs) if x.ndim)
-        count = first.shape[0] if self.reduction == "mean" else 1
-        return first.new_full((), 1 / max(count, 1))
+        one = first.new_ones((), dtype=factor_dtype(first))
+        if self.reduction == "sum":
+            return one
+        return one / (self.divisor(outputs, targets) if self.divisor else max(first.shape[0], 1))
 
 
 def _gradient(loss: Callable[[Any], Tensor], outputs: Any, targets: Any) -> Sequence[Tensor]:
@@ -200,9 +235,13 @@ def _gradient(loss: Callable[[Any], Tensor], outputs: Any, targets: Any) -> Sequ
     return torch.autograd.grad(value, flat, materialize_grads=True)
 
 
-def entries(outputs: Tensor, reduction: Reduction) -> int:
-    """The number of terms by which a mean over all entries divides; 1 for a sum."""
-    return max(outputs.numel(), 1) if reduction == "mean" else 1
+def entries(outputs: Tensor, targets: Tensor, reduction: Reduction, value: float = 1) -> Tensor:
+    """The constant of a loss with a term for each entry of the targets: ``value / numel``.
+
+    For a sum it is ``value``. The dtype is that of the outputs, but at least float32.
+    """
+    count = max(targets.numel(), 1) if reduction == "mean" else 1
+    return outputs.new_full((), value / count, dtype=factor_dtype(outputs))
 
 
 def one_term(shape: torch.Size, like: Tensor) -> Iterator[Tensor]:
@@ -222,11 +261,45 @@ def check_labels(labels: Labels, samples: int) -> None:
         raise ValueError(msg)
 
 
-def same_shape(name: str, outputs: Tensor, targets: Tensor) -> None:
-    """Raise ValueError unless the shapes agree."""
+def check_reduction(reduction: Any) -> None:
+    """Raise ValueError unless ``reduction`` is "mean" or "sum"."""
+    if reduction not in ("mean", "sum"):
+        msg = f"reduction must be 'mean' or 'sum', not {reduction!r}"
+        raise ValueError(msg)
+
+
+def check_tensors(name: str, outputs: Any, targets: Any) -> None:
+    """Raise TypeError unless the outputs and the targets are tensors."""
+    for what, x in (("outputs", outputs), ("targets", targets)):
+        if not isinstance(x, Tensor):
+            msg = (
+                f"{name}: the {what} must be one tensor, not a {type(x).__name__}: return or pass "
+                "a tensor, or pass fp.problem a function (outputs, targets) -> loss that takes "
+                "what it needs from them"
+            )
+            raise TypeError(msg)
+
+
+def matched(name: str, outputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Check that the shapes agree, and return both tensors in one floating-point dtype.
+
+    Integers and booleans, such as counts and labels 0 and 1, become at least float32, in which
+    they are exact up to 2^24.
+
+    Raises:
+        TypeError: one of the two is not a tensor.
+        ValueError: the shapes do not agree.
+    """
+    check_tensors(name, outputs, targets)
     if outputs.shape != targets.shape:
         msg = (
             f"{name}: the shapes of outputs {tuple(outputs.shape)} and targets "
             f"{tuple(targets.shape)} must agree"
         )
         raise ValueError(msg)
+    if outputs.dtype == targets.dtype:
+        return outputs, targets
+    dtype = torch.promote_types(outputs.dtype, targets.dtype)
+    if not targets.is_floating_point():
+        dtype = factor_dtype(outputs)
+    return outputs.to(dtype), targets.to(dtype)

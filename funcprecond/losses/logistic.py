@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from funcprecond.linalg import random
-from funcprecond.losses.base import Loss, Reduction, entries, one_term, same_shape
+from funcprecond.linalg.precision import factor_dtype
+from funcprecond.losses.base import Loss, Reduction, check_reduction, entries, matched, one_term
 
 __all__ = ["BCEWithLogits"]
 
@@ -17,13 +18,15 @@ __all__ = ["BCEWithLogits"]
 class BCEWithLogits(Loss):
     """Binary cross-entropy of logits, as in ``torch.nn.BCEWithLogitsLoss``.
 
-    Outputs are logits, and targets are labels 0 and 1 or probabilities, shaped like the outputs. As
-    a likelihood, it is a Bernoulli distribution for each entry. The constant ``c`` is 1 / numel for
-    the mean and 1 for the sum.
+    Outputs are logits, and targets are labels 0 and 1 (of any dtype) or probabilities, shaped like
+    the outputs. As a likelihood, it is a Bernoulli distribution for each entry. The constant ``c``
+    is 1 / numel for the mean and 1 for the sum.
 
     Attributes:
         pos_weight: the weight of the positive class, broadcast against the outputs, or None.
-        reduction: "mean" or "sum", over all entries.
+        reduction: "mean" or "sum", over all entries. The mean divides by their number, also with
+            weights, as in torch.
+        weight: the weights of the entries, broadcast against the outputs, or None.
 
     Example:
         >>> import torch, funcprecond as fp
@@ -35,18 +38,27 @@ class BCEWithLogits(Loss):
 
     pos_weight: Tensor | None = None
     reduction: Reduction = "mean"
+    weight: Tensor | None = None
+
+    def __post_init__(self):
+        check_reduction(self.reduction)
 
     def __call__(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        same_shape("bce_with_logits", outputs, targets)
+        outputs, targets = matched("bce_with_logits", outputs, targets)
         return F.binary_cross_entropy_with_logits(
-            outputs, targets, pos_weight=self.pos_weight, reduction=self.reduction
+            outputs,
+            targets,
+            weight=None if self.weight is None else self.weight.to(outputs),
+            pos_weight=None if self.pos_weight is None else self.pos_weight.to(outputs),
+            reduction=self.reduction,
         )
 
     def constant(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        return outputs.new_full((), 1 / entries(outputs, self.reduction))
+        return entries(outputs, targets, self.reduction)
 
     def hessian_product(self, outputs: Tensor, targets: Tensor, vector: Tensor) -> Tensor:
-        return self.constant(outputs, targets) * self._curvature(outputs, targets) * vector
+        curvature = self._curvature(outputs, targets)
+        return (self.constant(outputs, targets) * curvature * vector).to(vector.dtype)
 
     def label_noise(
         self, targets: Tensor, samples: int, generator: torch.Generator | None
@@ -55,20 +67,24 @@ class BCEWithLogits(Loss):
         return random.uniform(shape, generator, dtype=torch.float32, device=targets.device)
 
     def sampled(self, outputs: Tensor, targets: Tensor, noise: Tensor) -> Tensor:
-        q = outputs.sigmoid()
-        scale = (self._weights(outputs, targets) / noise.shape[0]).sqrt()
-        return scale * (q - (noise.to(q.dtype) < q).to(q.dtype))
+        q = outputs.to(factor_dtype(outputs)).sigmoid()
+        scale = (self._weights(q, targets) / noise.shape[0]).sqrt()
+        return (scale * (q - (noise < q).to(q.dtype))).to(outputs.dtype)
 
     def exact(self, outputs: Tensor, targets: Tensor) -> Iterator[Tensor]:
-        root = self._curvature(outputs, targets).sqrt()
+        root = self._curvature(outputs, targets).sqrt().to(outputs.dtype)
         for term in one_term(outputs.shape[1:], outputs):
             yield root * term
 
-    def _weights(self, outputs: Tensor, targets: Tensor) -> Tensor:
+    def _weights(self, q: Tensor, targets: Tensor) -> Tensor:
+        """The weight of each term's Hessian ``q (1 - q)``, in the dtype of q."""
+        weights = torch.ones_like(q) if self.weight is None else self.weight.to(q).expand_as(q)
         if self.pos_weight is None:
-            return torch.ones_like(outputs)
-        return 1 + (self.pos_weight.to(outputs) - 1) * targets
+            return weights
+        return weights * (1 + (self.pos_weight.to(q) - 1) * targets.to(q.dtype))
 
     def _curvature(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        q = outputs.sigmoid()
-        return self._weights(outputs, targets) * q * (1 - q)
+        f = outputs.to(factor_dtype(outputs))
+        # 1 - sigmoid(f) would be 0 for a large f.
+        q = f.sigmoid()
+        return self._weights(q, targets) * q * (-f).sigmoid()

@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from funcprecond.linalg import random
-from funcprecond.losses.base import Loss, Reduction, entries, one_term, same_shape
+from funcprecond.linalg.precision import factor_dtype
+from funcprecond.losses.base import Loss, Reduction, check_reduction, entries, matched, one_term
 
 __all__ = ["MSE", "GaussianNLL", "Huber"]
 
@@ -18,8 +19,8 @@ __all__ = ["MSE", "GaussianNLL", "Huber"]
 class MSE(Loss):
     """Squared error ``(outputs - targets)^2``, as in ``torch.nn.MSELoss``.
 
-    Targets are shaped like the outputs. As a likelihood, it is a Gaussian of unit variance for each
-    entry. The constant ``c`` is 2 / numel for the mean and 2 for the sum.
+    Targets, of any real dtype, are shaped like the outputs. As a likelihood, it is a Gaussian of
+    unit variance for each entry. The constant ``c`` is 2 / numel for the mean and 2 for the sum.
 
     Attributes:
         reduction: "mean" or "sum", over all entries.
@@ -32,25 +33,28 @@ class MSE(Loss):
 
     reduction: Reduction = "mean"
 
+    def __post_init__(self):
+        check_reduction(self.reduction)
+
     def __call__(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        same_shape("mse", outputs, targets)
+        outputs, targets = matched("mse", outputs, targets)
         error = (outputs - targets).square()
         return error.mean() if self.reduction == "mean" else error.sum()
 
     def constant(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        return outputs.new_full((), 2 / entries(outputs, self.reduction))
+        return entries(outputs, targets, self.reduction, 2)
 
     def hessian_product(self, outputs: Tensor, targets: Tensor, vector: Tensor) -> Tensor:
-        return self.constant(outputs, targets) * vector
+        return (self.constant(outputs, targets) * vector).to(vector.dtype)
 
     def label_noise(
         self, targets: Tensor, samples: int, generator: torch.Generator | None
     ) -> Tensor:
         shape = (samples, *targets.shape)
-        return random.normal(shape, generator, dtype=targets.dtype, device=targets.device)
+        return random.normal(shape, generator, dtype=factor_dtype(targets), device=targets.device)
 
     def sampled(self, outputs: Tensor, targets: Tensor, noise: Tensor) -> Tensor:
-        return noise.to(outputs.dtype) / math.sqrt(noise.shape[0])
+        return (noise / math.sqrt(noise.shape[0])).to(outputs.dtype)
 
     def exact(self, outputs: Tensor, targets: Tensor) -> Iterator[Tensor]:
         for term in one_term(outputs.shape[1:], outputs):
@@ -84,24 +88,29 @@ class Huber(Loss):
     delta: float = 1.0
     reduction: Reduction = "mean"
 
+    def __post_init__(self):
+        check_reduction(self.reduction)
+
     def __call__(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        same_shape("huber", outputs, targets)
+        outputs, targets = matched("huber", outputs, targets)
         return F.huber_loss(outputs, targets, self.reduction, self.delta)
 
     def constant(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        return outputs.new_full((), 1 / entries(outputs, self.reduction))
+        return entries(outputs, targets, self.reduction)
 
     def hessian_product(self, outputs: Tensor, targets: Tensor, vector: Tensor) -> Tensor:
-        return self.constant(outputs, targets) * self._within(outputs, targets) * vector
+        within = self._within(outputs, targets)
+        return (self.constant(outputs, targets) * within * vector).to(vector.dtype)
 
     def label_noise(
         self, targets: Tensor, samples: int, generator: torch.Generator | None
     ) -> Tensor:
         shape = (samples, *targets.shape)
-        return random.normal(shape, generator, dtype=targets.dtype, device=targets.device)
+        return random.normal(shape, generator, dtype=factor_dtype(targets), device=targets.device)
 
     def sampled(self, outputs: Tensor, targets: Tensor, noise: Tensor) -> Tensor:
-        return self._within(outputs, targets) * noise.to(outputs.dtype) / math.sqrt(noise.shape[0])
+        cotangents = self._within(outputs, targets) * noise / math.sqrt(noise.shape[0])
+        return cotangents.to(outputs.dtype)
 
     def exact(self, outputs: Tensor, targets: Tensor) -> Iterator[Tensor]:
         within = self._within(outputs, targets)
@@ -109,7 +118,8 @@ class Huber(Loss):
             yield within * term
 
     def _within(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        return ((outputs - targets).abs() <= self.delta).to(outputs.dtype)
+        f, y = matched("huber", outputs, targets)
+        return ((f - y).abs() <= self.delta).to(outputs.dtype)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -142,40 +152,43 @@ class GaussianNLL(Loss):
     eps: float = 1e-6
     reduction: Reduction = "mean"
 
+    def __post_init__(self):
+        check_reduction(self.reduction)
+
     def __call__(self, outputs: Tensor, targets: Tensor) -> Tensor:
         mean, variance = self._moments(outputs)
-        same_shape("gaussian_nll, means", mean, targets)
+        mean, targets = matched("gaussian_nll, means", mean, targets)
         terms = 0.5 * (variance.log() + (targets - mean).square() / variance)
         if self.full:
             terms = terms + 0.5 * math.log(2 * math.pi)
         return terms.mean() if self.reduction == "mean" else terms.sum()
 
     def constant(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        return outputs.new_full((), 1 / entries(targets, self.reduction))
+        return entries(outputs, targets, self.reduction)
 
     def hessian_product(self, outputs: Tensor, targets: Tensor, vector: Tensor) -> Tensor:
-        return self.constant(outputs, targets) * self._root(outputs).square() * vector
+        product = self.constant(outputs, targets) * self._root(outputs).square() * vector
+        return product.to(vector.dtype)
 
     def label_noise(
         self, targets: Tensor, samples: int, generator: torch.Generator | None
     ) -> Tensor:
         shape = (samples, *targets.shape)
-        return random.normal(shape, generator, dtype=targets.dtype, device=targets.device)
+        return random.normal(shape, generator, dtype=factor_dtype(targets), device=targets.device)
 
     def sampled(self, outputs: Tensor, targets: Tensor, noise: Tensor) -> Tensor:
-        _, variance = self._moments(outputs)
-        noise = noise.to(outputs.dtype)
+        _, variance = self._moments(outputs.to(factor_dtype(outputs)))
         cotangents = [-noise / variance.sqrt(), (1 - noise.square()) / (2 * variance)]
-        return torch.cat(cotangents, -1) / math.sqrt(noise.shape[0])
+        return (torch.cat(cotangents, -1) / math.sqrt(noise.shape[0])).to(outputs.dtype)
 
     def exact(self, outputs: Tensor, targets: Tensor) -> Iterator[Tensor]:
-        root = self._root(outputs)
+        root = self._root(outputs).to(outputs.dtype)
         for term in one_term(outputs.shape[1:], outputs):
             yield root * term
 
     def _root(self, outputs: Tensor) -> Tensor:
-        """The square root of the Fisher information, shaped like the outputs."""
-        _, variance = self._moments(outputs)
+        """The square root of the Fisher information, shaped like the outputs, in full precision."""
+        _, variance = self._moments(outputs.to(factor_dtype(outputs)))
         return torch.cat([variance.rsqrt(), math.sqrt(0.5) / variance], -1)
 
     def _moments(self, outputs: Tensor) -> tuple[Tensor, Tensor]:

@@ -124,8 +124,17 @@ LOSSES = {
         weight=torch.tensor([0.5, 1.0, 2.0], dtype=torch.float64), reduction=r
     ),
     "soft targets": lambda r: fp.losses.CrossEntropy(reduction=r),
+    "nll": lambda r: fp.losses.NLL(reduction=r),
+    "weighted nll": lambda r: fp.losses.NLL(
+        weight=torch.tensor([0.5, 1.0, 2.0], dtype=torch.float64), reduction=r
+    ),
     "mse": fp.losses.MSE,
     "bce": lambda r: fp.losses.BCEWithLogits(reduction=r),
+    "weighted bce": lambda r: fp.losses.BCEWithLogits(
+        torch.tensor([2.0, 1.0, 0.5], dtype=torch.float64),
+        r,
+        torch.tensor([0.3, 1.0, 2.0], dtype=torch.float64),
+    ),
     "huber": lambda r: fp.losses.Huber(0.8, r),
     "gaussian nll": lambda r: fp.losses.GaussianNLL(reduction=r),
 }
@@ -149,11 +158,14 @@ def with_loss(name, reduction, rank):
         "mse": real,
         "huber": real,
         "bce": (real > 0).double(),
+        "weighted bce": real > 0,
         "soft targets": real.softmax(-1),
         "gaussian nll": real[..., :1],
     }
     if name == "gaussian nll":
         module = torch.nn.Sequential(*module, Moments())
+    if "nll" in name and "gaussian" not in name:
+        module = torch.nn.Sequential(*module, torch.nn.LogSoftmax(-1))
     return Toy(fp.problem(module, loss), ((x, targets.get(name, labels)),))
 
 
