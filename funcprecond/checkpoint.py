@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import hashlib
 import itertools
 import os
 import secrets
@@ -18,6 +19,7 @@ from funcprecond.tree import leaves_by_path, map_by_path
 __all__ = ["from_dict", "load", "replacing", "save", "to_dict"]
 
 T = TypeVar("T")
+_SEAL = b"funcprecond sha256 "
 
 
 def to_dict(tree: Any) -> dict[str, Tensor]:
@@ -139,8 +141,8 @@ def save(path: str | os.PathLike, tree: Any) -> None:
     """Write a tree of tensors to a file; read it with :func:`load`.
 
     The file appears when it is complete and on disk. Until then, and after any error, the old file
-    is there. Several processes may save to one path: the last one wins. The file contains a
-    checksum of each tensor, and ``torch.load(path, weights_only=True)`` reads it too.
+    is there. Several processes may save to one path: the last one wins. The file ends with its
+    SHA-256 checksum, and ``torch.load(path, weights_only=True)`` reads it too.
 
     To resume a run bit for bit, save everything that it depends on, for example
     ``{"params": params, "state": state, "generator": generator.get_state()}``.
@@ -169,8 +171,10 @@ def save(path: str | os.PathLike, tree: Any) -> None:
     # Cloned, because torch.save writes the whole storage of a view.
     flat = {name: x.detach().as_subclass(Tensor).clone() for name, x in flat.items()}
     try:
-        with replacing(path) as file, _checksums():
-            torch.save(flat, file)
+        with replacing(path) as file:
+            sealed = _Sealed(file)
+            torch.save(flat, sealed)  # pyright: ignore[reportArgumentType]
+            sealed.close()
     except NotImplementedError as error:
         msg = "a tensor of the tree has no memory of its own: save outside of torch.func transforms"
         raise TypeError(msg) from error
@@ -191,8 +195,9 @@ def save(path: str | os.PathLike, tree: Any) -> None:
 def load(path: str | os.PathLike, like: T) -> T:
     """Read a tree that :func:`save` wrote.
 
-    All checksums are verified first, so that a damaged file is refused. This reads the file a
-    second time.
+    The checksum of the file is verified first, so that a damaged file is refused. This reads the
+    file a second time. Files of older versions of funcprecond, and dicts of tensors from
+    ``torch.save``, have checksums of their tensors only.
 
     Args:
         path: the file to read.
@@ -295,15 +300,28 @@ def replacing(path: str | os.PathLike) -> Iterator[BinaryIO]:
             os.close(descriptor)
 
 
-@contextlib.contextmanager
-def _checksums() -> Iterator[None]:
-    """Let torch write checksums, also if the user has switched them off for other files."""
-    before = torch.serialization.get_crc32_options()
-    torch.serialization.set_crc32_options(True)
-    try:
-        yield
-    finally:
-        torch.serialization.set_crc32_options(before)
+class _Sealed:
+    """A zip file for writing that ends with the digest of its bytes, in the comment of the file.
+
+    The checksums that every zip file has do not cover its directory, so that damage there can give
+    one tensor the values of another.
+    """
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.file, self.digest = file, hashlib.sha256()
+
+    def write(self, data: bytes) -> int:
+        self.digest.update(data)
+        return self.file.write(data)
+
+    def flush(self) -> None:
+        self.file.flush()
+
+    def close(self) -> None:
+        """Write the comment. Its length stands in the two bytes in front of it, which were 0."""
+        seal = _SEAL + self.digest.hexdigest().encode()
+        self.file.seek(-2, os.SEEK_END)
+        self.file.write(len(seal).to_bytes(2, "little") + seal)
 
 
 def _check_whole(name: str, x: Tensor) -> None:
@@ -326,18 +344,32 @@ def _check_whole(name: str, x: Tensor) -> None:
 
 
 def _damage(file: BinaryIO) -> str:
-    """Verify the checksums of a file of :func:`save`, and say what is wrong ("" for nothing)."""
+    """Verify a file of :func:`save`, and say what is wrong ("" for nothing)."""
     start = file.read(4)
     if not start:
         return "is empty"
-    if not zipfile.is_zipfile(file):
-        if start == b"PK\x03\x04":
-            return "is cut off or damaged at its end"
-        return f"has another format (it begins with the bytes {start!r})"
+    length = len(_SEAL) + 2 * hashlib.sha256().digest_size
+    size = file.seek(0, os.SEEK_END)
+    file.seek(max(size - length, 0))
+    seal = file.read()
+    if seal.startswith(_SEAL):
+        digest, left = hashlib.sha256(), size - length - 2
+        file.seek(0)
+        while left > 0 and (part := file.read(min(left, 1 << 20))):
+            digest.update(part)
+            left -= len(part)
+        digest.update(b"\0\0")
+        intact = seal == _SEAL + digest.hexdigest().encode()
+        return "" if intact else "is damaged (its checksum is wrong)"
+    # A file of an older version, or of torch.save, has the checksums of its parts only.
     try:
+        if not zipfile.is_zipfile(file):
+            if start == b"PK\x03\x04":
+                return "is cut off or damaged at its end"
+            return f"has another format (it begins with the bytes {start!r})"
         with zipfile.ZipFile(file) as archive:
             wrong = archive.testzip()
-    except Exception as error:  # whatever damage makes of the archive's own structure
+    except Exception as error:  # whatever damage makes of the directory
         return f"is damaged ({_first_line(error)})"
     return f"is damaged (the checksum of its part {wrong!r} is wrong)" if wrong else ""
 
