@@ -212,7 +212,7 @@ def observe(
         generator=generator,
         layers=any(n.layers for n in needs),
         twice=any(n.twice for n in needs),
-        keep=any(not is_mark(n) for n in needs),
+        keep=any(n.differentiates and not is_mark(n) for n in needs),
     )
     grads = evaluation.grads
     return Evidence(

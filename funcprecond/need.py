@@ -26,12 +26,15 @@ class Need:
         layers: whether the measurement uses the inputs and output gradients of the layers, so that
             the forward run must record them.
         twice: whether the measurement takes products with the Hessian or the Jacobian.
+        differentiates: whether the measurement takes derivatives other than the gradient, so that
+            the graph of the run must be kept.
         gives: the type of the measured value. :func:`funcprecond.compose` compares it with the type
             that a representation accepts.
     """
 
     layers: ClassVar[bool] = False
     twice: ClassVar[bool] = False
+    differentiates: ClassVar[bool] = True
     gives: ClassVar[type] = object
 
     def draw(

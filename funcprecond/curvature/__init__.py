@@ -4,6 +4,7 @@ Each file has a need, and many have a function for direct calls too. A need stat
 on a batch; ``fp.observe(problem, params, batch, needs)`` measures it.
 """
 
+from funcprecond.curvature.batch_weight import BatchWeight, Weight
 from funcprecond.curvature.ggn import GGNOperator
 from funcprecond.curvature.gradient import BatchGradient, OuterProduct
 from funcprecond.curvature.hessian import HessianOperator, HessianProbes, Probes
@@ -17,6 +18,7 @@ from funcprecond.layers.layer_call import LayerUse
 
 __all__ = [
     "BatchGradient",
+    "BatchWeight",
     "ExampleRows",
     "GGNForm",
     "GGNOperator",
@@ -33,4 +35,5 @@ __all__ = [
     "Probes",
     "SampledGradient",
     "SampledGradients",
+    "Weight",
 ]

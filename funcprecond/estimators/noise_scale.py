@@ -6,7 +6,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from funcprecond import tree
 from funcprecond.estimators.gradient_statistics import PER_SAMPLE
 from funcprecond.evidence import observe
 from funcprecond.linalg import treemath
@@ -48,7 +47,11 @@ def gradient_noise_scale(
     batches: Iterable[Any] | None = None,
     generator: torch.Generator | None = None,
 ) -> NoiseScale:
-    """The gradient noise scale of a mean loss, from the norms of per-sample gradients.
+    """The gradient noise scale, from the norms of per-sample gradients.
+
+    The gradient of an example is that of its own loss, so that the gradient of a mean loss is the
+    mean over the examples, and that of a summed loss the sum. If a mean loss weights or ignores
+    some terms, then each example has its share of the terms in all the data.
 
     McCandlish et al., arXiv 1812.06162, section 2.2 (the "simple" noise scale).
 
@@ -76,26 +79,32 @@ def gradient_noise_scale(
         8
     """
     check_data(batch, batches)
+    is_sum, count = problem.loss.is_sum, 0
     total: Params = {}
-    squares, count = None, 0
+    squares, weights = [], []
     for b in each_batch(batch, batches):
         found = observe(problem, params, b, (PER_SAMPLE,), generator=generator)
-        n = tree.leaves(found.outputs)[0].shape[0]
         layers = found[PER_SAMPLE]
-        # With a mean loss the measured rows are 1/n of the per-sample gradients.
-        here = n**2 * (Gram.from_layers(layers, params).squared_norms() / layers.scale).sum()
-        squares = here if squares is None else squares + here
-        grads = treemath.mul(found.grads, float(n))
+        # The measured rows are c times the gradients of the examples' terms, and the scale is 1/c.
+        norms = Gram.from_layers(layers, params).squared_norms() / layers.scale
+        weight = torch.ones_like(layers.scale) if is_sum else layers.scale
+        # The mean of a batch in which every term is ignored is 0 / 0; its weight is zero.
+        counts = weight > 0
+        squares.append(torch.where(counts, weight**2 * norms.sum(), 0.0))
+        weights.append(weight)
+        grads = treemath.where(counts, treemath.mul(found.grads, weight), 0.0)
         total = treemath.add(total, grads) if total else grads
-        count += n
-    if squares is None or count < 2:
+        count += norms.numel()
+    if count < 2:
         msg = (
             f"the gradient noise scale needs at least two examples, but there are {count}: pass a "
             "larger batch, or several batches"
         )
         raise ValueError(msg)
-    mean_square = squares / count
-    whole = treemath.dot(total, total) / count**2
+    # In a mean over all the data, an example's gradient is ``N c`` times that of its terms.
+    factor = 1.0 if is_sum else count / torch.stack(weights).sum()
+    mean_square = factor**2 * torch.stack(squares).sum() / count
+    whole = factor**2 * treemath.dot(total, total) / count**2
     variance = (mean_square - whole) * count / (count - 1)
     signal = whole - variance / count
     examples = torch.full_like(variance, count)

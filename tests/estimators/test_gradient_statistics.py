@@ -1,3 +1,5 @@
+import dataclasses
+
 import pytest
 import torch
 
@@ -108,3 +110,49 @@ def test_wide_layers_are_not_formed():
     # The example's terms of a mean over all entries have c = 2 / numel and gradient errors / 2.
     expected = (errors / 2).norm(dim=1) * (x.square().sum(1) + 1).sqrt()
     assert_close(norms, expected, rtol=1e-4)
+
+
+LOSSES = {
+    "sum": (fp.losses.CrossEntropy(reduction="sum"), None),
+    "mse, sum": (fp.losses.MSE("sum"), None),
+    "mse": (fp.losses.MSE(), None),
+    "ignored": (fp.losses.CrossEntropy(ignore_index=0), "kept"),
+    "weighted": (fp.losses.CrossEntropy(weight=torch.tensor([0.5, 2.0, 1.0]).double()), "weights"),
+}
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_the_noise_scale_has_the_losss_units_and_no_trace_of_the_split(name):
+    """Against the covariance of gradients that are taken one by one."""
+    loss, share = LOSSES[name]
+    toy = problems.mlp(examples=9)
+    x, labels = toy.batch
+    y = problems.normal((9, 3), 5) if "mse" in name else labels
+    problem = fp.problem(problems.mlp_module(), loss)
+    one = dataclasses.replace(
+        problem, loss=dataclasses.replace(loss, reduction="mean" if name == "mse" else "sum")
+    )
+    rows = reference.per_example(one, toy.params, (x, y))
+    if share is not None:
+        terms = (labels != 0).double() if share == "kept" else loss.weight[labels]
+        rows = rows * len(rows) / terms.sum()
+    mean = rows.mean(0)
+    variance = (rows - mean).square().sum() / (len(rows) - 1)
+    signal = mean.square().sum() - variance / len(rows)
+    pieces = [slice(0, 2), slice(2, 3), slice(3, 9)]
+    for found in (
+        fp.gradient_noise_scale(problem, toy.params, (x, y)),
+        fp.gradient_noise_scale(problem, toy.params, batches=[(x[s], y[s]) for s in pieces]),
+    ):
+        assert_close(found.variance, variance, rtol=1e-10)
+        assert_close(found.squared_norm, signal, rtol=1e-9)
+        assert_close(found.scale, variance / signal, rtol=1e-9)
+
+
+def test_a_batch_whose_targets_are_all_ignored_adds_nothing_to_the_noise_but_its_examples():
+    problem = fp.problem(problems.mlp_module(), fp.losses.cross_entropy)
+    (x, y), params = problems.mlp(examples=6).batch, problem.params
+    y = torch.cat([y[:4], torch.full((2,), -100)])
+    whole = fp.gradient_noise_scale(problem, params, (x, y))
+    split = fp.gradient_noise_scale(problem, params, batches=[(x[:4], y[:4]), (x[4:], y[4:])])
+    assert_close(split, whole, rtol=1e-10)
