@@ -20,7 +20,7 @@ def numbers(low: int) -> Callable[[str], list[int]]:
     """A function that converts comma-separated integers to a list of distinct integers.
 
     Args:
-        low: the smallest valid integer.
+        low: the smallest valid integer. The largest one is that of torch's seeds and sizes.
     """
 
     def parse(text: str) -> list[int]:
@@ -28,10 +28,10 @@ def numbers(low: int) -> Callable[[str], list[int]]:
             found = list(dict.fromkeys(int(part) for part in text.split(",") if part.strip()))
         except ValueError:
             found = []
-        if not found or min(found) < low:
+        if not found or min(found) < low or max(found) >= 2**63:
             message = (
-                f"{text!r} is not a comma-separated list of integers of at least {low}, such as "
-                "1,10"
+                f"{text!r} is not a comma-separated list of integers of at least {low} and below "
+                "2**63, such as 1,10"
             )
             raise argparse.ArgumentTypeError(message)
         return found

@@ -1,7 +1,11 @@
 """The command line: `compare`, `list-methods` and `list-tasks`."""
 
 import argparse
+import codecs
+import contextlib
+import os
 import sys
+import unicodedata
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
@@ -11,8 +15,19 @@ import torch
 from funcprecond.compare.arguments import check_device, check_names, names, numbers
 from funcprecond.compare.tasks import TASKS
 from funcprecond.methods.card import CARDS
-from funcprecond.methods.table import table
+from funcprecond.methods.table import PLANNED, table
 
+# For terminals without Unicode; other letters lose their accents, or become question marks.
+SPELLINGS = {
+    "±": "+-",
+    "×": "x",
+    "–": "-",
+    "−": "-",
+    "★": "*",
+    "…": "...",
+    "\u0302": "^",
+    "\u2044": "/",
+}
 MISSING = "The comparison needs {name}, which is missing: run pip install 'funcprecond[compare]'."
 
 
@@ -87,9 +102,42 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: the arguments of the command line; those of the process by default.
 
     Returns:
-        The exit code: 0 for success, 1 if the comparison cannot run, 2 for an invalid argument, 130
-        after an interruption.
+        The exit code: 0 for success, 1 if the comparison cannot run or its output cannot be
+        written, 2 for an invalid argument, 130 after an interruption.
     """
+    codecs.register_error("funcprecond.spell", spelled)
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="funcprecond.spell")  # pyright: ignore
+    try:
+        code = run(arguments)
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except OSError as error:
+        # A closed pipe, as of `| head`, is no fault: its reader has seen enough.
+        if not isinstance(error, BrokenPipeError):
+            with contextlib.suppress(OSError):
+                where = f" {error.filename}" if error.filename else ""
+                print(f"Cannot write{where}: {error.strerror or error}.", file=sys.stderr)
+        # What is still in the buffer would raise again when Python exits.
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # pyright: ignore
+        return 1
+    return code
+
+
+def spelled(error: UnicodeError) -> tuple[str, int]:
+    """Spell letters that the encoding of the output lacks; a handler for `codecs`."""
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    letters = unicodedata.normalize("NFKD", error.object[error.start : error.end])
+    plain = ("" if unicodedata.combining(x) else x if x.isascii() else "?" for x in letters)
+    found = (SPELLINGS.get(x, y) for x, y in zip(letters, plain, strict=True))
+    return "".join(found), error.end
+
+
+def run(arguments: Sequence[str] | None) -> int:
+    """Run a command; see `main`."""
     root = parser()
     options = root.parse_args(arguments)
     if options.command == "list-methods":
@@ -100,14 +148,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"{task.name:16}{task.title}; ranked by test {task.metric}")
         return 0
     try:
+        for name in options.methods:
+            if name in PLANNED and name not in CARDS:
+                message = (
+                    f"The method {name!r} is planned, and not there yet; choose from: "
+                    f"{', '.join(working())}."
+                )
+                raise ValueError(message)
         check_names("method", options.methods, working())
         check_names("task", [options.task], TASKS)
         check_device(options.device)
-        for name, low in (("steps", 1), ("sweep", 1), ("threads", 1)):
+        for name, high in (("steps", 10**9), ("sweep", 15), ("threads", 1024)):
             value = getattr(options, name)
-            if value is not None and (value < low or (name == "sweep" and value % 2 == 0)):
+            if value is not None and not (1 <= value <= high and (name != "sweep" or value % 2)):
                 kind = "an odd number" if name == "sweep" else "a number"
-                root.error(f"--{name} is {value}; it must be {kind} of at least {low}")
+                root.error(f"--{name} is {value}; it must be {kind} of at least 1, at most {high}")
     except ValueError as error:
         root.error(str(error))
     # The measured times belong to this number of threads, which torch can only set globally.
@@ -134,7 +189,7 @@ def compare(options: argparse.Namespace) -> int:
     from funcprecond.compare.report.about import about
     from funcprecond.compare.report.table import table as rich_table
     from funcprecond.compare.report.write import write
-    from funcprecond.compare.store import Store, exclusive
+    from funcprecond.compare.store import Store, exclusive, unwritable
     from funcprecond.compare.summary import rows
 
     log, out = Console(stderr=True), Console()
@@ -178,7 +233,10 @@ def compare(options: argparse.Namespace) -> int:
                 return 130
         found = rows(engine)
         say("Writing the report.")
-        written = write(options.out, found, about(engine, data, task))
+        try:
+            written = write(options.out, found, about(engine, data, task))
+        except OSError as error:
+            raise unwritable(options.out, error) from error
         out.print(data.description, markup=False, highlight=False, soft_wrap=True)
         out.print(rich_table(found, task.title, out.width))
         out.print(f"Report: {written[-1]}", markup=False, highlight=False, soft_wrap=True)

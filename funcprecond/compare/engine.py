@@ -50,7 +50,7 @@ class Engine:
         rows: the rows, all of one task.
         seeds: the seeds of the training runs. The learning rate is swept with the first one, and
             the best rate is run with all of them. If one of them fails at that rate, the best rate
-            at which no seed fails takes its place.
+            at which no seed fails takes its place; if there is none, the row has no figures.
         points: the number of initial learning rates of a sweep.
         data: the data of the task on the device.
         store: the finished cells.

@@ -4,12 +4,13 @@ import contextlib
 import hashlib
 import json
 import math
-import os
-import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
+
+from funcprecond.checkpoint import replacing
+from funcprecond.compare.results import is_complete
 
 SCHEMA = 1
 
@@ -53,8 +54,7 @@ class Store:
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            message = f"Cannot create the folder {folder}: {error.strerror}; choose another --out."
-            raise StoreError(message) from error
+            raise unwritable(folder, error) from error
         self.cells = self._read(say)
 
     def get(self, config: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -88,6 +88,9 @@ class Store:
 
         Returns:
             The result as it is stored.
+
+        Raises:
+            StoreError: the file cannot be written, for example because the disk is full.
         """
         kept = finite(result)
         self.cells[key(config)] = {
@@ -95,7 +98,10 @@ class Store:
             "result": kept,
             "finished": datetime.now(UTC).isoformat(timespec="seconds"),
         }
-        replace_file(self.path, json.dumps({"schema": SCHEMA, "cells": self.cells}, indent=1))
+        try:
+            replace_file(self.path, json.dumps({"schema": SCHEMA, "cells": self.cells}, indent=1))
+        except OSError as error:
+            raise unwritable(self.path, error) from error
         return kept
 
     def _read(self, say: Callable[[str], None]) -> dict[str, Any]:
@@ -108,7 +114,10 @@ class Store:
             raise StoreError(message) from error
         cells, fault = parse(content)
         if fault:
-            aside = set_aside(self.path)
+            try:
+                aside = set_aside(self.path)
+            except OSError as error:
+                raise unwritable(self.path, error) from error
             kept = (
                 f"{len(cells)} of its cells can be read and are kept"
                 if cells
@@ -122,7 +131,7 @@ def parse(content: bytes) -> tuple[dict[str, Any], str]:
     """The readable cells of a results file, and a description of its damage ("" for none)."""
     try:
         document = json.loads(content)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         return {}, f"it is not JSON: {error}"
     if not isinstance(document, dict) or not isinstance(document.get("cells"), dict):
         return {}, 'it has no object "cells"'
@@ -134,11 +143,19 @@ def parse(content: bytes) -> tuple[dict[str, Any], str]:
         if isinstance(cell, dict)
         and isinstance(cell.get("config"), dict)
         and isinstance(cell.get("result"), dict)
-        and "status" in cell["result"]
+        and is_complete(cell["config"], cell["result"])
         and key(cell["config"]) == name
     }
     broken = len(document["cells"]) - len(cells)
     return cells, f"{broken} cells are incomplete or changed" if broken else ""
+
+
+def unwritable(path: Path, error: OSError) -> StoreError:
+    """The error for a file or folder of the comparison that cannot be written."""
+    return StoreError(
+        f"Cannot write to {path}: {error.strerror or error}. Make room there or choose another "
+        "--out; the same command continues from the finished cells that are stored."
+    )
 
 
 def set_aside(path: Path) -> Path:
@@ -152,18 +169,8 @@ def set_aside(path: Path) -> Path:
 
 def replace_file(path: Path, text: str) -> None:
     """Replace a file atomically: after a crash, either the old or the new file is complete."""
-    descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
-    try:
-        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)  # mkstemp creates files that only their owner can read
-        os.replace(temporary, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            os.unlink(temporary)
-        raise
+    with replacing(path) as file:
+        file.write(text.encode())
 
 
 @contextlib.contextmanager
@@ -179,8 +186,7 @@ def exclusive(folder: Path) -> Iterator[None]:
         folder.mkdir(parents=True, exist_ok=True)
         lock = (folder / ".lock").open("w")
     except OSError as error:
-        message = f"Cannot write to the folder {folder}: {error.strerror}; choose another --out."
-        raise StoreError(message) from error
+        raise unwritable(folder, error) from error
     with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

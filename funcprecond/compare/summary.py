@@ -18,19 +18,18 @@ class Figure:
 
     Attributes:
         mean: the arithmetic mean.
-        spread: the sample standard deviation; 0 for one seed.
+        spread: the sample standard deviation; None for one seed.
     """
 
     mean: float
-    spread: float
+    spread: float | None
 
     @staticmethod
     def of(values: Iterable[float]) -> "Figure":
         """The figure of one or more values."""
         values = list(values)
-        return Figure(
-            statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else 0.0
-        )
+        spread = statistics.stdev(values) if len(values) > 1 else None
+        return Figure(statistics.fmean(values), spread)
 
 
 @dataclass(frozen=True)
@@ -39,11 +38,12 @@ class Row:
 
     Attributes:
         setting: the task, method, batch size and interval.
-        status: "ok", "diverged", "failed" or "unfinished".
-        why: the reason, if the status is not "ok" or if some seeds failed.
+        status: "ok", if every seed ended well at the best learning rate; otherwise "diverged",
+            "failed" or "unfinished", and the row has no figures.
+        why: the reason, if the status is not "ok", or if a seed failed at another learning rate.
         learning_rate: the best learning rate of the sweep.
         sweep: (exponent, learning rate, result) for each rate that was tried, in order.
-        runs: the results at the best rate, one per seed that did not fail.
+        runs: the results at the best rate, one per seed; empty if the status is not "ok".
         accuracy: the accuracy on the test split, between 0 and 1.
         loss: the loss on the test split, in nats.
         train_loss: the training loss over the last tenth of the steps, in nats.
@@ -133,7 +133,27 @@ def row(engine: Engine, setting: Setting) -> Row:
         status = sweep[0][2]["status"] if sweep else "unfinished"
         why = "; ".join(whys) if len(set(whys)) < 3 else f"at all {len(whys)} rates: {whys[0]}"
         return Row(setting, status, why or "not run yet", sweep=sweep, cost=cost)
-    good = [r for r in engine.repeats(setting).values() if r["status"] == "ok"]
+    runs = engine.repeats(setting)
+    lost = {seed: r for seed, r in runs.items() if r["status"] != "ok"}
+    if lost:
+        # The mean of the seeds that remain would say how good the method is when it works.
+        rest = ", ".join(
+            f"seed {seed} ended with test {TASKS[setting.task].metric} "
+            f"{r['test'][TASKS[setting.task].metric]:.3g}"
+            for seed, r in runs.items()
+            if seed not in lost
+        )
+        whys = "; ".join(f"seed {seed}: {r['why']}" for seed, r in lost.items())
+        return Row(
+            setting,
+            next(iter(lost.values()))["status"],
+            f"{len(lost)} of {len(runs)} seeds did not end well at learning rate "
+            f"{rate(center, winner):g} ({whys}), and none of the rates "
+            f"that were run with all seeds did better; {rest}",
+            rate(center, winner),
+            sweep,
+            cost=cost,
+        )
     # The failures of other seeds, at rates at which the first seed did not fail.
     bad = [
         f"at learning rate {lr:g}, seed {seed}: {r['why']}"
@@ -148,10 +168,10 @@ def row(engine: Engine, setting: Setting) -> Row:
         "; ".join(bad),
         rate(center, winner),
         sweep,
-        good,
-        Figure.of(result["test"]["accuracy"] for result in good),
-        Figure.of(result["test"]["loss"] for result in good),
-        Figure.of(last_loss(result, setting.steps) for result in good),
+        list(runs.values()),
+        Figure.of(result["test"]["accuracy"] for result in runs.values()),
+        Figure.of(result["test"]["loss"] for result in runs.values()),
+        Figure.of(last_loss(result, setting.steps) for result in runs.values()),
         cost,
     )
 

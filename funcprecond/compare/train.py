@@ -12,10 +12,10 @@ import funcprecond as fp
 from funcprecond.compare.data import Data, Split, batches
 from funcprecond.compare.plan import Setting
 from funcprecond.compare.recipe import recipe
+from funcprecond.compare.results import points
 from funcprecond.compare.tasks import TASKS
 from funcprecond.problems import Problem
 
-POINTS = 30  # of a training curve; each is the mean loss since the previous one
 CHUNK = 512  # the number of examples that are evaluated at a time
 
 
@@ -57,7 +57,7 @@ def train(
 
     curve: dict[str, list[float]] = {"step": [], "seconds": [], "loss": []}
     result: dict[str, Any] = {"status": "ok", "curve": curve}
-    every = max(1, setting.steps // POINTS)
+    ends = set(points(setting.steps))
     losses: list[Tensor] = []
     seconds = 0.0
     started = clock(device)
@@ -66,7 +66,7 @@ def train(
         noise = fp.draw(problem, params, batch, transform.needs(t), generator=generator)
         params, state, evidence = step(params, state, batch, t, noise)
         losses.append(evidence.loss)
-        if (t + 1) % every == 0 or t + 1 == setting.steps:
+        if t + 1 in ends:
             seconds += clock(device) - started
             loss = torch.stack(losses).mean().item()
             losses.clear()
@@ -87,6 +87,9 @@ def train(
             f"the validation loss ended at {reached:.3g} nats, at least twice that of guessing "
             f"({guessing:.2g})"
         )
+        return result | {"status": "diverged", "why": why, "seconds": seconds}
+    if not math.isfinite(figures["test"]["loss"]):
+        why = "the loss on the test split is not finite"
         return result | {"status": "diverged", "why": why, "seconds": seconds}
     return result | figures | {"seconds": seconds}
 

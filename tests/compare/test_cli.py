@@ -1,5 +1,7 @@
 """The command line, as a user runs it."""
 
+import codecs
+import io
 import json
 import os
 import re
@@ -47,13 +49,20 @@ def test_list_tasks(capsys):
     ("arguments", "words"),
     [
         (["--methods", "shampo"], ["'shampo'", "shampoo?", "sgd", "adam", "caspr"]),
+        (["--methods", "sgd,psgd"], ["'psgd' is planned, and not there yet", "sgd", "adam"]),
         (["--task", "imagenet"], ["'imagenet'", *TASKS]),
         (["--device", "tpu"], ["'tpu'", "cpu"]),
         (["--device", "cuda:99"], ["'cuda:99'", "cpu"]),
         (["--batch-sizes", "0"], ["--batch-sizes", "at least 1"]),
         (["--intervals", "one"], ["--intervals", "'one'"]),
         (["--methods", " , "], ["--methods", "empty"]),
+        (["--seeds", ""], ["--seeds", "list of integers"]),
+        (["--seeds", "0,-1"], ["--seeds", "at least 0"]),
+        (["--seeds", "9" * 30], ["--seeds", "below 2**63"]),
         (["--sweep", "2"], ["--sweep is 2", "odd"]),
+        (["--sweep", "17"], ["--sweep is 17", "at most 15"]),
+        (["--threads", "1000000000000"], ["--threads is 1000000000000", "at most 1024"]),
+        (["--steps", "-5"], ["--steps is -5", "at least 1"]),
         (["--steps", "0"], ["--steps is 0", "at least 1"]),
     ],
 )
@@ -109,6 +118,85 @@ def test_folder_that_cannot_be_used_is_a_sentence(tmp_path, capsys):
     (tmp_path / "file").write_text("")
     assert cli.main(["compare", *QUICK, "--out", str(tmp_path / "file")]) == 1
     assert "choose another --out" in capsys.readouterr().err
+
+
+def test_results_of_wrong_types_are_set_aside(tmp_path, capsys):
+    command = ["compare", *QUICK, "--methods", "sgd", "--out", str(tmp_path)]
+    assert cli.main(command) == 0
+    capsys.readouterr()
+    document = json.loads((tmp_path / "results.json").read_text())
+    for cell in document["cells"].values():
+        cell["result"]["step_ms" if cell["config"]["kind"] == "cost" else "test"] = "fast"
+    (tmp_path / "results.json").write_text(json.dumps(document))
+    assert cli.main(command) == 0
+    said = capsys.readouterr().err
+    assert "3 cells are incomplete or changed" in said
+    assert "none of its cells can be read" in said
+
+
+DISK = """
+import resource, signal, sys
+from funcprecond.compare.cli import main
+# What is written beyond a few bytes of a file is refused, as on a full disk.
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (400, 400))
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_a_full_disk_is_a_sentence(tmp_path):
+    arguments = ["compare", *QUICK, "--methods", "sgd", "--out", tmp_path / "report"]
+    done = subprocess.run(
+        [sys.executable, "-c", DISK, *arguments], cwd=Path(__file__).parents[2], capture_output=True
+    )
+    error = done.stderr.decode()
+    assert done.returncode == 1
+    assert "File too large. Make room there or choose another --out" in error
+    assert "Traceback" not in error
+    assert os.listdir(tmp_path / "report") == [".lock"]
+
+
+def test_a_report_that_cannot_be_written_is_a_sentence(tmp_path, capsys):
+    (tmp_path / "index.html").mkdir()
+    assert cli.main(["compare", *QUICK, "--methods", "sgd", "--out", str(tmp_path)]) == 1
+    error = capsys.readouterr().err
+    assert "Is a directory. Make room there or choose another --out" in error
+    assert json.loads((tmp_path / "results.json").read_text())["cells"]
+
+
+def test_an_ascii_terminal_gets_other_spellings(tmp_path, monkeypatch):
+    out = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", out)
+    assert cli.main(["compare", *QUICK, "--methods", "sgd", "--out", str(tmp_path)]) == 0
+    assert cli.main(["list-methods"]) == 0
+    text = out.buffer.getvalue().decode("ascii")
+    assert " +- " in text
+    assert "1.00x" in text
+    assert "F^_emp" in text
+    assert "?" not in text
+
+
+def test_a_reader_that_has_seen_enough_is_no_fault(monkeypatch, capsys):
+    read, write = os.pipe()
+    os.close(read)
+    with open(write, "w") as pipe:
+        monkeypatch.setattr(sys, "stdout", pipe)
+        assert cli.main(["list-methods"]) == 1
+    assert not capsys.readouterr().err
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="this system has no /dev/full")
+def test_output_to_a_full_disk_is_a_sentence(monkeypatch, capsys):
+    with open("/dev/full", "w") as full:
+        monkeypatch.setattr(sys, "stdout", full)
+        assert cli.main(["list-methods"]) == 1
+    assert capsys.readouterr().err == "Cannot write: No space left on device.\n"
+
+
+def test_letters_without_a_spelling_are_question_marks():
+    codecs.register_error("funcprecond.spell", cli.spelled)
+    text = "F̂_emp 1 ± 2 – 3×, Ĥ, é, ψ"
+    assert text.encode("ascii", "funcprecond.spell") == b"F^_emp 1 +- 2 - 3x, H^, e, ?"
 
 
 def test_batch_larger_than_the_data_is_a_sentence(tmp_path, capsys):

@@ -10,6 +10,8 @@ import funcprecond as fp
 from funcprecond.compare import engine as engine_module
 from funcprecond.compare import plan, recipe, summary
 from funcprecond.compare.engine import sentence
+from funcprecond.compare.report import html
+from funcprecond.compare.report.table import cells
 from funcprecond.compare.tasks import TASKS
 from funcprecond.compare.train import train
 from funcprecond.methods import table as taxonomy
@@ -121,8 +123,41 @@ def test_where_a_seed_fails_at_every_rate_the_best_one_says_so(engine, monkeypat
     comparison = engine(["sgd"], points=1)
     comparison.run()
     (row,) = summary.rows(comparison)
-    assert (row.learning_rate, len(row.runs)) == (0.1, 1)
-    assert row.why == "at learning rate 0.1, seed 1: diverged"
+    assert (row.status, row.learning_rate, row.runs) == ("diverged", 0.1, [])
+    assert row.metric is None
+    assert "1 of 2 seeds did not end well at learning rate 0.1 (seed 1: diverged)" in row.why
+    assert "seed 0 ended with test accuracy 0.5" in row.why
+
+
+def test_a_method_that_diverges_for_a_seed_is_behind_one_that_does_not(engine, monkeypatch, cards):
+    """The survivor's accuracy would be the best of the table."""
+
+    def training(row, data, learning_rate, seed, advance):
+        if (row.method, seed) == ("poison", 1):
+            return {"status": "diverged", "why": "the loss is not finite"}
+        figures = {"accuracy": 0.9 if row.method == "poison" else 0.1, "loss": 1.0}
+        curve = {"step": [row.steps], "seconds": [1.0], "loss": [1.0]}
+        return {"status": "ok", "validation": figures, "test": figures, "curve": curve}
+
+    monkeypatch.setattr(engine_module, "train", training)
+    comparison = engine(["poison", "sgd"], points=1)
+    comparison.run()
+    found = summary.rows(comparison)
+    assert [row.setting.method for row in found] == ["sgd", "poison"]
+    assert found[1].record()["test_accuracy_mean"] is None
+    lead = html.lead(found)
+    assert "Best test accuracy: <strong>sgd</strong>" in lead
+    assert "1 of 2 rows have no result" in lead
+
+
+def test_one_seed_has_no_spread(engine, monkeypatch):
+    fails_at(monkeypatch)
+    comparison = engine(["sgd"], seeds=(0,))
+    comparison.run()
+    (row,) = summary.rows(comparison)
+    assert row.accuracy == summary.Figure(0.5, None)
+    assert cells(row)[4:6] == ["50.0", "10.000"]
+    assert row.record()["test_accuracy_spread"] is None
 
 
 def test_a_cell_is_its_whole_configuration(engine):

@@ -133,7 +133,7 @@ def test_rows_are_best_first(found):
 
 def test_figures():
     assert Figure.of([1.0, 3.0]) == Figure(2.0, pytest.approx(2**0.5))
-    assert Figure.of([1.0]) == Figure(1.0, 0.0)
+    assert Figure.of([1.0]) == Figure(1.0, None)
 
 
 @pytest.mark.parametrize(

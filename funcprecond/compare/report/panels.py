@@ -32,7 +32,7 @@ def quality(canvas: Canvas, rows: Sequence[Row]) -> str:
         color = style[row.setting.method]["color"]
         values = [factor * run["test"][row.task.metric] for run in row.runs]
         assert row.metric is not None
-        mean, spread = factor * row.metric.mean, factor * row.metric.spread
+        mean, spread = factor * row.metric.mean, factor * (row.metric.spread or 0.0)
         axes.plot([mean - spread, mean + spread], [height] * 2, color=color, lw=5, alpha=0.22)
         axes.plot(values, [height] * len(values), "o", color=color, ms=4, alpha=0.6, mew=0)
         axes.plot(mean, height, "|", color=color, ms=13, mew=2.2)

@@ -9,9 +9,14 @@ from funcprecond.compare.summary import Figure, Row
 
 
 def plus_minus(figure: Figure | None, factor: float = 1.0, digits: int = 3) -> str:
-    """The mean ± spread of a figure times a factor; a dash if there is no figure."""
+    """The mean ± spread of a figure times a factor; a dash if there is no figure.
+
+    The figure of a single seed has no spread.
+    """
     if figure is None:
         return "–"
+    if figure.spread is None:
+        return f"{factor * figure.mean:.{digits}f}"
     return f"{factor * figure.mean:.{digits}f} ± {factor * figure.spread:.{digits}f}"
 
 
