@@ -9,8 +9,8 @@ The mode does three jobs, because they all need the same interception:
 
 * *layers*: each call that applies a weight is recorded with its input. Its output is passed to a
   function ``tap``, so that gradients can be taken with respect to it;
-* *random numbers*: dropout masks are drawn beforehand or from the caller's generator, never from
-  the global generator;
+* *random numbers*: dropout masks and other random numbers are drawn beforehand or from the caller's
+  generator, never from the global generator. A draw that cannot be replaced is an error;
 * *derivatives*: a run that is differentiated twice uses the derivatives of
   :mod:`funcprecond.autodiff.rules`, the math kernel of attention, and torch's own recurrent layers
   instead of those of cuDNN.
@@ -33,16 +33,19 @@ from funcprecond.autodiff.random_functions import (
     DRAWS,
     DROPOUTS,
     RECURRENT,
+    REPLACED,
+    GlobalState,
     dropout,
     recurrent_options,
     refuse,
+    replaced_draw,
 )
 from funcprecond.autodiff.rules.backward import Spared
 from funcprecond.autodiff.rules.table import replaced
 from funcprecond.layers.kinds import KINDS_OF_FUNCTION
 from funcprecond.layers.layer_call import FunctionCall, LayerCall
 from funcprecond.linalg import random
-from funcprecond.tracing import transform_level
+from funcprecond.tracing import in_transform, transform_level
 
 __all__ = ["Recorder"]
 
@@ -69,6 +72,7 @@ _QUESTIONS = {
 _SPECIAL = {
     *DROPOUTS,
     *DRAWS,
+    *REPLACED,
     *RECURRENT,
     *attention.COMPOSITES,
     *EMBEDDINGS,
@@ -83,8 +87,9 @@ class Recorder(TorchFunctionMode):
         params: the tensors that the model receives as its parameters, by name.
         tap: a function of the output of a layer, whose result replaces the output. With None, no
             layers are recorded.
-        masks: dropout masks drawn beforehand, in the order in which the model draws them.
-        generator: the source of the missing masks.
+        masks: dropout masks and other random numbers that were drawn beforehand, in the order in
+            which the model draws them.
+        generator: the source of the missing ones.
         twice: whether the run will be differentiated twice.
         spared: the parameters whose gradients may be left without values, in such a run.
         in_graph: whether the run is an ordinary autograd graph.
@@ -94,7 +99,7 @@ class Recorder(TorchFunctionMode):
     Attributes:
         calls: the recorded calls of layers, in order.
         inputs: their inputs, in the same order.
-        masks: all masks of the run.
+        masks: all random numbers of the run.
         unrecorded: the parameters with a use outside ``calls``, and the function that uses each.
         made: in a graph run, the nodes that the recorded calls have made.
     """
@@ -121,16 +126,47 @@ class Recorder(TorchFunctionMode):
         self.made: list[Recorded] = []
         self._spared, self._in_graph, self._detached = spared, in_graph, detached
         self._masks_used = 0
+        self._depth, self._global_state = 0, None
+        # Tensors that the model has written random results into, and the results.
+        self._written: list[tuple[Tensor, Tensor]] = []
         self._names = _Names({} if tap is None else params)
         self._level = None if tap is None else transform_level()
 
+    def __enter__(self):
+        # The mode enters itself again inside of composite functions.
+        if self._depth == 0 and not torch.compiler.is_compiling():
+            self._global_state = GlobalState()
+        self._depth += 1
+        return super().__enter__()
+
+    def __exit__(self, exc_type, exc_value, traceback):
+        super().__exit__(exc_type, exc_value, traceback)
+        self._depth -= 1
+        if self._depth or exc_type is not None:
+            return
+        if self._global_state is not None:
+            self._global_state.check()
+        if self._masks_used < len(self.masks):
+            # A draw that was not seen, as a compiler may hide it, would shift all later ones.
+            msg = (
+                f"the model took {self._masks_used} of the {len(self.masks)} random tensors that "
+                "were drawn for it: draw them in the same mode (train or eval), and let the model "
+                "make the same draws in every run; under a compiler, replace rand_like and "
+                "randn_like by rand and randn"
+            )
+            raise RuntimeError(msg)
+
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
+        if self._written:
+            args, kwargs = tree.map(self._as_written, (args, kwargs))
         # Most functions are not special. They are passed on after this one test.
         if func not in _SPECIAL:
             return self._call(func, args, kwargs)
         if func in DROPOUTS:
-            return dropout(func, self._mask, *args, **kwargs)
+            return self._dropout(func, *args, **kwargs)
+        if func in REPLACED and (self.generator or self._masks_used < len(self.masks)):
+            return self._drawn(func, args, kwargs)
         if func in DRAWS and DRAWS[func](args, kwargs):
             refuse(func)
         if func in attention.COMPOSITES:
@@ -222,13 +258,53 @@ class Recorder(TorchFunctionMode):
             if name is not None and name not in recorded:
                 self.unrecorded[name] = getattr(func, "__name__", str(func))
 
+    def _dropout(self, func, input, p=0.5, training=True, inplace=False):
+        out = dropout(func, self._mask, input, p, training)
+        if not inplace or out is input:
+            return out
+        # A tensor that requires a gradient was made by the run, and is written to, so that its
+        # views change too. Any other may belong to the caller, as the inputs of the model do.
+        return self._write(input, out, not input.requires_grad)
+
+    def _drawn(self, func, args, kwargs):
+        out, in_place = replaced_draw(func, self._next, args, kwargs)
+        # Under vmap, the numbers may be mapped and the tensor not.
+        whole = in_place and args[0]._base is None
+        return self._write(args[0], out, whole and in_transform()) if in_place else out
+
+    def _write(self, target: Tensor, value: Tensor, stand_in: bool) -> Tensor:
+        """Write into a tensor, or let the value stand for it in the rest of the run."""
+        if stand_in:
+            self._written.append((target, value))
+            return value
+        return target.copy_(value)
+
+    def _as_written(self, x):
+        # The latest value counts.
+        return next((value for old, value in reversed(self._written) if old is x), x)
+
     def _mask(self, shape: tuple[int, ...], p: float, like: Tensor) -> Tensor:
         """Return the next dropout mask: True where an entry is kept, with probability ``1 - p``."""
+
+        def draw(generator):
+            return random.uniform(shape, generator, dtype=torch.float32, device=like.device) >= p
+
+        return self._next(shape, draw)
+
+    def _next(self, shape: tuple[int, ...], draw: Callable[..., Tensor]) -> Tensor:
+        """Return the next random numbers of the run."""
         if self._masks_used == len(self.masks):
-            uniform = random.uniform(shape, self.generator, dtype=torch.float32, device=like.device)
-            self.masks.append(uniform >= p)
+            self.masks.append(draw(self.generator))
+        found = self.masks[self._masks_used]
         self._masks_used += 1
-        return self.masks[self._masks_used - 1]
+        if tuple(found.shape) != shape:
+            msg = (
+                f"the model needs random numbers of the shape {shape}, and those that were drawn "
+                f"for it have the shape {tuple(found.shape)}: draw them for this batch, "
+                "fp.draw(problem, params, batch, needs, generator=...)"
+            )
+            raise ValueError(msg)
+        return found
 
 
 class _Names:
