@@ -18,6 +18,7 @@ from torch import Tensor
 
 from funcprecond.linalg import treemath
 from funcprecond.linalg.solution import Matvec, Stop
+from funcprecond.linalg.true_residuals import AGAIN, Best, settle, unit
 from funcprecond.tracing import is_eager
 from funcprecond.tree import Params, state
 
@@ -32,7 +33,8 @@ class CGResult:
 
     Attributes:
         solution: the last iterate, shaped like ``b``.
-        residual: ``b - B x`` at the last iterate, as the recursion gives it.
+        residual: ``b - B x`` at the last iterate. It is computed by a product where the reason is
+            RESIDUAL, and in traced code; otherwise it is the recursion's.
         iterations: the number of iterations that changed the iterate, a 0-d integer tensor.
         reason: the :class:`Stop` value, a 0-d integer tensor.
         phi: (max_iter + 1,), the values of the model from the first iterate on; after the end of
@@ -78,13 +80,18 @@ def cg(
         rule: when the model counts as stalled: "2010" (Martens), "2012" (Martens & Sutskever) or
             "none"; see :func:`funcprecond.linalg.conjugate_gradients.has_stalled`.
         max_iter: the maximum number of iterations.
-        tol: stop with RESIDUAL at ``|r| <= tol |b|``, where r is the residual.
-        refresh: the residual is computed by a product of its own in every ``refresh``-th iteration,
-            because the recursion accumulates rounding errors.
+        tol: stop with RESIDUAL at ``|b - B x| <= tol |b|``. When the recursion's residual is that
+            small, the true one is computed by a product. If it is larger, the method starts again
+            from this iterate, and stops with STALLED if this does not halve the true residual: it
+            is then as small as rounding permits.
+        refresh: under a transform or a compiler, which cannot branch, the true residual is computed
+            in every ``refresh``-th iteration and at the end. A problem that waits for it does not
+            change.
         keep: the number of iterates in :attr:`CGResult.stored`.
 
     Returns:
-        A :class:`CGResult`. Costs one product per iteration, and those of ``x0`` and ``refresh``.
+        A :class:`CGResult`. Costs one product per iteration, one for ``x0``, and one for each
+            residual that is checked, which is one in all unless rounding errors matter.
 
     Example:
         >>> import torch, funcprecond as fp
@@ -94,34 +101,46 @@ def cg(
         (True, 1)
     """
     precondition = precondition or (lambda r: r)
-    plain = is_eager((b, x0))
-    x = {k: torch.zeros_like(v) for k, v in b.items()} if x0 is None else x0
-    r = b if x0 is None else treemath.sub(b, matvec(x0))
+    plain, one = is_eager((b, x0)), unit(b)
+    b = treemath.mul(b, 1 / one)
+    x = {k: torch.zeros_like(v) for k, v in b.items()} if x0 is None else treemath.mul(x0, 1 / one)
+    r = b if x0 is None else treemath.sub(b, matvec(x))
     p = precondition(r)
-    rz, size = treemath.dot(r, p), treemath.norm(b)
-    finite = torch.isfinite(rz) & torch.isfinite(size)
-    small = finite & (treemath.norm(r) <= tol * size)
+    rz, size, limit = treemath.dot(r, p), treemath.norm(r), tol * treemath.norm(b)
+    finite = torch.isfinite(rz) & torch.isfinite(limit)
+    small = finite & (size <= limit)
     reason = torch.full_like(rz, Stop.MAX_ITERATIONS.value, dtype=torch.int64)
     reason = torch.where(finite, reason, Stop.NOT_FINITE.value)
     reason = torch.where(small, Stop.RESIDUAL.value, reason)
-    active = finite & ~small
+    active, claims = finite & ~small, torch.zeros_like(finite)
     iterations = torch.zeros_like(reason)
+    best, goal = Best(x, r, torch.full_like(size, torch.inf)), limit
     phis, numbers = [_model_value(x, b, r)], _schedule(max_iter)
     # These are built from x, so that the same transforms batch them.
     stored = {k: torch.zeros_like(v).expand(keep, *v.shape) for k, v in x.items()}
     stored_at = torch.zeros_like(reason).expand(keep)
 
     for i in range(1, max_iter + 1):
-        if plain and not bool(active):
-            break
+        # An eager call checks a claim at once. Traced code cannot branch: it checks at intervals.
+        if (plain and not bool(active)) or (not plain and i % refresh == 0):
+            among = claims | torch.isfinite(best.size) if plain else claims
+            if plain and not bool(among):
+                break
+            options = {"claims": claims, "among": among, "limit": limit, "reason": reason}
+            best, _, again, reason = settle(matvec, b, x, best, begun=best.size, **options)
+            x, r = _best_of(best, among, x, r)
+            z = precondition(r)
+            p = treemath.where(again, z, p)
+            rz = torch.where(again, treemath.dot(r, z), rz)
+            goal = torch.where(again, AGAIN * limit, goal)
+            active, claims = active | again, torch.zeros_like(claims)
+            if plain and not bool(active):
+                break
         product = matvec(p)
         curvature = treemath.dot(p, product)
         positive = curvature > 0
         alpha = rz / torch.where(positive, curvature, 1)
-        new_x = treemath.add(x, p, alpha)
-        new_r = (
-            treemath.sub(b, matvec(new_x)) if i % refresh == 0 else treemath.add(r, product, -alpha)
-        )
+        new_x, new_r = treemath.add(x, p, alpha), treemath.add(r, product, -alpha)
         z = precondition(new_r)
         new_rz, new_size = treemath.dot(new_r, z), treemath.norm(new_r)
         finite = torch.isfinite(curvature) & torch.isfinite(new_rz) & torch.isfinite(new_size)
@@ -139,17 +158,25 @@ def cg(
             stored = treemath.where(moves, {k: _push(s, x[k]) for k, s in stored.items()}, stored)
             stored_at = torch.where(moves, _push(stored_at, torch.full_like(reason, i)), stored_at)
 
-        small, stalled = new_size <= tol * size, has_stalled(phis, rule)
+        small, stalled = new_size <= goal, has_stalled(phis, rule)
         reason = torch.where(moves & stalled, Stop.STALLED.value, reason)
-        reason = torch.where(moves & small, Stop.RESIDUAL.value, reason)
         reason = torch.where(active & ~finite, Stop.NOT_FINITE.value, reason)
-        reason = torch.where(descend, Stop.NOT_POSITIVE.value, reason)
-        active = moves & ~small & ~stalled
+        # In a pass that began at a checked iterate, rounding alone can have made this negative.
+        indefinite = torch.where(torch.isinf(best.size), Stop.NOT_POSITIVE.value, Stop.STALLED)
+        reason = torch.where(descend, indefinite, reason)
+        claims, active = claims | (moves & small), moves & ~small & ~stalled
         p = treemath.add(z, p, new_rz / torch.where(rz == 0, 1, rz))
         rz = new_rz
+    else:
+        among = claims | torch.isfinite(best.size) | (not plain)
+        if not plain or bool(among):
+            options = {"claims": claims, "among": among, "limit": limit, "reason": reason}
+            best, _, _, reason = settle(matvec, b, x, best, begun=best.size, **options)
+            x, r = _best_of(best, among, x, r)
 
     phis += [phis[-1]] * (max_iter + 1 - len(phis))
-    return CGResult(x, r, iterations, reason, torch.stack(phis), stored, stored_at)
+    x, r, stored = (treemath.mul(v, one) for v in (x, r, stored))
+    return CGResult(x, r, iterations, reason, torch.stack(phis) * one**2, stored, stored_at)
 
 
 def has_stalled(phi: Sequence[Tensor], rule: Rule = "2012") -> Tensor:
@@ -183,6 +210,12 @@ def within(operator: Matvec, params: Params, names: Sequence[str]) -> Matvec:
         return {k: product[k].to(vector[k].dtype) for k in names}
 
     return block
+
+
+def _best_of(best: Best, among: Tensor, x: Params, r: Params) -> tuple[Params, Params]:
+    """The best iterate and its residual; the given ones where they took no part, or are NaN."""
+    known = among & torch.isfinite(best.size)
+    return treemath.where(known, best.x, x), treemath.where(known, best.residual, r)
 
 
 def _schedule(max_iter: int) -> frozenset[int]:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from funcprecond.linalg import treemath
 from funcprecond.linalg.solution import Matvec, Solution, Stop
+from funcprecond.linalg.true_residuals import unit, verified
 from funcprecond.tracing import is_eager
 from funcprecond.tree import Params
 
@@ -40,7 +41,8 @@ def neumann(
 
     Returns:
         A :class:`Solution`. Its reason is DIVERGED if the norm of the residual has exceeded a
-        million times that of ``b``. Costs one product per term.
+        million times that of ``b``, and STALLED where rounding errors keep the true residual above
+        the tolerance. Costs one product per term, and one that computes the residual in the end.
 
     Example:
         >>> import torch, funcprecond as fp
@@ -49,7 +51,8 @@ def neumann(
         {'x': tensor([1.7500, 1.7500])}
     """
     precondition = precondition or (lambda r: r)
-    plain = is_eager((b, scale, tol))
+    plain, one = is_eager((b, scale, tol)), unit(b)
+    b = treemath.mul(b, 1 / one)
     x, r = {k: torch.zeros_like(v) for k, v in b.items()}, b
     size = treemath.norm(b)
     finite, small = torch.isfinite(size), size == 0
@@ -73,4 +76,5 @@ def neumann(
         reason = torch.where(moves & grown, Stop.DIVERGED.value, reason)
         reason = torch.where(moves & small, Stop.RESIDUAL.value, reason)
         active = moves & ~small & ~grown
-    return Solution(x, r, iterations, reason)
+    r, reason = verified(matvec, b, x, r, reason, tol * size, plain=plain)
+    return Solution(treemath.mul(x, one), treemath.mul(r, one), iterations, reason)

@@ -19,9 +19,10 @@ class Stop(enum.IntEnum):
     MAX_ITERATIONS = 0
     """The iterations reached ``max_iter``."""
     RESIDUAL = 1
-    """The norm of the residual fell to ``tol`` times that of the right-hand side."""
+    """The norm of the residual, computed by a product, is at most ``tol`` times that of ``b``."""
     STALLED = 2
-    """CG: the quadratic model improves too slowly. MINRES: the residual cannot become smaller."""
+    """The residual cannot become smaller, for rounding errors or because the system has no solution
+    (MINRES). CG: also if the quadratic model improves too slowly."""
     NOT_POSITIVE = 3
     """CG: ``p^T B p <= 0`` for a search direction p. MINRES: ``r^T M^-1 r < 0``."""
     NOT_FINITE = 4
@@ -60,7 +61,8 @@ class NotConverged(RuntimeError):
 
     def __init__(self, result: Solution, b: Params):
         self.result = result
-        size = float(treemath.norm(result.residual) / treemath.norm(b))
+        lengths = (treemath.wide_dot(v, v).sqrt() for v in (result.residual, b))
+        size = float(next(lengths) / next(lengths))
         super().__init__(
             f"the solver stopped after {int(result.iterations)} iterations with the reason "
             f"{Stop(int(result.reason)).name} and a relative residual of {size:.2g}: raise "

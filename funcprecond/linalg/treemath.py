@@ -32,7 +32,8 @@ __all__ = [
 
 def add(x: Params, y: Params, alpha: float | Tensor = 1.0) -> Params:
     """``x + alpha * y`` for two dicts with the same keys."""
-    if isinstance(alpha, Tensor):
+    # Where x or y is a matrix product, torch's compiler fuses the sum into it and loses alpha.
+    if isinstance(alpha, Tensor) or torch.compiler.is_compiling():
         return {k: v + alpha * y[k] for k, v in x.items()}
     return _foreach("add", x, [y[k] for k in x], alpha=alpha)
 
@@ -44,6 +45,8 @@ def sub(x: Params, y: Params) -> Params:
 
 def mul(x: Params, factor: float | Tensor) -> Params:
     """``factor * x``; the factor is a float or a 0-d tensor."""
+    if isinstance(factor, Tensor) and torch.is_grad_enabled() and factor.requires_grad:
+        return {k: v * factor for k, v in x.items()}
     return _foreach("mul", x, factor)
 
 

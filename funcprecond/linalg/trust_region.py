@@ -5,6 +5,7 @@ from torch import Tensor
 
 from funcprecond.linalg import treemath
 from funcprecond.linalg.solution import Matvec, Solution, Stop
+from funcprecond.linalg.true_residuals import unit, verified
 from funcprecond.tracing import is_eager
 from funcprecond.tree import Params
 
@@ -34,8 +35,9 @@ def truncated_cg(
         max_iter: the maximum number of products.
 
     Returns:
-        A :class:`Solution` whose reason is RESIDUAL, BOUNDARY, MAX_ITERATIONS or NOT_FINITE. Costs
-        one product per iteration.
+        A :class:`Solution` whose reason is RESIDUAL, BOUNDARY, MAX_ITERATIONS, NOT_FINITE, or
+        STALLED where rounding errors keep the true residual above the tolerance. Costs one product
+        per iteration, and one that computes the residual inside of the region.
 
     Example:
         >>> import torch, funcprecond as fp
@@ -46,11 +48,13 @@ def truncated_cg(
         >>> fp.Stop(int(found.reason)).name
         'BOUNDARY'
     """
-    plain = is_eager((b, radius, tol))
+    plain, one = is_eager((b, radius, tol)), unit(b)
+    tol = treemath.norm(b).sqrt().clamp_max(0.5) if tol is None else tol
+    b, radius = treemath.mul(b, 1 / one), radius / one
     x, r, p = {k: torch.zeros_like(v) for k, v in b.items()}, b, b
     rr = treemath.dot(r, r)
     size = rr.sqrt()
-    limit = size * (size.sqrt().clamp_max(0.5) if tol is None else tol)
+    limit = tol * size
     finite = torch.isfinite(rr)
     small = finite & (size <= limit)
     reason = torch.full_like(rr, Stop.MAX_ITERATIONS.value, dtype=torch.int64)
@@ -82,4 +86,5 @@ def truncated_cg(
         active = moves & ~small & ~leaves
         p = treemath.add(new_r, p, new_rr / torch.where(rr == 0, 1, rr))
         rr = new_rr
-    return Solution(x, r, iterations, reason)
+    r, reason = verified(matvec, b, x, r, reason, limit, plain=plain)
+    return Solution(treemath.mul(x, one), treemath.mul(r, one), iterations, reason)

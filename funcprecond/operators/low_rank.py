@@ -70,7 +70,16 @@ class LowRank(Operator):
 
         Returns:
             An operator. A product costs about 4kP operations.
+
+        Raises:
+            ValueError: ``damping`` is the number 0, and the rank k is less than P.
         """
+        if not isinstance(damping, Tensor) and damping == 0 and self.rank < self.size:
+            msg = (
+                f"damping must not be 0: a matrix of rank {self.rank} with {self.size} rows has no "
+                "inverse, so add a multiple of the identity, such as damping=1e-3"
+            )
+            raise ValueError(msg)
         return self.power(-1.0, damping)
 
     def power(self, p: float, damping: float | Tensor) -> Operator:

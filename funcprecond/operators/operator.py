@@ -327,10 +327,11 @@ class Operator(abc.ABC):
         Args:
             b: the right-hand side, shaped like the parameters.
             damping: the multiple of the identity that is added to C.
-            method: "direct" applies ``C.inverse(damping)`` and is the default if C has that method;
-                "cg", the default otherwise, needs a positive definite ``C + damping I``; "minres"
-                accepts any symmetric C; "truncated_cg" minimizes the quadratic model within a trust
-                region; "neumann" sums a Neumann series.
+            method: "direct" applies ``C.inverse(damping)``, and once more to the residual if this
+                is larger than ``tol``; it is the default if C has an ``inverse``. "cg", the default
+                otherwise, needs a positive definite ``C + damping I``; "minres" accepts any
+                symmetric C; "truncated_cg" minimizes the quadratic model within a trust region;
+                "neumann" sums a Neumann series.
             precondition: an operator or a function ``r -> M^-1 r``, such as the inverse of a
                 :class:`funcprecond.KroneckerFactored`. "direct" ignores it, and "truncated_cg" does
                 not accept it.
@@ -343,7 +344,9 @@ class Operator(abc.ABC):
 
         Returns:
             A :class:`funcprecond.Solution`: the solution, the residual, the number of iterations
-            and the reason for stopping. An iterative method costs one product per iteration.
+            and the reason for stopping, which is RESIDUAL only if the true residual is at most
+            ``tol`` (1e-5 by default) times ``b``. An iterative method costs one product per
+            iteration and one or two more, "direct" costs one or two.
 
         Raises:
             NotConverged: the residual did not reach the tolerance and ``throw`` is true; the

@@ -224,7 +224,7 @@ def test_operators_work_inside_of_vmap():
 @pytest.mark.parametrize(
     ("method", "option", "hint"),
     [
-        ("direct", "tol", "'cg'"),
+        ("direct", "max_iter", "'cg'"),
         ("truncated_cg", "precondition", "'cg' or 'minres'"),
         ("cg", "radius", "'truncated_cg'"),
         ("cg", "tolerance", "leave it out$"),
