@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from funcprecond.autodiff.random_functions import dropout
+from funcprecond.tracing import is_traced
 
 __all__ = ["COMPOSITES", "scaled_dot_product"]
 
@@ -68,7 +69,14 @@ def scaled_dot_product(
         if not twice:
             return attention(query, key, value, attn_mask, 0.0, is_causal, **kwargs)
         with sdpa_kernel(SDPBackend.MATH):
-            return attention(query, key, value, attn_mask, 0.0, is_causal, **kwargs)
+            out = attention(query, key, value, attn_mask, 0.0, is_causal, **kwargs)
+        if out.dtype not in (torch.float16, torch.bfloat16) or is_traced():
+            return out
+        # In half precision the kernels round differently, and a measurement of curvature would
+        # change the loss. The value is that of the usual kernel, and the derivatives are not.
+        with torch.no_grad():
+            usual = attention(query, key, value, attn_mask, 0.0, is_causal, **kwargs)
+        return usual + (out - out.detach())
     if kwargs.get("enable_gqa"):
         repeats = query.shape[-3] // key.shape[-3]
         key, value = (t.repeat_interleave(repeats, -3) for t in (key, value))

@@ -56,14 +56,15 @@ class FisherRows:
             Shaped like the parameters. Costs 0.5 to 0.9 gradients per cotangent.
         """
         leaves = {k: v.detach().requires_grad_() for k, v in vector.items()}
-        edges = []
+        edges, dtypes = [], []
 
         def steps() -> Iterator[Tensor]:
             # Only the edge of each step in the graph is kept. Its value is used in inner products.
             for call, x in zip(self.calls, self.inputs, strict=True):
                 with torch.enable_grad():
-                    step = call.apply(leaves, x)
+                    step = call.apply(leaves, _like_parameters(call, x, vector))
                 edges.append(get_gradient_edge(step))
+                dtypes.append(step.dtype)
                 yield step.detach()
 
         inner = [self.scale * s for s in self._inner_products(steps())]
@@ -71,7 +72,7 @@ class FisherRows:
         for i, (call, edge) in enumerate(zip(self.calls, edges, strict=True)):
             place = self.places[i]
             pulled = [place.spread(s, g[i]) for s, g in zip(inner, self.grads, strict=True)]
-            total = functools.reduce(torch.add, pulled)
+            total = functools.reduce(torch.add, pulled).to(dtypes[i])
             names = [k for k in (call.weight, call.bias) if k is not None]
             parts = torch.autograd.grad(edge, [leaves[k] for k in names], total)
             for k, part in zip(names, parts, strict=True):
@@ -89,7 +90,9 @@ class FisherRows:
             :meth:`product`.
         """
         pairs = zip(self.calls, self.inputs, strict=True)
-        inner = self._inner_products(call.apply(vector, x) for call, x in pairs)
+        inner = self._inner_products(
+            call.apply(vector, _like_parameters(call, x, vector)) for call, x in pairs
+        )
         return self.scale * sum(wide(s).square().sum() for s in inner)
 
     def _inner_products(self, steps: Iterable[Tensor]) -> Sequence[Tensor]:
@@ -105,6 +108,13 @@ class FisherRows:
                 s + place.sum_others(step * g[i]) for s, g in zip(inner, self.grads, strict=True)
             ]
         return inner
+
+
+def _like_parameters(call: LayerCall, x: Tensor, params: Params) -> Tensor:
+    """The input of a call in the dtype of its parameters, from which autocast may have cast it."""
+    names = (k for k in (call.weight, call.bias) if k is not None)
+    dtype = params[next(names)].dtype
+    return x.to(dtype) if x.is_floating_point() and x.dtype != dtype else x
 
 
 def rows_of(
