@@ -197,7 +197,9 @@ class Custom(Loss):
 
     function: Callable[[Any, Any], Tensor]
     reduction: Reduction = "mean"
-    divisor: Callable[[Any, Any], Tensor | float] | None = None
+    divisor: Callable[[Any, Any], Tensor | float] | None = dataclasses.field(
+        default=None, repr=False
+    )
 
     def __post_init__(self):
         check_reduction(self.reduction)
