@@ -137,7 +137,7 @@ class LayerStatistics(Need):
         if cotangents is None:
             # The rows of the layers belong to the gradient of the loss, which includes c.
             (own,) = evaluation.cotangents("empirical", ())
-            scaled = [u * evaluation.constant.to(u.dtype) for u in tree.floating(own)]
+            scaled = [(u * evaluation.constant).to(u.dtype) for u in tree.floating(own)]
             cotangents = [tree.with_floating(own, scaled)]
         if self.others == "diagonal":
             _warn_of_diagonals(names, evaluation)

@@ -104,7 +104,7 @@ def _part(layers: Layers, examples: slice, factor: Tensor | None) -> Layers:
         inner = use.call.inner
         own = slice(examples.start * inner, examples.stop * inner)
         g = use.grads[:, own]
-        g = g if factor is None else g * factor.to(g.dtype)
+        g = g if factor is None else (g * factor).to(g.dtype)
         return dataclasses.replace(use, inputs=use.inputs[own], grads=g)
 
     uses = {block: tuple(map(part, of_block)) for block, of_block in layers.uses.items()}

@@ -71,8 +71,8 @@ class SampledGradient(Need):
             rows = [evaluation.grads]
         else:
             cotangents = evaluation.cotangents("mc", noise)
-            rows = [evaluation.pull(constant.to(u.dtype) * u) for u in cotangents]
+            rows = [evaluation.pull((constant * u).to(u.dtype)) for u in cotangents]
         stacked = {k: torch.stack([row[k] for row in rows]) for k in evaluation.params}
         if self.per_sample:
-            stacked = {k: g * constant.rsqrt().to(g.dtype) for k, g in stacked.items()}
+            stacked = {k: (g * constant.rsqrt()).to(g.dtype) for k, g in stacked.items()}
         return SampledGradients(stacked)

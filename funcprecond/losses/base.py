@@ -81,7 +81,7 @@ class Loss(abc.ABC):
         """
         gradients = _gradient(lambda f: self(f, targets), outputs, targets)
         constant = self.constant(outputs, targets)
-        return tree.with_floating(outputs, [g / constant.to(g.dtype) for g in gradients])
+        return tree.with_floating(outputs, [(g / constant).to(g.dtype) for g in gradients])
 
     def hessian_product(self, outputs: Any, targets: Any, vector: Any) -> Any:
         """Multiply the Hessian of the loss in the outputs, including ``c``, by a vector.

@@ -19,6 +19,7 @@ from funcprecond.curvature import (
     HessianOperator,
     LayerStatistics,
     PerSampleGrads,
+    SampledGradient,
 )
 from tests.problems import initialised, normal
 
@@ -150,3 +151,23 @@ def test_parameters_of_mixed_dtypes():
     half[0].register_forward_hook(lambda module, args, out: casts[0](out))
     half[4].register_forward_hook(lambda module, args, out: casts[1](out))
     compared(half, full, IDS, contextlib.nullcontext)
+
+
+def test_the_constant_of_many_terms_neither_overflows_nor_underflows_in_float16():
+    """1 / c is above the largest number of float16, and c is below its normal numbers."""
+    terms, labels = 70_000, torch.Generator().manual_seed(0)
+    module = nn.Linear(2, 2, bias=False)
+    x = normal((terms, 2), 1).half()
+    problem = fp.problem(module.half(), fp.losses.mse)
+    batch = x, normal((terms, 2), 2).half()
+    args = (problem, problem.params, batch)
+    error = (module(x).double() - batch[1].double()).detach()
+    rows = torch.einsum("no,ni->noi", error, x.double())
+    found = fp.per_sample_grads(*args)["weight"].double()
+    assert float((found - rows).abs().max()) < 0.05
+    evidence = fp.observe(*args, (PerSampleGrads(), SampledGradient()), generator=labels)
+    found = evidence[PerSampleGrads()].grads["weight"].double()
+    assert float((found - rows).norm() / rows.norm()) < 0.1
+    assert evidence[SampledGradient()].grads["weight"].isfinite().all()
+    fisher = fp.Fisher(*args, labels="empirical").trace()
+    assert float(fisher) == pytest.approx(float(rows.square().sum() / terms), rel=0.05)
