@@ -12,9 +12,10 @@ PYTEST ?=
 CONSTRAINTS ?= constraints.txt
 PINS := pyproject.toml $(CONSTRAINTS)
 BIN := $(VENV)/bin
+VERSIONS ?= 2.11.0 2.13.0 2.14.1 2.15.0
 TORCH_VENV := build/torch-$(VERSION)
 
-.PHONY: help compare test test-slow test-torch lint format dev clean
+.PHONY: help always compare test test-slow test-torch torch-faults lint format dev clean
 
 help:
 	@echo 'make compare     the comparison on real data; report in $(REPORT)/'
@@ -22,6 +23,7 @@ help:
 	@echo 'make test        the test suite; PYTEST="-k kfac" passes options on'
 	@echo 'make test-slow   the tests left out of it'
 	@echo 'make test-torch VERSION=2.14.1   the test suite with another torch, in build/torch-2.14.1'
+	@echo 'make torch-faults   what several versions of torch get wrong: docs/torch-faults.md'
 	@echo 'make lint        ruff, pyright, and which way imports run'
 	@echo 'make format      let ruff put right what it can'
 	@echo 'make dev         everything needed to work on the library'
@@ -38,13 +40,23 @@ test-slow: $(VENV)/.stamp-test
 
 # The pins with another torch, which brings its own setuptools. The file is written only when it
 # changes, because an environment older than its pins is installed again.
-test-torch:
-	@test -n '$(VERSION)' || { echo 'say which torch: make test-torch VERSION=2.14.1'; exit 2; }
+build/torch-%.txt: always
 	@mkdir -p build
-	@sed 's/^torch==.*/torch==$(VERSION)/; /^setuptools==/d' constraints.txt > build/constraints.new
-	@cmp -s build/constraints.new $(TORCH_VENV).txt || cp build/constraints.new $(TORCH_VENV).txt
-	@rm build/constraints.new
+	@sed 's/^torch==.*/torch==$*/; /^setuptools==/d' constraints.txt > $@.new
+	@cmp -s $@.new $@ && rm $@.new || mv $@.new $@
+
+always:
+
+test-torch: $(if $(VERSION),$(TORCH_VENV).txt)
+	@test -n '$(VERSION)' || { echo 'say which torch: make test-torch VERSION=2.14.1'; exit 2; }
 	$(MAKE) test VENV=$(TORCH_VENV) CONSTRAINTS=$(TORCH_VENV).txt
+
+torch-faults: $(VERSIONS:%=build/torch-%.txt)
+	for v in $(VERSIONS); do $(MAKE) VENV=build/torch-$$v CONSTRAINTS=build/torch-$$v.txt \
+	    build/torch-$$v/.stamp-test || exit 1; done
+	$(firstword $(VERSIONS:%=build/torch-%/bin/python)) -m tests.torch_faults \
+	    $(VERSIONS:%=build/torch-%/bin/python) > build/torch-faults.md
+	cp build/torch-faults.md docs/torch-faults.md
 
 lint: $(VENV)/.stamp-dev
 	$(BIN)/ruff check .

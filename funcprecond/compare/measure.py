@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
-from torch.utils._pytree import tree_leaves, tree_map
 
 import funcprecond as fp
+from funcprecond import tree as trees
 from funcprecond.compare.data import Data, batches
 from funcprecond.compare.plan import Setting
 from funcprecond.compare.recipe import options, recipe
@@ -147,7 +147,7 @@ def peak_bytes(loop: Loop, interval: int) -> int | None:
         # The parameters and the state are copied within the trace, because a trace only contains
         # the sizes of tensors that are allocated within it. The originals live until it ends, so
         # that it does not contain their deallocation either.
-        loop.params, loop.state = tree_map(
+        loop.params, loop.state = trees.map(
             lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, old
         )
         loop.run(steps)
@@ -195,7 +195,7 @@ def storage_bytes(tree: Any) -> int:
     """
     storages = {
         tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()
-        for tensor in tree_leaves(tree)
+        for tensor in trees.leaves(tree)
         if isinstance(tensor, Tensor)
     }
     return sum(storages.values())

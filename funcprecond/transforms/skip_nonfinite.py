@@ -4,8 +4,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map, tree_structure
 
+from funcprecond import tree
 from funcprecond.evidence import Evidence
 from funcprecond.transform import Transform, counter
 from funcprecond.tree import Params, state
@@ -60,8 +60,8 @@ def skip_nonfinite(transform: Transform) -> Transform:
         inner, direction = transform.update(state.inner, clean, evidence)
         good = good & _finite(direction)
         kept = inner
-        if tree_structure(inner) == tree_structure(state.inner):
-            kept = tree_map(lambda new, old: torch.where(good, new, old), inner, state.inner)
+        if tree.flatten(inner)[1] == tree.flatten(state.inner)[1]:
+            kept = tree.map(lambda new, old: torch.where(good, new, old), inner, state.inner)
         direction = {k: torch.where(good, d, torch.zeros_like(d)) for k, d in direction.items()}
         return Guarded(kept, state.skipped + (~good).long()), direction
 
