@@ -10,12 +10,16 @@ from funcprecond import tree
 from funcprecond.estimators.probes import (
     Distribution,
     Estimate,
+    check_products,
+    correlated,
+    exact,
     leave_one_out,
     mean_of,
     probes_of,
 )
 from funcprecond.linalg import treemath
 from funcprecond.operators.operator import Operator
+from funcprecond.operators.solve import require_symmetric
 from funcprecond.operators.vector_stacks import from_rows, unstack
 from funcprecond.tree import Params
 
@@ -101,10 +105,12 @@ def xdiag(
         chunk_size: see :meth:`funcprecond.Operator.matmat`.
 
     Returns:
-        An :class:`funcprecond.Estimate` of two dicts of tensors shaped like the parameters. Costs
-        ``products`` products.
+        An :class:`funcprecond.Estimate` of two dicts of tensors shaped like the parameters. The
+        standard errors have the factor of :func:`funcprecond.xtrace`. Costs ``products`` products.
+        With ``products >= P`` the diagonal is exact, and the standard errors are those of rounding.
 
     Raises:
+        TypeError: A is not symmetric.
         ValueError: ``products`` is odd, less than 4 or more than 2 P, ``probes`` has another shape,
             or ``generator`` and ``probes`` are both None.
 
@@ -116,13 +122,18 @@ def xdiag(
         >>> torch.allclose(found.estimate["w"].float(), values["w"], atol=1e-4)
         True
     """
-    w, y, q, r, s, z, regular = leave_one_out(
-        operator, products, generator, "rademacher", probes, chunk_size
-    )
+    require_symmetric(operator, "xdiag()", "hutchinson_diagonal() accepts any operator")
+    check_products(products, operator)
+    v = probes_of(operator, products // 2, generator, "rademacher", probes)
+    if products >= operator.size:
+        diagonal = operator.diagonal()
+        return exact(diagonal, diagonal, operator.flat_options["dtype"])
+    w, y, q, r, s, z, regular = leave_one_out(operator, v, chunk_size)
     inside = (q * z).sum(1, keepdim=True) - (q @ s) * (z @ s)
     rest = w * (y - q @ (r - s * (s * r).sum(0)))
     found = torch.where(regular, inside + rest, w * y)
-    return _shaped(mean_of(found.mT), operator.like)
+    factor = correlated(products // 2, operator.size)
+    return _shaped(mean_of(found.mT, factor), operator.like)
 
 
 def _shaped(estimate: Estimate, like: Params) -> Estimate:

@@ -20,6 +20,14 @@ Distribution = Literal["rademacher", "normal"]
 class Estimate:
     """An estimate and its standard error.
 
+    The true value lies within two standard errors of the estimate in 95 % of all cases. The usual
+    standard error of n samples would be too small for this: few samples determine their variance
+    poorly, the quadratic forms of a matrix with one dominant eigenvalue are skewed, and the samples
+    of XTrace and XDiag are correlated. Therefore it is multiplied by a factor above 1, which each
+    estimator states. Measured with 30 and 60 products, on matrices of 100 and 400 rows whose
+    eigenvalues are flat, random, or decay as ``1 / i^2`` or ``0.7^i``, and with 300 seeds, the
+    coverage was 94 to 100 %; that of Hutchinson's trace was 92 % in the worst case.
+
     Attributes:
         estimate: a 0-d tensor, or a dict of tensors shaped like the parameters.
         standard_error: the standard error of each entry of the estimate; NaN if there is only one
@@ -93,31 +101,31 @@ def multiply(operator: Operator, rows: Tensor, chunk_size: int | None) -> Tensor
     return wide(to_rows(product, operator.like))
 
 
-def leave_one_out(operator, products, generator, distribution, probes, chunk_size):
-    """The matrices that XTrace and XDiag need, all in :func:`wide_dtype`.
-
-    With k = products / 2 probes Ω and ``A Ω = Q R``, the basis without the i-th probe satisfies
-    ``Q_i Q_i^T = Q (I - s_i s_i^T) Q^T``, where s_i is the i-th column of S, which is ``R^-T`` with
-    normalized columns.
-
-    Returns:
-        Ω (P, k), ``A Ω`` (P, k), Q (P, k), R (k, k), S (k, k), ``A Q`` (P, k), and a 0-d boolean,
-        whether R is invertible; if it is not, S is zero.
-
-    Raises:
-        ValueError: ``products`` is odd, less than 4 or more than 2 P.
-    """
+def check_products(products: int, operator: Operator) -> None:
+    """Raise ValueError unless ``products`` is an even number from 4 to 2 P."""
     if products % 2 or products < 4:
         msg = f"products must be an even number and at least 4, not {products}"
         raise ValueError(msg)
-    k = products // 2
-    if k > operator.size:
+    if products // 2 > operator.size:
         msg = (
             f"products must not be more than twice the number of parameters, {operator.size}, but "
             f"it is {products}"
         )
         raise ValueError(msg)
-    w = wide(probes_of(operator, k, generator, distribution, probes))
+
+
+def leave_one_out(operator: Operator, probes: Tensor, chunk_size: int | None):
+    """The matrices that XTrace and XDiag need, all in :func:`wide_dtype`.
+
+    With k probes Ω, the rows of (k, P), and ``A Ω = Q R``, the basis without the i-th probe
+    satisfies ``Q_i Q_i^T = Q (I - s_i s_i^T) Q^T``, where s_i is the i-th column of S, which is
+    ``R^-T`` with normalized columns.
+
+    Returns:
+        Ω (P, k), ``A Ω`` (P, k), Q (P, k), R (k, k), S (k, k), ``A Q`` (P, k), and a 0-d boolean,
+        whether R is invertible; if it is not, S is zero.
+    """
+    k, w = len(probes), wide(probes)
     y = multiply(operator, w, chunk_size).mT
     q, r = torch.linalg.qr(y)
     z = multiply(operator, q.mT, chunk_size).mT
@@ -132,12 +140,47 @@ def leave_one_out(operator, products, generator, distribution, probes, chunk_siz
     return w.mT, y, q, r, torch.where(regular, s, 0.0), z, regular
 
 
-def mean_of(samples: Tensor) -> Estimate:
-    """The mean of the samples along axis 0, and its standard error."""
+def skewed(n: int) -> float:
+    """The factor for the mean of n independent quadratic forms.
+
+    It gives 95 % coverage for the most skewed forms, squares of a normal number, which a matrix of
+    rank one has, to within a few percent for n from 10 to 100.
+    """
+    return 1 + 10 / n
+
+
+def correlated(n: int, size: int) -> float:
+    """The factor for the mean of n leave-one-out samples with a matrix of ``size`` rows.
+
+    A sample depends on pairs of probes, and each pair enters two samples. In the worst case the
+    pairs cause all of the variance. The mean then has twice the variance that independent samples
+    would have, and more if the probes span a large part of the space. The other factor is the
+    quantile of Student's distribution, divided by 2.
+    """
+    return (2 / (1 - n / size)) ** 0.5 * (1 + 1.5 / (n - 1) + 4 / (n - 1) ** 3)
+
+
+def exact(diagonal: Params, of: Params | Tensor, precision: torch.dtype) -> Estimate:
+    """A value that was computed without sampling, with its rounding errors.
+
+    Args:
+        diagonal: the diagonal of the operator.
+        of: the value, the trace or the diagonal itself.
+        precision: the dtype of the products.
+    """
+    scale = torch.stack([wide(d).abs().sum() for d in diagonal.values()]).sum()
+    error = 10 * torch.finfo(precision).eps * scale
+    if isinstance(of, dict):
+        return Estimate(of, {k: torch.zeros_like(x) + error for k, x in of.items()})
+    return Estimate(of, error)
+
+
+def mean_of(samples: Tensor, factor: float = 1.0) -> Estimate:
+    """The mean of the samples along axis 0, and its standard error, multiplied by a factor."""
     n = samples.shape[0]
     if n == 1:
         return Estimate(samples[0], torch.full_like(samples[0], torch.nan))
     # torch.var along the first axis is twenty times as slow as these two sums.
     mean = samples.sum(0) / n
     squares = (samples - mean).square().sum(0)
-    return Estimate(mean, (squares / (n * (n - 1))).sqrt())
+    return Estimate(mean, factor * (squares / (n * (n - 1))).sqrt())
