@@ -255,7 +255,8 @@ def replacing(path: str | os.PathLike) -> Iterator[BinaryIO]:
     """Open a file that takes the place of ``path`` at the end of a ``with`` block.
 
     It is written under a name of its own in the same folder, and renamed when it is on disk. So
-    every reader finds a complete file, whether old or new, after a crash too.
+    every reader finds a complete file, whether old or new, after a crash too. A process that is
+    killed while it writes leaves a hidden file that ends in ``.partial``.
 
     Args:
         path: the file to replace or to make. If it is a link, then the file that it points to.
