@@ -13,17 +13,22 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from funcprecond.estimators.lanczos import lanczos
+from funcprecond.estimators.lanczos import finite_eigh, lanczos
 from funcprecond.linalg import random, treemath
 from funcprecond.linalg.precision import wide, wide_dtype
 from funcprecond.operators.low_rank import LowRank
 from funcprecond.operators.operator import Operator
-from funcprecond.operators.vector_stacks import stack
+from funcprecond.operators.solve import require_symmetric
+from funcprecond.operators.vector_stacks import from_rows, stack
 from funcprecond.tracing import is_eager
 
 __all__ = ["eigsh"]
 
 Which = Literal["LM", "LA", "SA"]
+ADVICE = (
+    "for a preconditioned matrix M^-1 A, use operator.to_scipy() with scipy.sparse.linalg.eigs, "
+    "which accepts any matrix"
+)
 
 
 def eigsh(
@@ -63,12 +68,14 @@ def eigsh(
         in descending order for "LA" and in ascending order for "SA". Costs at most ``max_steps``
         products. A multiple eigenvalue is found with its multiplicity if the Krylov space becomes
         invariant during the iteration, as it does for a matrix of low rank; otherwise only one of
-        its eigenvectors may be found.
+        its eigenvectors may be found. If the operator's data require gradients, the eigenvalues
+        have derivatives, for k more products, and the eigenvectors have none.
 
     Raises:
         RuntimeError: an error bound is larger than the accuracy, and ``throw`` is true.
+        TypeError: A is not symmetric.
         ValueError: k is not between 1 and P, ``which`` is unknown, ``max_basis`` is too small, or
-            ``generator`` and ``start`` are both None.
+            ``generator`` and ``start`` are both None, or a product is not finite.
 
     Example:
         >>> import torch, funcprecond as fp
@@ -78,6 +85,7 @@ def eigsh(
         >>> torch.allclose(found.values, torch.tensor([3.0, 2.0]), atol=1e-3)
         True
     """
+    require_symmetric(operator, "eigsh()", ADVICE)
     if which not in ("LM", "LA", "SA") or not 1 <= k <= operator.size:
         msg = (
             f"k must be between 1 and {operator.size}, the number of parameters, and which must be "
@@ -106,7 +114,12 @@ def eigsh(
             "get the result with its error bounds"
         )
         raise RuntimeError(msg)
-    return _low_rank(operator, values, vectors.mT.to(start.dtype) @ basis.rows, bounds)
+    rows = vectors.mT.to(start.dtype) @ basis.rows
+    if basis.differentiable:
+        # The derivative of a simple eigenvalue is v · dA v (Hellmann 1937, Feynman 1939), which is
+        # that of the Rayleigh quotient at a fixed eigenvector v.
+        values = operator.quadratic_forms(from_rows(rows, operator.like))
+    return _low_rank(operator, values, rows, bounds)
 
 
 class _Basis:
@@ -126,7 +139,7 @@ class _Basis:
         self.projected = start.new_zeros((capacity, capacity), dtype=wide_dtype(start))
         self.following, self.beta = start / start.norm(), start.new_zeros(())
         self.scale = start.new_zeros((), dtype=wide_dtype(start))
-        self.invariant = False
+        self.invariant, self.differentiable = False, False
 
     @property
     def rows(self) -> Tensor:
@@ -140,6 +153,8 @@ class _Basis:
             self.buffer[j] = v
             self.count += 1
             w = treemath.ravel(self.operator @ treemath.unravel(v, self.operator.like)).to(v.dtype)
+            self.differentiable = self.differentiable or w.requires_grad
+            w = w.detach()
             self.products += 1
             inner = self.rows @ w
             self.projected[: j + 1, j] = self.projected[j, : j + 1] = wide(inner)
@@ -158,7 +173,7 @@ class _Basis:
 
     def ritz(self) -> tuple[Tensor, Tensor, Tensor]:
         """The eigenvalues, the eigenvectors as columns, and the error bounds of the projection."""
-        values, vectors = torch.linalg.eigh(self.projected[: self.count, : self.count])
+        values, vectors = finite_eigh(self.projected[: self.count, : self.count])
         reach = torch.zeros_like(self.beta) if self.invariant else self.beta
         return values, vectors, (reach * vectors[-1]).abs()
 

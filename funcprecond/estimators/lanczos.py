@@ -18,7 +18,7 @@ from funcprecond.operators.operator import Operator
 from funcprecond.tracing import is_eager
 from funcprecond.tree import state
 
-__all__ = ["Krylov", "lanczos"]
+__all__ = ["Krylov", "finite_eigh", "lanczos"]
 
 
 @state
@@ -52,7 +52,7 @@ class Krylov:
             The eigenvalues, (m,); the eigenvectors, as the columns of (m, m); and the error bounds
             ``beta_m |last entry of the eigenvector|``, (m,).
         """
-        values, vectors = torch.linalg.eigh(self.tridiagonal())
+        values, vectors = finite_eigh(self.tridiagonal())
         return values, vectors, (self.beta[-1] * vectors[-1]).abs()
 
 
@@ -71,7 +71,8 @@ def lanczos(
 
     Returns:
         A :class:`Krylov` space. In eager mode the iteration ends as soon as the space is invariant,
-        with fewer than m vectors; under a transform or a compiler it always takes m steps.
+        with fewer than m vectors, and the space has no derivatives, even if the operator's data
+        require them; under a transform or a compiler it always takes m steps.
     """
     plain = is_eager((start, operator.like))
     v = start / start.norm()
@@ -94,6 +95,7 @@ def lanczos(
             rows = buffer[: i + 1]
         vector = treemath.cast(treemath.unravel(v, operator.like), operator.like)
         w = treemath.ravel(operator.matvec(vector)).to(v.dtype)
+        w = w.detach() if plain else w
         alpha = wide(w.dot(v))
         # w is a new tensor, so in eager mode it may be overwritten.
         own = plain and not w.requires_grad
@@ -121,6 +123,21 @@ def lanczos(
         if plain and not bool(alive):
             break
     return Krylov(rows, torch.stack(alphas), torch.stack(betas), v)
+
+
+def finite_eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """The eigenvalues and eigenvectors of a projection.
+
+    Raises:
+        ValueError: in eager mode, the matrix is not finite.
+    """
+    if is_eager(matrix) and not bool(torch.isfinite(matrix).all()):
+        msg = (
+            "a product of the operator with a vector has NaN or infinite entries, so that it has "
+            "no eigenvalues: check the parameters and the data; training may have diverged"
+        )
+        raise ValueError(msg)
+    return torch.linalg.eigh(matrix)
 
 
 def _without(w: Tensor, rows: Tensor) -> Tensor:

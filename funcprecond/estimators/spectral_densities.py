@@ -5,9 +5,11 @@ import math
 import torch
 from torch import Tensor
 
+from funcprecond.estimators.eigenpairs import ADVICE
 from funcprecond.estimators.lanczos import lanczos
 from funcprecond.linalg import random
 from funcprecond.operators.operator import Operator
+from funcprecond.operators.solve import require_symmetric
 from funcprecond.tree import state
 
 __all__ = ["SpectralDensity", "spectral_density"]
@@ -32,16 +34,27 @@ class SpectralDensity:
 
         Args:
             grid: the points, of any shape.
-            width: the standard deviation of the Gaussian that replaces each node; 1 % of the range
-                of the nodes by default.
+            width: the standard deviation of the Gaussian that replaces each node, positive; by
+                default 1 % of the range of the nodes, or of the largest magnitude of a node if all
+                are equal up to rounding, or 0.01 if all are zero.
 
         Returns:
             A tensor shaped like ``grid``.
+
+        Raises:
+            ValueError: ``width`` is a number that is not positive.
         """
         if width is None:
-            width = 0.01 * (self.nodes.max() - self.nodes.min())
+            largest = self.nodes.abs().max()
+            extent = self.nodes.max() - self.nodes.min()
+            # The nodes are computed in float64 from products that may have been float32.
+            equal = extent <= 1e-5 * largest
+            extent = torch.where(equal, torch.where(largest > 0, largest, 1.0), extent)
+            width = 0.01 * extent
+        if not isinstance(width, Tensor) and not width > 0:
+            msg = f"width must be positive, not {width!r}"
+            raise ValueError(msg)
         width = torch.as_tensor(width, dtype=self.nodes.dtype, device=self.nodes.device)
-        width = width.clamp_min(torch.finfo(self.nodes.dtype).tiny)
         distance = (grid.to(self.nodes).unsqueeze(-1) - self.nodes.reshape(-1)) / width
         bells = torch.exp(-0.5 * distance**2) / (width * math.sqrt(2 * math.pi))
         return (bells * self.weights.reshape(-1)).sum(-1) / self.nodes.shape[0]
@@ -88,10 +101,12 @@ def spectral_density(
         vectors: the probes, (probes, P).
 
     Returns:
-        A :class:`funcprecond.SpectralDensity`. Costs ``steps`` products per probe.
+        A :class:`funcprecond.SpectralDensity`, which in eager mode has no derivatives, even if the
+        operator's data require them. Costs ``steps`` products per probe.
 
     Raises:
-        ValueError: ``generator`` and ``vectors`` are both None.
+        TypeError: A is not symmetric.
+        ValueError: ``generator`` and ``vectors`` are both None, or a product is not finite.
 
     Example:
         >>> import torch, funcprecond as fp
@@ -102,6 +117,7 @@ def spectral_density(
         >>> density.nodes.shape
         torch.Size([2, 3])
     """
+    require_symmetric(operator, "spectral_density()", ADVICE)
     dtype = operator.flat_options["dtype"] if vectors is None else vectors.dtype
     if vectors is None:
         signs = {**operator.flat_options, "dtype": torch.int8}

@@ -16,6 +16,7 @@ from funcprecond.linalg.precision import wide
 from funcprecond.linalg.solution import Solution
 from funcprecond.operators.low_rank import LowRank
 from funcprecond.operators.operator import Operator
+from funcprecond.operators.solve import require_symmetric
 from funcprecond.operators.vector_stacks import stack
 from funcprecond.tree import Params
 
@@ -46,6 +47,7 @@ def nystrom(
         A :class:`funcprecond.LowRank` with r nonnegative values. Costs r products.
 
     Raises:
+        TypeError: A is not symmetric.
         ValueError: ``rank`` is not between 1 and P, or ``generator`` and ``probes`` are both None.
 
     Example:
@@ -56,6 +58,7 @@ def nystrom(
         >>> torch.allclose(sketch.to_dense(), a.to_dense(), atol=1e-4)
         True
     """
+    require_symmetric(operator, "nystrom()", "sketch one factor at a time")
     if not 1 <= rank <= operator.size:
         msg = f"rank must be between 1 and {operator.size}, the number of parameters, not {rank}"
         raise ValueError(msg)
