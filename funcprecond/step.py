@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from funcprecond import tree
+from funcprecond.autodiff.evaluation import Evaluation
 from funcprecond.evidence import Evidence, MissingEvidence, Noise, observe
 from funcprecond.need import is_mark
 from funcprecond.problems import Problem
@@ -32,7 +33,7 @@ def make_step(
         opt: the method. It includes the learning rate, unless ``rate`` is given.
         rate: the learning rate, see :func:`funcprecond.apply`.
         compile: whether to compile the step with ``torch.compile``, as a full graph and once for
-            each distinct set of needs.
+            each distinct set of needs and each shape of a batch.
         donate: whether to write the results into the tensors of ``params`` and ``state`` that were
             passed in, and return these tensors. This avoids the allocation of new memory, which
             takes most of the time of an element-wise method. It is the only exception to purity:
@@ -71,7 +72,17 @@ def make_step(
         del evidence
         return apply(params, direction, rate), state, seen
 
-    run = _driver(body, compile, donate, (problem.params, problem.buffers))
+    def prepare(
+        params: Params, state: Any, needs: tuple, batch: Any, noise: Noise, buffers: Buffers
+    ):
+        # A compiled run cannot compare values, so the examples are found beforehand.
+        if any(n.layers for n in needs):
+            seen = Evaluation(
+                problem, params, batch, buffers=buffers, masks=noise.masks, layers=True
+            )
+            _ = seen.examples
+
+    run = _driver(body, compile, donate, (problem.params, problem.buffers), prepare)
 
     def step(
         params: Params,
@@ -138,8 +149,17 @@ def make_update(
     return update
 
 
-def _driver(body: Callable, compile: bool, donate: bool, owned: Any) -> Callable:
-    """Return ``body``, or a function that compiles it once for each distinct set of needs."""
+def _driver(
+    body: Callable, compile: bool, donate: bool, owned: Any, prepare: Callable | None = None
+) -> Callable:
+    """Return ``body``, or a function that compiles it for each set of needs and shapes of inputs.
+
+    Args:
+        body: ``(params, state, needs, *inputs) -> (params, state, ...)``.
+        compile, donate: see :func:`make_step`.
+        owned: tensors that must not be donated.
+        prepare: is called with the arguments of ``body`` before it is compiled.
+    """
     if donate and not compile:
         msg = "donate=True requires compile=True: only a compiled step writes over its arguments"
         raise ValueError(msg)
@@ -148,7 +168,12 @@ def _driver(body: Callable, compile: bool, donate: bool, owned: Any) -> Callable
     compiled: dict[tuple, Callable] = {}
 
     def run(params: Params, state: Any, needs: tuple, *inputs: Any):
-        if needs not in compiled:
+        # A function may be compiled a few times only, so that batches of each shape have their own.
+        shapes = (x.shape for x in tree.leaves(inputs) if isinstance(x, Tensor))
+        key = (needs, *shapes)
+        if key not in compiled:
+            if prepare is not None:
+                prepare(params, state, needs, *inputs)
             if donate:
                 _check_donation((params, state), (owned, inputs))
 
@@ -160,8 +185,8 @@ def _driver(body: Callable, compile: bool, donate: bool, owned: Any) -> Callable
                 rest = [tree.map(torch.clone, x) for x in rest]
                 return *tree.write_over((params, state), (new_params, new_state)), *rest
 
-            compiled[needs] = _compiled(whole)
-        return compiled[needs](params, state, *inputs)
+            compiled[key] = _compiled(whole)
+        return compiled[key](params, state, *inputs)
 
     return run
 

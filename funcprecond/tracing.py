@@ -47,6 +47,17 @@ def is_eager(tensors: Any) -> bool:
     return not torch.is_grad_enabled() or not _requires_grad(tensors)
 
 
+def is_differentiated(tensors: Any) -> bool:
+    """Whether somebody may ask for derivatives of a call: a transform, forward mode or autograd.
+
+    Args:
+        tensors: a tree of all arguments of the call.
+    """
+    if in_transform() or forward_ad._current_level >= 0:
+        return True
+    return torch.is_grad_enabled() and _requires_grad(tensors)
+
+
 def multi_tensor(*values: Iterable[Any]) -> bool:
     """Whether torch's multi-tensor operations may take ``values`` and change results in place.
 

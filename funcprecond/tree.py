@@ -10,6 +10,7 @@ import dataclasses
 from collections.abc import Iterable
 from typing import Any, TypeVar, dataclass_transform
 
+import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
@@ -245,9 +246,16 @@ def write_over(old: T, new: T) -> T:
     )
     if not alike:
         return new
-    # All values are cloned before any tensor is written into, because one may be a view of another.
-    pairs = [(a, b if a is b else b.clone()) for a, b in zip(ours, theirs, strict=True)]
+    # All values are copied before any tensor is written into, because one may be a view of another.
+    pairs = [(a, b if a is b else _copied(b)) for a, b in zip(ours, theirs, strict=True)]
     return unflatten([a.copy_(b) if a.ndim and a is not b else b for a, b in pairs], structure)
+
+
+def _copied(x: Tensor) -> Tensor:
+    if torch.compiler.is_compiling():
+        # Torch's compiler drops a clone, and reads the argument after something was written there.
+        return torch.where(x.new_ones((), dtype=torch.bool), x, 0)
+    return x.clone()
 
 
 def _path(keys: Any) -> str:

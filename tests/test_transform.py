@@ -2,6 +2,8 @@ import functools
 
 import pytest
 import torch
+from torch import nn
+from torch._dynamo.utils import counters
 
 import funcprecond as fp
 from funcprecond.linalg import treemath
@@ -225,7 +227,7 @@ def test_a_donated_step_is_the_pure_one_bit_for_bit_in_the_same_tensors(backend)
 @pytest.mark.compile
 @pytest.mark.parametrize(
     ("backend", "build"),
-    [("inductor", fp.shampoo), ("aot_eager", fp.kfac), ("aot_eager", fp.lbfgs)],
+    [("inductor", fp.shampoo), ("aot_eager", fp.kfac), ("inductor", fp.lbfgs)],
     indirect=["backend"],
 )
 def test_intervals_layers_and_old_parameters_in_the_state_can_be_donated(build, backend):
@@ -241,6 +243,36 @@ def test_intervals_layers_and_old_parameters_in_the_state_can_be_donated(build, 
             params, state, _ = step(params, state, toy.at(t), t, noise)
         ends.append((params, state))
     assert_same(*ends)
+
+
+@pytest.mark.compile
+@pytest.mark.parametrize("backend", ["aot_eager"], indirect=True)
+def test_batches_of_any_number_of_sizes_are_compiled(backend):
+    toy = problems.mlp()
+    opt = fp.chain(fp.sgd(), fp.scale(0.1))
+    step = fp.make_step(toy.problem, opt, compile=True)
+    for n in range(2, 13):
+        batch = problems.labelled(n, 3, 3, 0)
+        found, _, _ = step(toy.params, opt.init(toy.params), batch, 0)
+        grads = fp.observe(toy.problem, toy.params, batch).grads
+        assert_close(found, {k: p - 0.1 * grads[k] for k, p in toy.params.items()}, rtol=1e-9)
+
+
+@pytest.mark.compile
+@pytest.mark.parametrize("backend", ["aot_eager"], indirect=True)
+def test_a_step_with_new_buffers_each_time_has_one_graph(backend):
+    """Identities of buffers must not be guarded on, nor what is remembered about the examples."""
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Tanh(), nn.Linear(4, 3))
+    problem = fp.problem(problems.initialised(model), fp.losses.cross_entropy)
+    opt = fp.chain(fp.kflr(), fp.scale(0.1))
+    step = fp.make_step(problem, opt, compile=True)
+    counters.clear()
+    params, state, buffers = problem.params, opt.init(problem.params), problem.buffers
+    for t in range(5):
+        params, state, seen = step(params, state, problems.mlp().at(t), t, buffers=buffers)
+        buffers = seen.buffers
+    # The first step of K-FAC has a graph of its own.
+    assert counters["stats"]["unique_graphs"] == 2
 
 
 @pytest.mark.compile

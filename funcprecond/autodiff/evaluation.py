@@ -27,7 +27,7 @@ from funcprecond.autodiff.examples import Examples, find
 from funcprecond.autodiff.function_run import ForwardRun, FunctionRun
 from funcprecond.autodiff.graph_run import GraphRun
 from funcprecond.autodiff.missing_derivatives import explained
-from funcprecond.autodiff.once import opened_once
+from funcprecond.autodiff.once import opened_once, renamed
 from funcprecond.autodiff.recorder import Recorder
 from funcprecond.autodiff.single_examples import pull_each
 from funcprecond.layers.blocks import complete_blocks
@@ -113,11 +113,12 @@ class Evaluation:
         eager = is_eager((params, self._buffers, batch))
         self._twice = twice or not eager
         if not eager:
-            # New views of the batch: the recorder compares identities of tensors, and a compiler
-            # would guard on the identity of the batch.
+            # New views of the batch and the buffers: the recorder compares identities of tensors,
+            # and a compiler would guard on these.
             self.inputs = tree.map(
                 lambda x: x.view_as(x) if isinstance(x, Tensor) else x, self.inputs
             )
+            self._buffers = renamed(self._buffers)
         differentiated = GraphRun if eager else FunctionRun
         self._run: Any = (ForwardRun if forward_only else differentiated)(self)
 

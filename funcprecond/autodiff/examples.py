@@ -114,7 +114,8 @@ def find(evaluation: Any) -> Examples:
     if key in problem.remembered:
         return problem.remembered[key]
     found, is_certain = _find(evaluation)
-    if is_certain:
+    # A compiled run only reads what is remembered: it would be compiled again after each change.
+    if is_certain and not torch.compiler.is_compiling():
         if len(problem.remembered) >= REMEMBERED:
             problem.remembered.clear()
         problem.remembered[key] = found

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from funcprecond.linalg.differentiable import power
 from funcprecond.tracing import multi_tensor
 
 __all__ = ["one_by_one", "quotient", "together"]
@@ -44,7 +45,11 @@ def together(
     torch._foreach_reciprocal_(d)
     torch._foreach_mul_(d, m)
     if p and weight_decay is not None:
-        torch._foreach_add_(d, p, alpha=weight_decay)
+        if torch.compiler.is_compiling():
+            # Where p is a matrix product, torch's compiler fuses the sum into it and loses alpha.
+            torch._foreach_add_(d, torch._foreach_mul(p, weight_decay))
+        else:
+            torch._foreach_add_(d, p, alpha=weight_decay)
     return m, v, d
 
 
@@ -76,7 +81,7 @@ def one_by_one(
 
 def quotient(m: Tensor, v: Tensor, damping: float | Tensor, factor: Tensor) -> Tensor:
     """``m / (sqrt(v) + damping) * factor``, with a 0-d ``factor``."""
-    d = v.sqrt()
     if isinstance(damping, Tensor) or not multi_tensor((m, v, factor)):
-        return m / (d + damping) * factor
+        return m / (power(v, 0.5) + damping) * factor
+    d = v.sqrt()
     return torch.div(m, d.add_(damping), out=d).mul_(factor)

@@ -2,7 +2,7 @@
 
 SOAP, KL-Shampoo and SPlus keep one orthogonal basis per axis of a parameter. A decomposition finds
 it (:func:`eigenvectors`), or one QR decomposition per refresh follows it (:func:`orthogonal_step`).
-Derivatives treat bases as constants.
+Both can be differentiated.
 """
 
 from collections.abc import Callable
@@ -13,7 +13,9 @@ from torch.nn.functional import pad
 
 from funcprecond.linalg.axes import multiply
 from funcprecond.linalg.batching import by_shape
+from funcprecond.linalg.eigh import separated_eigh
 from funcprecond.linalg.precision import decomposition_dtype
+from funcprecond.tracing import is_differentiated
 
 __all__ = ["eigenvectors", "identities", "orthogonal_step", "rotate", "rotate_back"]
 
@@ -38,21 +40,20 @@ def eigenvectors(matrices: Tensor, previous: Tensor) -> Tensor:
         previous: the result where a matrix is zero or not finite.
     """
     dtype = decomposition_dtype(matrices)
-    a = matrices.detach()
-    rounding = NULL * torch.finfo(a.dtype).eps
-    a = (a + a.mT).to(dtype) / 2
+    rounding = NULL * torch.finfo(matrices.dtype).eps
+    a = (matrices + matrices.mT).to(dtype) / 2
     scale = a.diagonal(dim1=-2, dim2=-1).amax(-1)
     ok = torch.isfinite(a).all(-1).all(-1) & (scale > 0)
     ok, scale = ok[..., None, None], torch.where(ok, scale, 1.0)[..., None, None]
     eye = torch.eye(a.shape[-1], dtype=dtype, device=a.device)
     a = torch.where(ok, a / scale, eye)
-    values, vectors = torch.linalg.eigh(a)
+    values, vectors = separated_eigh(a, rounding)
     null = vectors * (values <= rounding * values[..., -1:]).to(dtype).unsqueeze(-2)
     null = null @ null.mT
     ramp = torch.linspace(1, 2, a.shape[-1], dtype=dtype, device=a.device)
     # Eigenvalues of the range are positive; those of the null space are now distinct, in [-2, -1].
     seen = a - null @ a @ null
-    _, vectors = torch.linalg.eigh(seen - (null * ramp.unsqueeze(-2)) @ null)
+    _, vectors = separated_eigh(seen - (null * ramp.unsqueeze(-2)) @ null, rounding)
     # LAPACK stores matrices by columns; a state whose strides change would be compiled again.
     return torch.where(ok, vectors.flip(-1).to(matrices.dtype), previous).contiguous()
 
@@ -75,7 +76,7 @@ def orthogonal_step(
         The new bases. Each column has the place and the orientation of the old column that it comes
         from: the diagonal of the triangular factor is positive.
     """
-    s, q = matrices.detach(), bases.detach()
+    s, q = matrices, bases
     product = s @ q
     estimates = (q * product).sum(-2)
     # This is not finite if any entry of the matrix is not.
@@ -97,6 +98,9 @@ def _columns(x: Tensor, places: Tensor) -> Tensor:
 
 def _qr(x: Tensor) -> tuple[Tensor, Tensor]:
     """The orthogonal factor of a QR decomposition, and the diagonal of the triangular factor."""
+    if is_differentiated(x):
+        q, triangle = torch.linalg.qr(x)
+        return q, triangle.diagonal(dim1=-2, dim2=-1)
     n = x.shape[-1]
     # LAPACK goes along the rows of a matrix that is stored by columns. If the columns' length is a
     # multiple of 512, the entries of a row share few lines of the cache. Rows of zeros at the end

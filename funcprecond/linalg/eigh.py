@@ -1,12 +1,16 @@
-"""Eigendecompositions of symmetric matrices, with a second attempt for difficult ones."""
+"""Eigendecompositions of symmetric matrices: of difficult ones, and with finite derivatives."""
+
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import Function
 
 from funcprecond.linalg.batching import by_shape
 from funcprecond.linalg.precision import wide, wide_dtype
+from funcprecond.tracing import is_differentiated
 
-__all__ = ["eigenbases", "eigh", "thin_eigenbasis"]
+__all__ = ["eigenbases", "eigh", "separated_eigh", "thin_eigenbasis"]
 
 
 def eigh(a: Tensor) -> tuple[Tensor, Tensor, bool]:
@@ -24,6 +28,61 @@ def eigh(a: Tensor) -> tuple[Tensor, Tensor, bool]:
         return values.to(a.dtype), vectors.to(a.dtype), True
     except torch.linalg.LinAlgError:
         return torch.ones_like(a[..., 0]), torch.zeros_like(a), False
+
+
+def separated_eigh(a: Tensor, rounding: float) -> tuple[Tensor, Tensor]:
+    r"""The eigenvalues and eigenvectors of ``a``, with finite derivatives of the eigenvectors.
+
+    With :math:`M = V^T \dot A V`, the derivative of an eigenvector is
+
+    .. math:: \dot v_j = \sum_i v_i M_{ij} / (\lambda_j - \lambda_i)
+
+    Where two eigenvalues are equal, their eigenvectors are a choice and have no derivative. The sum
+    leaves such pairs out, so that what does not depend on the choice, such as the projection onto
+    an eigenspace, has the right derivative.
+
+    Args:
+        a: (..., n, n), symmetric.
+        rounding: eigenvalues count as equal up to this fraction of the largest magnitude.
+    """
+    if not is_differentiated(a):
+        return torch.linalg.eigh(a)
+    return _SeparatedEigh.apply(a, rounding)  # pyright: ignore[reportReturnType]
+
+
+class _SeparatedEigh(Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(a, rounding):
+        return torch.linalg.eigh(a)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs, output):
+        ctx.save_for_backward(*output)
+        ctx.save_for_forward(*output)
+        ctx.rounding = inputs[1]
+
+    @staticmethod
+    def backward(ctx: Any, g_values, g_vectors):
+        values, vectors = ctx.saved_tensors
+        inner = _inverse_gaps(values, ctx.rounding) * (vectors.mT @ g_vectors)
+        inner = (inner + inner.mT) / 2 + torch.diag_embed(g_values)
+        return vectors @ inner @ vectors.mT, None
+
+    @staticmethod
+    def jvp(ctx: Any, a, _):
+        values, vectors = ctx.saved_tensors
+        inner = vectors.mT @ ((a + a.mT) / 2) @ vectors
+        turned = vectors @ (_inverse_gaps(values, ctx.rounding) * inner)
+        return inner.diagonal(dim1=-2, dim2=-1).clone(), turned
+
+
+def _inverse_gaps(values: Tensor, rounding: float) -> Tensor:
+    """``1 / (l_j - l_i)`` in entry (i, j), or zero where the two are equal up to rounding."""
+    gaps = values.unsqueeze(-2) - values.unsqueeze(-1)
+    equal = gaps.abs() <= rounding * values.abs().amax(-1)[..., None, None]
+    return torch.where(equal, 0.0, 1 / torch.where(equal, 1.0, gaps))
 
 
 def eigenbases(factors: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

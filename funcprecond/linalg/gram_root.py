@@ -3,9 +3,13 @@
 import torch
 from torch import Tensor
 
+from funcprecond.linalg.eigh import separated_eigh
 from funcprecond.linalg.precision import decomposition_dtype
 
 __all__ = ["inverse_root_coefficients"]
+
+# Eigenvalues that differ by this many machine epsilons times the largest one count as equal.
+ROUNDING = 10
 
 
 def inverse_root_coefficients(
@@ -36,7 +40,7 @@ def inverse_root_coefficients(
     eye = torch.eye(a.shape[-1], dtype=dtype, device=a.device)
     scale = torch.where(ok, scale, 1.0).unsqueeze(-1)
     a = torch.where(ok[..., None, None], a / scale.unsqueeze(-1), eye)
-    squares, vectors = torch.linalg.eigh(a)
+    squares, vectors = separated_eigh(a, ROUNDING * torch.finfo(dtype).eps)
     kept = squares > epsilon * squares[..., -1:]
     squares = torch.where(kept, squares, 1.0) * scale
     f = 1 / (squares.sqrt() + damping)

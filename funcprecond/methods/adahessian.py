@@ -10,6 +10,7 @@ from funcprecond.curvature.hessian import HessianProbes
 from funcprecond.evidence import Evidence, required
 from funcprecond.linalg import treemath
 from funcprecond.linalg.block_mean import Block, block_mean
+from funcprecond.linalg.differentiable import power as raised
 from funcprecond.linalg.precision import wide
 from funcprecond.methods.card import card
 from funcprecond.need import Every, Need
@@ -113,7 +114,7 @@ def adahessian(
         # In float64: torch takes a power of an integer tensor in its default dtype.
         correct1, correct2 = 1 - b1 ** wide(step), 1 - b2 ** wide(measured)
         direction = {
-            k: ((m[k] / correct1) / ((v[k] / correct2) ** (power / 2) + damping)).to(g.dtype)
+            k: ((m[k] / correct1) / (raised(v[k] / correct2, power / 2) + damping)).to(g.dtype)
             for k, g in grads.items()
         }
         return AdaHessianState(m, v, step, measured), direction

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from funcprecond.evidence import Evidence, required
 from funcprecond.linalg import adam_step, treemath
+from funcprecond.linalg.differentiable import power
 from funcprecond.linalg.precision import wide
 from funcprecond.methods.card import card
 from funcprecond.tracing import multi_tensor
@@ -133,7 +134,7 @@ def _adam(betas, damping, weight_decay) -> Transform:
         else:
             m = [b1 * m_ + (1 - b1) * g_ for m_, g_ in zip(m, g, strict=True)]
             v = [b2 * v_ + (1 - b2) * g_ * g_ for v_, g_ in zip(v, g, strict=True)]
-            d = [m_ / (ratio * v_.sqrt() + shift) for m_, v_ in zip(m, v, strict=True)]
+            d = [m_ / (ratio * power(v_, 0.5) + shift) for m_, v_ in zip(m, v, strict=True)]
             if p and weight_decay is not None:
                 d = [d_ + weight_decay * p_ for d_, p_ in zip(d, p, strict=True)]
         new = AdamState(dict(zip(names, m, strict=True)), dict(zip(names, v, strict=True)), step)

@@ -9,6 +9,7 @@ from torch import Tensor
 from funcprecond.evidence import Evidence
 from funcprecond.linalg.axes import multiply
 from funcprecond.linalg.batching import by_shape
+from funcprecond.linalg.differentiable import cholesky_inverse
 from funcprecond.linalg.precision import factor_dtype
 from funcprecond.need import Need
 from funcprecond.representation.tensor_normal import Factors, TensorNormal, long_axes
@@ -63,7 +64,7 @@ class AxisInverse:
             symmetric = (u + u.mT) / 2 + (self.damping * eye).to(u.dtype)
             factor, info = torch.linalg.cholesky_ex(torch.where(ok, symmetric, eye))
             ok = ok & (info == 0)[..., None, None]
-            inverse = torch.cholesky_inverse(torch.where(ok, factor, eye))
+            inverse = cholesky_inverse(torch.where(ok, factor, eye))
             return torch.where(ok, inverse, old).contiguous()
 
         factors = representation.factors()

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from funcprecond.evidence import Evidence
 from funcprecond.linalg.batching import by_shape
+from funcprecond.linalg.differentiable import cholesky_inverse
 from funcprecond.linalg.gram import is_thin
 from funcprecond.need import Need
 from funcprecond.representation.kronecker_io import KroneckerIO
@@ -171,7 +172,7 @@ class Cholesky:
         )
         if is_thin(rows):
             return torch.linalg.solve_triangular(lower, rows, upper=False)
-        return torch.cholesky_inverse(lower) if self.invert else lower
+        return cholesky_inverse(lower) if self.invert else lower
 
     def _solve(self, factor: Tensor, ridge: Tensor, x: Tensor) -> Tensor:
         """``x (damped factor)^-1`` for a matrix x."""

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from funcprecond.evidence import Evidence
+from funcprecond.linalg.differentiable import power
 from funcprecond.need import Need
 from funcprecond.representation.diagonal import Diagonal
 from funcprecond.tracing import multi_tensor
@@ -55,7 +56,7 @@ class Divide:
         if multi_tensor(new.values()):
             # These tensors are new, so they are changed in place instead of copied twice.
             return {k: d.abs_().pow_(self.power) for k, d in new.items()}
-        return {k: d.abs() ** self.power for k, d in new.items()}
+        return {k: power(d.abs(), self.power) for k, d in new.items()}
 
     def apply(self, factor: Params, grads: Params, evidence: Evidence | None = None) -> Params:
         """Divide the gradient.

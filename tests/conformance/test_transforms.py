@@ -4,12 +4,14 @@ import functools
 
 import pytest
 import torch
+from torch import nn
 from torch._dynamo.utils import counters
 from torch.utils._pytree import tree_map
 
 import funcprecond as fp
+from funcprecond.methods.card import CARDS
 from tests import problems
-from tests.conformance.methods import every_method, intervals, line, trained
+from tests.conformance.methods import build, every_method, intervals, line, trained
 from tests.equality import assert_close
 from tests.problems import seeded
 
@@ -67,3 +69,59 @@ def test_a_compiled_step_has_one_graph_a_set_of_needs_and_equals_eager(name, mon
     learns = line(name).learns_layers
     distinct = {(opt.needs(t), learns and t == 0) for t in range(steps)}
     assert counters["stats"]["unique_graphs"] == len(distinct)
+
+
+def network():
+    """Norm layers with buffers, attention, and products of every layout, for three classes."""
+    model = nn.Sequential(
+        nn.Linear(3, 6),
+        nn.BatchNorm1d(6),
+        nn.Unflatten(1, (3, 2)),
+        nn.TransformerEncoderLayer(2, 1, 3, 0.0, batch_first=True),
+        nn.Flatten(),
+        nn.Linear(6, 3),
+    )
+    problem = fp.problem(problems.initialised(model), fp.losses.cross_entropy)
+    return problems.Toy(problem, problems.mlp().batches)
+
+
+def compiled_by_inductor(name, toy, steps):
+    """The results of eager and of donated, compiled training, with all that a user chains."""
+    method = build(name, **({"every": 2, "refresh_every": 2} if CARDS[name].has_intervals else {}))
+    opt = fp.chain(method, fp.weight_decay(0.1), fp.momentum(0.9))
+    ends = []
+    for options in ({}, {"compile": True, "donate": True}):
+        step = fp.make_step(toy.problem, opt, rate=0.05, **options)
+        params, buffers = tree_map(torch.clone, (toy.params, toy.problem.buffers))
+        state = opt.init(params)
+        for t in range(steps):
+            noise = fp.draw(toy.problem, params, toy.at(t), opt.needs(t), generator=seeded(t))
+            params, state, evidence = step(params, state, toy.at(t), t, noise, buffers)
+            buffers = evidence.buffers
+        ends.append((params, state, buffers))
+    return ends
+
+
+QUICK = ("sgd", "adamw", "lbfgs")
+by_inductor = pytest.mark.parametrize(
+    "name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in CARDS]
+)
+
+
+@pytest.mark.compile
+@by_inductor
+def test_a_step_compiled_by_inductor_equals_the_eager_one(name):
+    """Its fusions have lost factors of sums, and copies of what is written over."""
+    torch._dynamo.reset()
+    eager, compiled = compiled_by_inductor(name, problems.mlp(), 3)
+    assert_close(compiled, eager, rtol=1e-7)
+
+
+@pytest.mark.slow
+@pytest.mark.compile
+@every_method
+def test_a_network_with_buffers_and_attention_compiles(name):
+    torch._dynamo.reset()
+    counters.clear()
+    eager, compiled = compiled_by_inductor(name, network(), 4)
+    assert_close(compiled, eager, rtol=1e-7)

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from funcprecond.autodiff.rules.backward import asked
+from funcprecond.autodiff.rules.norms import NORMS
 from funcprecond.tracing import is_traced
 
 __all__ = ["layer_norm"]
@@ -25,12 +26,12 @@ def layer_norm(
     bias: Tensor | None = None,
     eps: float = 1e-5,
 ) -> Tensor:
-    """Compute ``F.layer_norm``, with torch's own derivatives if it is traced.
+    """Compute ``F.layer_norm``.
 
-    The result can be differentiated twice, but not three times.
+    The result can be differentiated twice, and three times if it is traced.
     """
     if is_traced():
-        return F.layer_norm(input, normalized_shape, weight, bias, eps)
+        return NORMS[F.layer_norm](input, normalized_shape, weight, bias, eps)
     out, _ = _Normalized.apply(input, list(normalized_shape), eps)  # pyright: ignore
     out = out if weight is None else out * weight
     return out if bias is None else out + bias

@@ -19,16 +19,24 @@ from funcprecond.autodiff.rules.gelu import gelu
 from funcprecond.autodiff.rules.layer_norm import layer_norm
 from funcprecond.autodiff.rules.linear import linear
 from funcprecond.autodiff.rules.max_pool import max_pool2d
+from funcprecond.autodiff.rules.norms import NORMS
 from funcprecond.autodiff.rules.relu import relu
 from funcprecond.autodiff.rules.weight_norm import weight_norm
+from funcprecond.tracing import is_traced
 
 __all__ = ["RULES", "DifferentiatedTwice", "replaced"]
+
+
+def _if_traced(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    return (NORMS[function] if is_traced() else function)(*args, **kwargs)
+
 
 _AFFINE: dict[Callable[..., Any], Callable[..., Any]] = {
     F.linear: linear,
     **{f: functools.partial(convolve, f) for f in (F.conv1d, F.conv2d, F.conv3d)},
 }
 RULES: dict[Callable[..., Any], Callable[..., Any]] = {
+    **{f: functools.partial(_if_traced, f) for f in NORMS},
     **_AFFINE,
     **dict.fromkeys((F.relu, torch.relu, torch.Tensor.relu), relu),
     F.gelu: gelu,
@@ -49,6 +57,10 @@ def replaced(function: Callable[..., Any], spared: Spared | None = None) -> Call
         A function of the same arguments. It is ``function`` itself if the table has no other, or
         under autocast, which chooses dtypes by torch's functions.
     """
+    # This method calls super(), which torch's compiler cannot trace inside of a mode. It is not in
+    # the table, because the compiler does not find it there.
+    if function is torch.Tensor.unflatten:
+        return torch.ops.aten.unflatten.int
     if function not in RULES:
         return function
     if torch._C._is_any_autocast_enabled() and function is not torch._weight_norm:
