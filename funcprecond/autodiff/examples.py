@@ -181,10 +181,9 @@ def _hypotheses(evaluation: Any) -> Iterator[tuple[int, tuple[int | None, ...]]]
         return
     tensors = [x for x in inputs if isinstance(x, Tensor)]
     output = next(x for x in floating(evaluation.outputs) if x.ndim)
-    # By convention axis 0 of the outputs counts them. Otherwise axis 1 may, or axis 0 has the
-    # positions of all examples.
-    counts = [*output.shape[:2]]
-    counts += [n for axis in (0, 1) for x in tensors for n in x.shape[axis : axis + 1]]
+    # By convention axis 0 of the outputs counts them, or axis 0 of the inputs, where the outputs
+    # have the positions of all examples on one axis. Otherwise axis 1 may.
+    counts = [n for axis in (0, 1) for x in (output, *tensors) for n in x.shape[axis : axis + 1]]
     for count in dict.fromkeys(n for n in counts if n and output.shape[:2].numel() % n == 0):
         choices = [
             [axis for axis, n in enumerate(x.shape) if n == count] + [None]
