@@ -5,6 +5,7 @@ from typing import Any
 
 from torch import Tensor
 
+from funcprecond.checks import checked
 from funcprecond.curvature.gradient import BatchGradient, OuterProduct
 from funcprecond.evidence import Evidence, required
 from funcprecond.linalg import treemath
@@ -41,6 +42,7 @@ class Composed:
     mean: Params
 
 
+@checked
 def compose(
     curvature: Need,
     representation: type[Representation],

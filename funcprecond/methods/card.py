@@ -5,6 +5,7 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
+from funcprecond.checks import checked
 from funcprecond.transform import Transform
 
 __all__ = ["CARDS", "Card", "card"]
@@ -68,17 +69,19 @@ def card(
     """Decorate the builder of a method with its card.
 
     The decorator also writes the row of the table into the builder's docstring, after its first
-    line, so that ``help(fp.caspr)`` shows it.
+    line, so that ``help(fp.caspr)`` shows it, and checks the builder's numbers, see
+    :func:`funcprecond.checks.checked`.
 
     Args:
         title, curvature, representation, solver: the columns of the table, see :class:`Card`.
         learning_rate, carries_momentum, options, starred: see :class:`Card`.
 
     Returns:
-        A decorator that adds the card to :data:`CARDS` and returns the builder.
+        A decorator that adds the card to :data:`CARDS` and returns the checked builder.
     """
 
     def enter(build: Build) -> Build:
+        build = checked(build)
         CARDS[build.__name__] = Card(
             build.__name__,
             title,

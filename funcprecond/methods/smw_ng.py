@@ -73,9 +73,6 @@ def smw_ng(
         >>> import funcprecond as fp
         >>> opt = fp.chain(fp.smw_ng(damping=0.1), fp.scale(0.3))
     """
-    if not isinstance(damping, Tensor) and not damping > 0:
-        msg = f"damping must be positive, not {damping}: it is what makes the inverse exist"
-        raise ValueError(msg)
     at_least(1, factor=factor)
     need, objective = ExampleRows(labels, samples), Objective()
 

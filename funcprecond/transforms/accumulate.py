@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from funcprecond.checks import checked
 from funcprecond.curvature.batch_weight import BatchWeight
 from funcprecond.evidence import Evidence, MissingEvidence
 from funcprecond.linalg import treemath
@@ -32,6 +33,7 @@ class Accumulated:
     weight: Tensor
 
 
+@checked
 def accumulate(transform: Transform, steps: int) -> Transform:
     """Update a method once for ``steps`` successive batches, with the gradient of all of them.
 

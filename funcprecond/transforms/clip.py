@@ -2,6 +2,7 @@
 
 from torch import Tensor
 
+from funcprecond.checks import checked
 from funcprecond.linalg import treemath
 from funcprecond.transform import Transform, stateless
 from funcprecond.tree import Params
@@ -9,6 +10,7 @@ from funcprecond.tree import Params
 __all__ = ["clip_norm"]
 
 
+@checked
 def clip_norm(limit: float | Tensor) -> Transform:
     """Shrink the direction so that its Euclidean norm over all parameters is at most ``limit``.
 

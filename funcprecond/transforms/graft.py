@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from funcprecond.checks import checked
 from funcprecond.evidence import Evidence
 from funcprecond.linalg.precision import factor_dtype, wide_dtype
 from funcprecond.need import Every
@@ -29,6 +30,7 @@ class Grafted:
     magnitude: Any
 
 
+@checked
 def graft(direction: Transform, magnitude: Transform, *, start: int = 0) -> Transform:
     """Take the direction of each parameter from one method and its length from another.
 

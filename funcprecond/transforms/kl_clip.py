@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from funcprecond.checks import checked
 from funcprecond.evidence import Evidence
 from funcprecond.linalg import treemath
 from funcprecond.transform import Transform
@@ -26,6 +27,7 @@ class KLClipped:
     factor: Tensor
 
 
+@checked
 def kl_clip(inner: Transform, *, rate: float | Tensor, bound: float | Tensor = 1e-3) -> Transform:
     """Shrink a preconditioned direction so that a step changes the model by a bounded divergence.
 

@@ -2,6 +2,7 @@
 
 from torch import Tensor
 
+from funcprecond.checks import checked
 from funcprecond.linalg import treemath
 from funcprecond.transform import Transform, gradient_only
 from funcprecond.tree import Params
@@ -9,6 +10,7 @@ from funcprecond.tree import Params
 __all__ = ["momentum"]
 
 
+@checked
 def momentum(
     decay: float | Tensor = 0.9, *, nesterov: bool = False, average: bool = False
 ) -> Transform:

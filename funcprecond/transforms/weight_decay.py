@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 from torch import Tensor
 
+from funcprecond.checks import checked
 from funcprecond.evidence import Evidence, required
 from funcprecond.linalg import treemath
 from funcprecond.transform import Transform
@@ -12,6 +13,7 @@ from funcprecond.tree import Params
 __all__ = ["weight_decay"]
 
 
+@checked
 def weight_decay(
     coefficient: float | Tensor, *, mask: Callable[[str, Tensor], bool] | None = None
 ) -> Transform:

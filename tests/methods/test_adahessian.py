@@ -170,7 +170,7 @@ def test_it_says_what_is_missing_or_wrong():
         ({"block": {2: "rows"}}, "block"),
         ({"block": {2: 0}}, "block"),
         ({"every": 0}, "interval"),
-        ({"samples": 0}, "n must be"),
+        ({"samples": 0}, "samples must be"),
     ):
         with pytest.raises(ValueError, match=match):
             fp.adahessian(**options)
