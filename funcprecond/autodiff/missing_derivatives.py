@@ -26,6 +26,8 @@ _MISSING = re.compile(r"derivative for '?(?:aten::)?(\w+?)(_backward)?'? is not 
 # The error of a kernel without a rule for torch.func, such as that of CTC with lengths as tuples.
 _STORAGE = "Tensor that doesn't have storage"
 _OTHER = ("FlexAttention does not support", "cudnn RNN backward", "once_differentiable", _STORAGE)
+# The errors of a layer that writes into a buffer that all members of a vmapped ensemble share.
+_SHARED = re.compile("which will be updated in place, were not batched|vmap: inplace arithmetic")
 # The advice for a part of the operation's name, or of torch's message.
 _WAYS = {
     "cudnn": "run it within torch.backends.cudnn.flags(enabled=False)",
@@ -58,6 +60,8 @@ def explained(method: Method) -> Method:
         try:
             return method(subject, *args, **kwargs)
         except RuntimeError as error:
+            if _SHARED.search(str(error)) and in_transform():
+                raise RuntimeError(_of_buffers(error)) from error
             missing = _MISSING.search(str(error))
             known = missing is not None or any(part in str(error) for part in _OTHER)
             if not known or error.__cause__ is not None:
@@ -83,6 +87,15 @@ def _sentence(where: str, operation: str, message: str) -> str:
         f"{where} cannot be differentiated twice: {way}; or use a curvature that needs only "
         "gradients, fp.KroneckerFactored or fp.DiagonalGGN, with labels='empirical' if the "
         f"likelihood of the loss is not known (torch: {torchs})"
+    )
+
+
+def _of_buffers(error: BaseException) -> str:
+    where = _raised_in(error) or "the model"
+    return (
+        f"{where} writes into its buffers, which all members of the vmapped ensemble share: stack "
+        "one copy of problem.buffers for each member, and pass the stack through vmap as "
+        "step(params, state, batch, t, noise, buffers)"
     )
 
 

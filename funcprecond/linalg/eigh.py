@@ -51,8 +51,6 @@ def separated_eigh(a: Tensor, rounding: float) -> tuple[Tensor, Tensor]:
 
 
 class _SeparatedEigh(Function):
-    generate_vmap_rule = True
-
     @staticmethod
     def forward(a, rounding):
         return torch.linalg.eigh(a)
@@ -76,6 +74,10 @@ class _SeparatedEigh(Function):
         inner = vectors.mT @ ((a + a.mT) / 2) @ vectors
         turned = vectors @ (_inverse_gaps(values, ctx.rounding) * inner)
         return inner.diagonal(dim1=-2, dim2=-1).clone(), turned
+
+    @staticmethod
+    def vmap(info: Any, in_dims, a, rounding):
+        return _SeparatedEigh.apply(a.movedim(in_dims[0], 0), rounding), (0, 0)
 
 
 def _inverse_gaps(values: Tensor, rounding: float) -> Tensor:

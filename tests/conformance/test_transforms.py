@@ -55,6 +55,48 @@ def test_vmap_over_an_ensemble_equals_the_loop(name):
             assert_close(member((params, states, losses), i), (p, s, evidence.loss), rtol=1e-8)
 
 
+NETS = {
+    "LayerNorm": lambda: [nn.Linear(3, 4), nn.LayerNorm(4)],
+    "BatchNorm": lambda: [nn.Linear(3, 4, bias=False), nn.BatchNorm1d(4)],
+    "dropout": lambda: [nn.Linear(3, 4), nn.Dropout(0.5)],
+}
+
+
+def members_of(net, name):
+    """Members of an ensemble with a batch and noise in common: the step, and its arguments."""
+    module = nn.Sequential(*NETS[net](), nn.Tanh(), nn.Linear(4, 3))
+    problem = fp.problem(problems.initialised(module), fp.losses.cross_entropy)
+    opt, batch = trained(name), problems.mlp().batch
+    noise = fp.draw(problem, problem.params, batch, opt.needs(0), generator=seeded(0))
+    starts = [
+        {k: p + 0.1 * problems.normal(p.shape, i) for k, p in problem.params.items()}
+        for i in range(MEMBERS)
+    ]
+    whole = fp.make_step(problem, opt)
+
+    def step(params, state, buffers=None):
+        params, state, seen = whole(params, state, batch, 0, noise, buffers)
+        return params, seen.loss, seen.buffers
+
+    return step, starts, [opt.init(p) for p in starts], [problem.buffers] * MEMBERS
+
+
+@pytest.mark.parametrize("net", NETS)
+@every_method
+def test_members_may_share_a_batch_and_noise(name, net):
+    if name == "smw_ng" and net == "BatchNorm":
+        pytest.skip("per-sample gradients do not exist")
+    step, *arguments = members_of(net, name)
+    expected = stack([step(*one) for one in zip(*arguments, strict=True)])
+    assert_close(torch.vmap(step)(*map(stack, arguments)), expected, rtol=1e-7)
+
+
+def test_buffers_that_all_members_share_are_refused():
+    step, starts, states, _ = members_of("BatchNorm", "sgd")
+    with pytest.raises(RuntimeError, match=r"'1' \(BatchNorm1d\) writes into its buffers.*stack"):
+        torch.vmap(step)(stack(starts), stack(states))
+
+
 @pytest.mark.compile
 @every_method
 def test_a_compiled_step_has_one_graph_a_set_of_needs_and_equals_eager(name, monkeypatch):
