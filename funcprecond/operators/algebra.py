@@ -267,6 +267,9 @@ class BlockDiagonal(Operator):
 class Matrix(Operator):
     """A dense symmetric matrix; its symmetry is not checked.
 
+    A product is computed in the wider dtype of the matrix and the vector, and has the dtype of the
+    vector, as that of every operator.
+
     Args:
         matrix: (P, P), with the entries of the parameters in the order of ``like``.
         like: tensors with the shapes, dtypes and devices of the vectors.
@@ -277,10 +280,12 @@ class Matrix(Operator):
 
     def matvec(self, vector: Params) -> Params:
         flat = treemath.ravel({k: vector[k] for k in self.like})
-        return treemath.unravel(self.matrix @ flat.to(self.matrix.dtype), self.like)
+        dtype = torch.promote_types(flat.dtype, self.matrix.dtype)
+        product = self.matrix.to(dtype) @ flat.to(dtype)
+        return treemath.cast(treemath.unravel(product, self.like), vector)
 
     def diagonal(self) -> Params:
-        return treemath.unravel(self.matrix.diagonal(), self.like)
+        return treemath.cast(treemath.unravel(self.matrix.diagonal(), self.like), self.like)
 
     def to_dense(self) -> Tensor:
         return self.matrix

@@ -9,7 +9,6 @@ batches are averaged with weights :math:`1 / c_b`.
 
 import abc
 import dataclasses
-import functools
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -22,12 +21,19 @@ from funcprecond.curvature.fisher import draw_labels, fisher_form, fisher_produc
 from funcprecond.linalg.treemath import wide_dot
 from funcprecond.losses import Loss
 from funcprecond.losses.base import Labels, check_labels
-from funcprecond.operators.data import check_data, mean_over, seed_of, seeded
+from funcprecond.operators.data import (
+    check_data,
+    check_repeats,
+    fingerprint,
+    mean_over,
+    seed_of,
+    seeded,
+)
 from funcprecond.operators.diagonal import exact_diagonal
 from funcprecond.operators.operator import Operator
 from funcprecond.operators.vector_stacks import in_chunks, stack, unstack
 from funcprecond.problems import Problem
-from funcprecond.tracing import is_eager
+from funcprecond.tracing import is_eager, is_traced
 from funcprecond.tree import Buffers, Params
 
 __all__ = ["GGN", "Fisher", "Hessian"]
@@ -114,8 +120,21 @@ class _OnData(Operator):
         """Compute a value of each batch, and combine them into the value of all the data."""
         if self.batches is None:
             return of(*self._opened())
-        opened = (self._open(b, i) for i, b in enumerate(self._pass()))
-        return mean_over(((e, of(e, noise)) for e, noise in opened))
+        return mean_over(self._parts(of))
+
+    def _parts(
+        self, of: Callable[[Evaluation, Any], Params]
+    ) -> Iterator[tuple[Evaluation, Params]]:
+        """The evaluation and the value of each batch, and a check that passes repeat the data."""
+        seen, traced, e = [], is_traced(), None
+        for i, batch in enumerate(self._pass()):
+            if not traced:
+                seen.append(fingerprint(batch))
+            e, noise = self._open(batch, i)
+            yield e, of(e, noise)
+        kept: dict = self._kept  # pyright: ignore[reportAttributeAccessIssue]
+        if seen and e is not None:
+            check_repeats(kept.setdefault("seen", seen), seen, e, self.generator is not None)
 
     def _pass(self) -> Iterable[Any]:
         batches: Any = self.batches
@@ -176,7 +195,9 @@ class Hessian(_OnData):
         problem, params: the problem, and the parameters at which its loss is differentiated.
         batch: one batch. Pass either this or ``batches``.
         batches: an iterable of batches that can be read repeatedly, such as a list or a
-            ``DataLoader``.
+            ``DataLoader``. A product raises ValueError if a pass over it gives other batches than
+            the first and therefore another matrix, as ``shuffle=True`` does with random numbers or
+            a model that couples the examples.
         progress: wraps ``batches`` in each pass over them, such as ``tqdm.tqdm`` or
             ``rich.progress.track``.
         buffers: the model's buffers; those of the problem by default.
@@ -211,7 +232,9 @@ class GGN(_OnData):
         problem, params: the problem, and the parameters at which its loss is differentiated.
         batch: one batch. Pass either this or ``batches``.
         batches: an iterable of batches that can be read repeatedly, such as a list or a
-            ``DataLoader``.
+            ``DataLoader``. A product raises ValueError if a pass over it gives other batches than
+            the first and therefore another matrix, as ``shuffle=True`` does with random numbers or
+            a model that couples the examples.
         progress: wraps ``batches`` in each pass over them, such as ``tqdm.tqdm`` or
             ``rich.progress.track``.
         buffers: the model's buffers; those of the problem by default.
@@ -264,7 +287,9 @@ class Fisher(_OnData):
         problem, params: the problem, and the parameters at which its loss is differentiated.
         batch: one batch. Pass either this or ``batches``.
         batches: an iterable of batches that can be read repeatedly, such as a list or a
-            ``DataLoader``.
+            ``DataLoader``. A product raises ValueError if a pass over it gives other batches than
+            the first and therefore another matrix, as ``shuffle=True`` does with random numbers or
+            a model that couples the examples.
         progress: wraps ``batches`` in each pass over them, such as ``tqdm.tqdm`` or
             ``rich.progress.track``.
         buffers: the model's buffers; those of the problem by default.
@@ -312,7 +337,14 @@ class Fisher(_OnData):
 
     def _open(self, batch: Any, index: int) -> tuple[Evaluation, Any]:
         evaluation, drawn = super()._open(batch, index)
-        rows = functools.cache(lambda: fisher_rows(evaluation, self.labels, drawn))
+        kept: list[Any] = []
+
+        def rows() -> Any:
+            # Compilers cannot trace functools.cache.
+            if not kept:
+                kept.append(fisher_rows(evaluation, self.labels, drawn))
+            return kept[0]
+
         return evaluation, (drawn, rows)
 
     @property

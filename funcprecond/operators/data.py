@@ -6,11 +6,26 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from funcprecond import tree
 from funcprecond.autodiff.evaluation import Evaluation
 from funcprecond.linalg import treemath
+from funcprecond.linalg.precision import wide
 from funcprecond.tree import Params
 
-__all__ = ["batch_weight", "check_data", "each_batch", "is_sum", "mean_over", "seed_of", "seeded"]
+__all__ = [
+    "batch_weight",
+    "check_data",
+    "check_repeats",
+    "each_batch",
+    "fingerprint",
+    "is_sum",
+    "mean_over",
+    "seed_of",
+    "seeded",
+]
+
+# Sums of the same numbers differ by rounding if they are added in another order.
+SAME = 1e-9
 
 
 def mean_over(parts: Iterable[tuple[Evaluation, Params]]) -> Params:
@@ -86,6 +101,64 @@ def check_data(batch: Any, batches: Iterable[Any] | None) -> None:
             "DataLoader, not an iterator"
         )
         raise TypeError(msg)
+
+
+def fingerprint(batch: Any) -> Tensor:
+    """Numbers by which a batch is recognized in the next pass over the data.
+
+    Args:
+        batch: any tree; what is no tensor is left out.
+
+    Returns:
+        (3,): the sum of all entries, the sum of their squares, and a sum with weights that depend
+        on the position. A change of the order of the examples changes only the last.
+    """
+    sums = [torch.zeros(3, dtype=torch.float64)]
+    for x in tree.leaves(batch):
+        if isinstance(x, Tensor) and x.numel() and not x.is_complex():
+            flat = wide(x.detach().reshape(-1))
+            weights = torch.arange(len(flat), dtype=flat.dtype, device=flat.device).add_(1).sin_()
+            sums.append(torch.stack([flat.sum(), flat.dot(flat), flat.dot(weights)]).to("cpu"))
+    return torch.stack(sums).sum(0).double()
+
+
+def check_repeats(
+    first: list[Tensor], now: list[Tensor], evaluation: Evaluation, random: bool
+) -> None:
+    """Check that a pass over the data gives the same matrix as the first one.
+
+    If the batches differ, it does only if all data are the same, in other batches, if no random
+    numbers belong to the places in a batch, and if the model does not couple the examples.
+
+    Args:
+        first, now: the fingerprints of all batches.
+        evaluation: the run of the model on one of the batches.
+        random: whether random numbers are drawn for each batch.
+
+    Raises:
+        ValueError: the passes give different matrices.
+    """
+    a, b = torch.stack(first), torch.stack(now)
+    if a.shape == b.shape and torch.allclose(a, b, rtol=SAME, atol=0.0, equal_nan=True):
+        return
+    fix = (
+        "batches= gives other batches in this pass than in the first, so that the operator would "
+        "be another matrix at each product: {}. Pass DataLoader(..., shuffle=False) without random "
+        "augmentations, or list(loader)"
+    )
+    if not torch.allclose(a.sum(0)[:2], b.sum(0)[:2], rtol=SAME, atol=0.0, equal_nan=True):
+        msg = fix.format(
+            "the data are not the same, as with drop_last=True or random augmentations"
+        )
+        raise ValueError(msg)
+    if random:
+        msg = fix.format("the random numbers of a generator= belong to the places in the batches")
+        raise ValueError(msg)
+    try:
+        evaluation.examples.require_apart()
+    except ValueError as error:
+        msg = fix.format("the model couples the examples of a batch")
+        raise ValueError(msg) from error
 
 
 def seed_of(generator: torch.Generator | None) -> int | None:

@@ -20,6 +20,7 @@ from torch import Tensor
 from funcprecond.linalg import treemath
 from funcprecond.linalg.solution import Solution
 from funcprecond.linalg.treemath import wide_dot
+from funcprecond.operators.compiled_product import install
 from funcprecond.operators.solve import Method, solve
 from funcprecond.operators.vector_stacks import (
     Partition,
@@ -35,6 +36,8 @@ from funcprecond.operators.vector_stacks import (
 from funcprecond.tree import Params
 
 __all__ = ["Operator"]
+
+install()
 
 # How many columns of the identity are multiplied at a time when a whole matrix is computed.
 COLUMNS = 32
