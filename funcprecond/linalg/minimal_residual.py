@@ -172,8 +172,8 @@ def minres(
         small = (new_length <= goal) | (new_length <= new_errors)
         claims, active = claims | ends | (moves & small), moves & ~small
         rotation = (phibar, dbar, s.sine * beta, cosine, sine)
-        new = _Lanczos(s.r2, y, z, w, s.w, residual, beta, s.beta, *rotation)
-        s = tree.map(lambda n, o, m=moves: torch.where(m, n, o), new, s)
+        # A problem that waits goes on here, and starts again from its best iterate or not at all.
+        s = _Lanczos(s.r2, y, z, w, s.w, residual, beta, s.beta, *rotation)
     else:
         options = {
             "claims": claims,
