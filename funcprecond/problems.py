@@ -14,6 +14,9 @@ from funcprecond.tree import Buffers, Params
 
 __all__ = ["Problem", "as_pair", "problem"]
 
+# The number of structures of runs that are remembered.
+REMEMBERED = 64
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Problem:
@@ -30,8 +33,9 @@ class Problem:
         split: a function ``batch -> (inputs, targets)``.
         module: the ``nn.Module`` that ``forward`` runs, or None for a plain function.
         in_axes: the axis of each input that counts the examples, see :func:`problem`.
-        remembered: where the examples are in runs of the model, by the shapes of the inputs
-            (:mod:`funcprecond.autodiff.examples`).
+        remembered: what was found out about runs of the model, by the shapes of the inputs:
+            where the examples are (:mod:`funcprecond.autodiff.examples`), and whether a derivative
+            would be lost (:mod:`funcprecond.autodiff.graph_check`).
         draws_masks: whether the model draws dropout masks, by :meth:`options`. It is filled in by
             :func:`funcprecond.draw`, and remembers the last options only.
     """
@@ -68,6 +72,12 @@ class Problem:
         return tuple(
             x for part in modules for x in part.__dict__.values() if type(x) in (bool, int, float)
         )
+
+    def remember(self, key: tuple, value: Any) -> None:
+        """Keep what was found out about runs of the model."""
+        if len(self.remembered) >= REMEMBERED:
+            self.remembered.clear()
+        self.remembered[key] = value
 
     def couples_examples(self) -> str | None:
         """Find a layer that makes the output of one example depend on the other examples.

@@ -74,6 +74,16 @@ PRIVATE = {
         f"torch._foreach_{name}": FOREACH
         for name in ("add_", "addcmul_", "lerp", "mul", "mul_", "reciprocal_", "sqrt")
     },
+    "tensor._version": (
+        "compare the values with a copy in autodiff/graph_check.py, at the cost of the copy"
+    ),
+    "function_node._forward_cls": (
+        "read the function's class from the name of its node, in autodiff/graph_check.py"
+    ),
+    "function_node._input_metadata": (
+        "leave out the check of custom functions in autodiff/graph_check.py; a backward that is "
+        "a constant then gives wrong products"
+    ),
     "tensor._base": (
         "a view's storage is larger than the view, or its untyped_storage().data_ptr() is another "
         "tensor's"
@@ -87,14 +97,27 @@ PRIVATE = {
     "torch.ops.aten._softmax_backward_data": "the line in symbolic_zeros.py can be dropped",
     "torch.ops.aten._adaptive_avg_pool2d_backward": "the line in symbolic_zeros.py can be dropped",
 }  # fmt: skip
+
+
+class _Function(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, g):
+        return g
+
+
 OWNERS = {
     "tensor": torch.ones(1),
     "module": nn.Linear(1, 1),
     "grad_fn": (torch.ones(1, requires_grad=True) * 1).grad_fn,
     "operator": torch.ops.aten.add.Tensor,
+    "function_node": _Function.apply(torch.ones(1, requires_grad=True)).grad_fn,
 }
-# What is used in more than one file, and should have one home.
-SEVERAL = {"torch._C._is_any_autocast_enabled"}
+# What is used in more than one file, and should have one home; a tensor's version has none.
+SEVERAL = {"torch._C._is_any_autocast_enabled", "?._version"}
 
 
 def is_private(name: str) -> bool:

@@ -15,7 +15,6 @@ which give wrong results for normalization layers in torch 2.13, nor with ``torc
 """
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -25,6 +24,7 @@ from torch.func import grad_and_value
 from funcprecond import tree
 from funcprecond.autodiff.examples import Examples, find
 from funcprecond.autodiff.function_run import ForwardRun, FunctionRun
+from funcprecond.autodiff.graph_check import no_checkpoints
 from funcprecond.autodiff.graph_run import GraphRun
 from funcprecond.autodiff.missing_derivatives import explained
 from funcprecond.autodiff.once import opened_once, renamed
@@ -397,7 +397,7 @@ class Evaluation:
         self, params: Params, tap: Callable | None, **options: Any
     ) -> tuple[Any, Buffers, Recorder]:
         recorder = Recorder(params, tap, self.masks, self._generator, self._twice, **options)
-        with _no_checkpoints(), recorder:
+        with no_checkpoints(), recorder:
             outputs, buffers = self.problem.forward(params, self._buffers, self.inputs)
         self.masks = tuple(recorder.masks)
         return outputs, buffers, recorder
@@ -418,14 +418,3 @@ def _one_term_each(u: Tensor, place: Place | None) -> list[Tensor]:
         alone[:, i] = parts[:, i]
         found.append(place.join(alone))
     return found
-
-
-def _no_checkpoints() -> AbstractContextManager:
-    """Make activation checkpointing raise an error, because it recomputes at other parameters."""
-    if torch.compiler.is_compiling():
-        return nullcontext()
-    return torch.autograd.graph.disable_saved_tensors_hooks(
-        "activation checkpointing recomputes a layer at the module's own parameters, not at the "
-        "parameters that were passed in: switch it off in the model (torch.utils.checkpoint, or "
-        "gradient_checkpointing_disable() in transformers), and use smaller batches"
-    )

@@ -28,8 +28,8 @@ from funcprecond.tree import floating
 
 __all__ = ["CoupledExamples", "Examples", "find"]
 
-# The number of ways to split the inputs that are tried, and of structures that are remembered.
-ATTEMPTS, REMEMBERED = 16, 64
+# The number of ways to split the inputs that are tried.
+ATTEMPTS = 16
 
 
 class CoupledExamples(ValueError):
@@ -116,9 +116,7 @@ def find(evaluation: Any) -> Examples:
     found, is_certain = _find(evaluation)
     # A compiled run only reads what is remembered: it would be compiled again after each change.
     if is_certain and not torch.compiler.is_compiling():
-        if len(problem.remembered) >= REMEMBERED:
-            problem.remembered.clear()
-        problem.remembered[key] = found
+        problem.remember(key, found)
     return found
 
 

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 
 from funcprecond import tree
+from funcprecond.autodiff.graph_check import Unchanged, check_graph, check_recording
 from funcprecond.autodiff.once import opened_once, renamed
 from funcprecond.autodiff.rules.backward import Spared
 from funcprecond.autodiff.symbolic_zeros import SymbolicZeros
@@ -27,16 +28,12 @@ class GraphRun:
 
     def __init__(self, evaluation: Any, params: Params | None = None):
         self._twice, self._keep = evaluation._twice, evaluation._keep
-        if torch.is_inference_mode_enabled():
-            msg = (
-                "nothing can be differentiated under torch.inference_mode: use torch.no_grad "
-                "instead"
-            )
-            raise RuntimeError(msg)
+        check_recording()
         records_layers = evaluation._layers and params is None
         source = evaluation.params if params is None else params
         # New leaves, so that no flag and no .grad of the caller's tensors changes.
         self.leaves = {k: p.detach().requires_grad_() for k, p in source.items()}
+        own, is_closed = {id(p) for p in self.leaves.values()}, torch.is_grad_enabled()
         if self._twice:
             # Views, because torch can tell whether a backward pass reaches a view, but not whether
             # it reaches a leaf.
@@ -49,6 +46,7 @@ class GraphRun:
             self.edges.append(get_gradient_edge(output))
             return output
 
+        watched = Unchanged(source, evaluation.leaves)
         with torch.enable_grad():
             self.outputs, buffers, recorder = evaluation._forward(
                 self.leaves,
@@ -58,12 +56,28 @@ class GraphRun:
             )
             check_outputs(self.outputs)
             self.loss = evaluation.problem.loss(self.outputs, evaluation.targets)
+        watched.check()
+        own |= {id(x) for x in recorder.own_leaves}
+        self._check(evaluation, own, is_closed)
         self.buffers = {k: b.detach() for k, b in buffers.items()}
         self.calls, self.unrecorded = recorder.calls, recorder.unrecorded
         if records_layers:
             found = recorder.hidden_uses(tree.floating(self.outputs))
             self.unrecorded = found | self.unrecorded
         self.layer_inputs = [x.detach() for x in recorder.inputs]
+
+    def _check(self, evaluation: Any, own: set[int], is_closed: bool) -> None:
+        """Look for derivatives that would be lost, once for all runs on the same shapes."""
+        problem = evaluation.problem
+        shapes = (x.shape if isinstance(x, Tensor) else None for x in evaluation.leaves)
+        key = ("graph", id(problem.loss), self._twice, is_closed, *shapes)
+        if key in problem.remembered:
+            return
+
+        outputs = [self.loss, *tree.floating(self.outputs)]
+        users = (problem.module, problem.forward, problem.loss)
+        check_graph(outputs, own, users, closed=is_closed, twice=self._twice)
+        problem.remember(key, True)
 
     @opened_once
     def grads(self):

@@ -41,7 +41,7 @@ from funcprecond.autodiff.random_functions import (
     replaced_draw,
 )
 from funcprecond.autodiff.rules.backward import Spared
-from funcprecond.autodiff.rules.table import replaced
+from funcprecond.autodiff.rules.table import differentiated, replaced
 from funcprecond.layers.kinds import KINDS_OF_FUNCTION
 from funcprecond.layers.layer_call import FunctionCall, LayerCall
 from funcprecond.linalg import random
@@ -77,6 +77,7 @@ _SPECIAL = {
     *attention.COMPOSITES,
     *EMBEDDINGS,
     F.scaled_dot_product_attention,
+    torch.autograd.grad,
 }
 
 
@@ -101,6 +102,7 @@ class Recorder(TorchFunctionMode):
         inputs: their inputs, in the same order.
         masks: all random numbers of the run.
         unrecorded: the parameters with a use outside ``calls``, and the function that uses each.
+        own_leaves: the tensors in which the model takes derivatives of its own.
         made: in a graph run, the nodes that the recorded calls have made.
     """
 
@@ -123,6 +125,7 @@ class Recorder(TorchFunctionMode):
         self.calls: list[LayerCall] = []
         self.inputs: list[Tensor] = []
         self.unrecorded: dict[str, str] = {}
+        self.own_leaves: list[Tensor] = []
         self.made: list[Recorded] = []
         self._spared, self._in_graph, self._detached = spared, in_graph, detached
         self._masks_used = 0
@@ -167,6 +170,8 @@ class Recorder(TorchFunctionMode):
             return self._dropout(func, *args, **kwargs)
         if func in REPLACED and (self.generator or self._masks_used < len(self.masks)):
             return self._drawn(func, args, kwargs)
+        if func is torch.autograd.grad:
+            self.own_leaves += differentiated(*args, **kwargs)
         if func in DRAWS and DRAWS[func](args, kwargs):
             refuse(func)
         if func in attention.COMPOSITES:

@@ -14,6 +14,7 @@ from torch.func import grad, vjp
 
 from funcprecond import tree
 from funcprecond.autodiff.evaluation import Evaluation
+from funcprecond.autodiff.graph_check import check_graph, check_recording, no_checkpoints
 from funcprecond.autodiff.missing_derivatives import explained
 from funcprecond.autodiff.rules.table import DifferentiatedTwice
 from funcprecond.curvature.arguments import batch_and_vector
@@ -91,10 +92,14 @@ def hvp(
 @explained
 def _of_function(f: Callable[[Params], Tensor], params: Params, vector: Params) -> Params:
 
+    mode = DifferentiatedTwice()
+
     def under_rules(x: Params) -> Tensor:
-        with DifferentiatedTwice():
+        with no_checkpoints(), mode:
             return f(x)
 
+    check_recording()
+    closed = torch.is_grad_enabled()
     if not is_eager((params, vector)):
         return vjp(grad(under_rules), params)[1](vector)[0]
     # Outside of transforms, an ordinary graph gives the same result in a tenth less time.
@@ -104,6 +109,8 @@ def _of_function(f: Callable[[Params], Tensor], params: Params, vector: Params) 
         value = under_rules(tree.unflatten(flat, structure))
         if not value.requires_grad:
             return tree.map(torch.zeros_like, params)
+        own = {id(x) for x in (*flat, *mode.own_leaves)}
+        check_graph([value], own, [f], closed=closed, twice=True)
         first = torch.autograd.grad(value, flat, create_graph=True, allow_unused=True)
     pairs = [
         (g, v)

@@ -6,6 +6,7 @@ from typing import Any, overload
 import torch
 
 from funcprecond.autodiff.evaluation import Evaluation
+from funcprecond.autodiff.graph_check import check_recording
 from funcprecond.autodiff.missing_derivatives import explained
 from funcprecond.curvature.arguments import batch_and_vector
 from funcprecond.problems import Problem
@@ -163,9 +164,11 @@ def vjp(
     if isinstance(f, Problem):
         options = {"buffers": buffers, "generator": generator}
         return Evaluation(f, params, batch, **options).pull(cotangents, keep=False)
+    check_recording()
     return torch.func.vjp(f, params)[1](cotangents)[0]
 
 
 @explained
 def _push(f: Callable[[Params], Any], params: Params, vector: Params) -> Any:
+    check_recording()
     return torch.func.jvp(f, (params,), (vector,))[1]

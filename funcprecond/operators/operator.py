@@ -20,7 +20,6 @@ from torch import Tensor
 from funcprecond.linalg import treemath
 from funcprecond.linalg.solution import Solution
 from funcprecond.linalg.treemath import wide_dot
-from funcprecond.operators.compiled_product import install
 from funcprecond.operators.solve import Method, solve
 from funcprecond.operators.vector_stacks import (
     Partition,
@@ -37,8 +36,6 @@ from funcprecond.tree import Params
 
 __all__ = ["Operator"]
 
-install()
-
 # How many columns of the identity are multiplied at a time when a whole matrix is computed.
 COLUMNS = 32
 
@@ -47,7 +44,9 @@ class Operator(abc.ABC):
     """A linear operator C on vectors shaped like the parameters, with P rows and columns.
 
     ``A + B``, ``A - B``, ``2 * A``, ``A / 2``, ``-A`` and ``A @ B`` are operators again. A number
-    in a sum stands for that multiple of the identity: ``C + 0.1`` is ``C + 0.1 I``.
+    in a sum stands for that multiple of the identity: ``C + 0.1`` is ``C + 0.1 I``. Products are
+    ``C @ v``; under ``torch.compile``, which cannot trace the operator ``@`` of a class, they are
+    ``C.matvec(v)`` and ``C.matmat(stack)``.
 
     Attributes:
         like: tensors with the shapes, dtypes and devices of the vectors; their values are not used.

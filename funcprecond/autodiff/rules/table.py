@@ -11,20 +11,23 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from funcprecond import tree
 from funcprecond.autodiff.rules.backward import Spared
 from funcprecond.autodiff.rules.convolution import convolve
 from funcprecond.autodiff.rules.gelu import gelu
 from funcprecond.autodiff.rules.layer_norm import layer_norm
 from funcprecond.autodiff.rules.linear import linear
+from funcprecond.autodiff.rules.logcumsumexp import logcumsumexp
 from funcprecond.autodiff.rules.max_pool import max_pool2d
 from funcprecond.autodiff.rules.norms import NORMS
 from funcprecond.autodiff.rules.relu import relu
 from funcprecond.autodiff.rules.weight_norm import weight_norm
 from funcprecond.tracing import is_traced
 
-__all__ = ["RULES", "DifferentiatedTwice", "replaced"]
+__all__ = ["RULES", "DifferentiatedTwice", "differentiated", "replaced"]
 
 
 def _if_traced(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -43,6 +46,7 @@ RULES: dict[Callable[..., Any], Callable[..., Any]] = {
     **dict.fromkeys((F.max_pool2d, torch.max_pool2d), max_pool2d),
     F.layer_norm: layer_norm,
     torch._weight_norm: weight_norm,
+    **dict.fromkeys((torch.logcumsumexp, torch.Tensor.logcumsumexp), logcumsumexp),
 }
 
 
@@ -70,8 +74,23 @@ def replaced(function: Callable[..., Any], spared: Spared | None = None) -> Call
     return RULES[function]
 
 
+def differentiated(outputs: Any, inputs: Any, *args: Any, **kwargs: Any) -> list[Tensor]:
+    """The tensors in which a call of ``torch.autograd.grad`` takes derivatives."""
+    return [x for x in tree.leaves(inputs) if isinstance(x, Tensor)]
+
+
 class DifferentiatedTwice(TorchFunctionMode):
-    """The mode for a user's function that is differentiated twice."""
+    """The mode for a user's function that is differentiated twice.
+
+    Attributes:
+        own_leaves: the tensors in which the function takes derivatives of its own.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.own_leaves: list[Tensor] = []
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is torch.autograd.grad:
+            self.own_leaves += differentiated(*args, **(kwargs or {}))
         return replaced(func)(*args, **(kwargs or {}))
