@@ -7,14 +7,14 @@ from torch import Tensor
 
 from funcprecond.checks import checked
 from funcprecond.curvature.gradient import BatchGradient, OuterProduct
-from funcprecond.evidence import Evidence, required
+from funcprecond.evidence import Evidence, is_due, required
 from funcprecond.linalg import treemath
-from funcprecond.need import Every, Need, Turn
+from funcprecond.need import Every, Need, NotDue, Turn
 from funcprecond.representation.average import Decay, accumulate, check_decay
 from funcprecond.representation.representation import Representation
 from funcprecond.solver.solver import Solver
-from funcprecond.transform import Transform
-from funcprecond.tree import Params, state
+from funcprecond.transform import Transform, fitted, shapes_of
+from funcprecond.tree import Params, state, static
 
 __all__ = ["Composed", "NoRepresentation", "NoSolver", "compose"]
 
@@ -35,11 +35,13 @@ class Composed:
         representation: the accumulated curvature.
         factor: the result of the solver's last refresh, which it applies to gradients.
         mean: the running mean of the gradient; an empty dict without momentum.
+        shapes: the names and the shapes of the parameters.
     """
 
     representation: Any
     factor: Any
     mean: Params
+    shapes: tuple[tuple[str, tuple[int, ...]], ...] = static()
 
 
 @checked
@@ -114,12 +116,12 @@ def compose(
     measure, refresh = Every("measure", every, start), Every("refresh", refresh_every, start)
     turns = [Turn("refresh", refresh_every, i) for i in range(refresh_every)] if stagger else []
     from_gradient = isinstance(curvature, BatchGradient)
+    measured = () if from_gradient else (curvature,)
 
     def init(params: Params) -> Composed:
         rep = (initial or representation.init)(params)
-        return Composed(
-            rep, solver.init(rep), {} if momentum is None else treemath.zeros_like(params)
-        )
+        mean = {} if momentum is None else treemath.zeros_like(params)
+        return Composed(rep, solver.init(rep), mean, tuple(shapes_of(params).items()))
 
     def update(
         state: Composed, grads: Params, evidence: Evidence | None = None
@@ -127,27 +129,28 @@ def compose(
         rep, factor, mean = state.representation, state.factor, state.mean
         if not from_gradient:
             evidence = required(evidence, curvature)
-        if evidence is None or measure in evidence:
+        if is_due(measure, evidence, *measured):
             value = OuterProduct(grads) if from_gradient else evidence[curvature]  # pyright: ignore
             rep = rep.accumulate(value, decay)
-        if evidence is None or refresh in evidence:
+        if is_due(refresh, evidence):
             factor = solver.prepare(rep, factor)
-        elif turn := next((n for n in turns if n in evidence), None):
+        elif turn := next((n for n in turns if evidence and n in evidence.measured), None):
             factor = solver.prepare(rep, factor, turn)  # pyright: ignore[reportCallIssue]
         if momentum is None:
-            return Composed(rep, factor, {}), solver.apply(factor, grads, evidence)
+            return Composed(rep, factor, {}, state.shapes), solver.apply(factor, grads, evidence)
         mean = {k: accumulate(m, grads[k], momentum) for k, m in mean.items()}
-        return Composed(rep, factor, mean), treemath.cast(solver.apply(factor, mean), grads)
+        return Composed(rep, factor, mean, state.shapes), treemath.cast(
+            solver.apply(factor, mean), grads
+        )
 
     def needs(t: int) -> tuple[Need, ...]:
-        due = measure.due(t)
-        wanted = (curvature,) if due and not from_gradient else ()
-        mark = refresh.due(t)
+        wanted = measured if measure.due(t) else ()
+        marks = refresh.marks(t)
         if turns and t >= max(start, 1):
-            mark = (turns[t % refresh_every],)
-        return (*solver.needs, *wanted, *due, *mark)
+            marks = (NotDue(refresh), turns[t % refresh_every])
+        return (*solver.needs, *wanted, *measure.marks(t), *marks)
 
-    return Transform(init, update, needs)
+    return fitted(Transform(init, update, needs), lambda state: dict(state.shapes))
 
 
 def _check(curvature: Any, representation: Any, solver: Any) -> None:

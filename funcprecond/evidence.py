@@ -13,12 +13,13 @@ from torch import Tensor
 
 from funcprecond import tree
 from funcprecond.autodiff.evaluation import Evaluation
+from funcprecond.autodiff.origin import Origin, recorded
 from funcprecond.autodiff.recorder import Recorder
-from funcprecond.need import Need, is_mark
+from funcprecond.need import Need, NotDue, is_mark
 from funcprecond.problems import Problem
-from funcprecond.tree import Buffers, Params, state
+from funcprecond.tree import Buffers, Params, state, static
 
-__all__ = ["Evidence", "MissingEvidence", "Noise", "draw", "observe", "required"]
+__all__ = ["Evidence", "MissingEvidence", "Noise", "draw", "is_due", "observe", "required"]
 
 
 class MissingEvidence(LookupError):
@@ -39,6 +40,7 @@ class Evidence:
         buffers: the model's buffers after this batch; pass them to the next :func:`observe`.
         measured: the value of each need. A value that is a function, such as that of
             :class:`funcprecond.curvature.objective.Objective`, is valid for one step only.
+        origin: which tensors the gradient was when it was measured; None if nobody knows.
     """
 
     params: Params
@@ -47,6 +49,7 @@ class Evidence:
     grads: Params
     buffers: Buffers
     measured: dict[Need, Any]
+    origin: Origin | None = static(default=None)
 
     def __contains__(self, need: Need) -> bool:
         return need in self.measured
@@ -64,13 +67,64 @@ class Evidence:
             MissingEvidence: the need was not measured.
         """
         if need not in self.measured:
-            have = ", ".join(str(n) for n in self.measured) or "nothing"
-            msg = (
-                f"{need} was not measured; the evidence contains {have}. Pass opt.needs(t) to "
-                "fp.observe, and its result to opt.update(state, evidence.grads, evidence)"
-            )
-            raise MissingEvidence(msg)
+            msg = f"{need} was not measured"
+            raise _missing(msg, self)
         return self.measured[need]
+
+    def is_own(self, grads: Params) -> bool:
+        """Whether a gradient is known to be the measured one, and not changed since.
+
+        Other measurements describe the measured gradient, and may be used in its place only then.
+        The answer is False after a change in place, in a traced function of your own, and where
+        processes communicate. Changes through ``x.data`` or NumPy are not noticed.
+
+        Args:
+            grads: the gradient that ``update`` was given.
+        """
+        return self.origin is not None and self.origin.holds(grads)
+
+    def part(self, measured: dict[Need, Any]) -> "Evidence":
+        """The same evidence with other measurements."""
+        return Evidence(
+            self.params,
+            self.loss,
+            self.outputs,
+            self.grads,
+            self.buffers,
+            measured,
+            self.origin,
+        )
+
+
+def _missing(what: str, evidence: Evidence) -> MissingEvidence:
+    have = ", ".join(str(n) for n in evidence.measured) or "nothing"
+    return MissingEvidence(
+        f"{what}; the evidence contains {have}. Pass opt.needs(t) to fp.observe, with the number t "
+        "of the step, and its result to opt.update(state, evidence.grads, evidence)"
+    )
+
+
+def is_due(mark: Need, evidence: Evidence | None, *needs: Need) -> bool:
+    """Whether the work of a mark is due in this update.
+
+    Args:
+        mark: the mark, which the method lists among its needs by its ``marks(t)``.
+        evidence: the evidence that ``update`` was called with. Without any, all work is due.
+        *needs: the needs that the work uses, which the message names.
+
+    Returns:
+        True if the mark is due. False if it was asked for and is not due.
+
+    Raises:
+        MissingEvidence: the mark was not asked for, so that nobody knows.
+    """
+    if evidence is None or mark in evidence.measured:
+        return True
+    if NotDue(mark) in evidence.measured:
+        return False
+    named = "".join(f"{need} and " for need in needs)
+    msg = f"this method needs {named}{mark}, which was not asked for"
+    raise _missing(msg, evidence)
 
 
 def required(evidence: Evidence | None, *needs: Need) -> Evidence:
@@ -222,6 +276,7 @@ def observe(
         grads=grads,
         buffers=evaluation.buffers,
         measured={n: n.measure(evaluation, noise.needs.get(n, ())) for n in needs},
+        origin=recorded(grads),
     )
 
 

@@ -13,7 +13,7 @@ from funcprecond.autodiff.evaluation import Evaluation
 from funcprecond.problems import Problem
 from funcprecond.tree import Params
 
-__all__ = ["Every", "Need", "Turn", "is_mark"]
+__all__ = ["Every", "Need", "NotDue", "Turn", "is_mark"]
 
 
 class Need:
@@ -115,6 +115,31 @@ class Every(Need):
         """
         return (self,) if t < self.start or t % self.steps == 0 else ()
 
+    def marks(self, t: int) -> tuple[Need, ...]:
+        """Return ``(self,)`` if the mark is due at a step, and ``(NotDue(self),)`` otherwise.
+
+        A method lists these among its needs, so that :func:`funcprecond.evidence.is_due` can tell
+        a mark that is not due from needs that were not passed to :func:`funcprecond.observe`.
+
+        Args:
+            t: the step, a Python integer that counts from 0.
+
+        Returns:
+            A tuple of one need.
+        """
+        return self.due(t) or (NotDue(self),)
+
+
+@dataclasses.dataclass(frozen=True)
+class NotDue(Need):
+    """A mark that another mark was asked for, and is not due at this step.
+
+    Attributes:
+        mark: the other mark.
+    """
+
+    mark: Need
+
 
 @dataclasses.dataclass(frozen=True)
 class Turn(Need):
@@ -153,4 +178,4 @@ class Turn(Need):
 
 def is_mark(need: Need) -> bool:
     """Whether a need is only a mark of an interval, for which nothing is measured."""
-    return isinstance(need, (Every, Turn))
+    return isinstance(need, (Every, NotDue, Turn))

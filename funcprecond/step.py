@@ -1,5 +1,6 @@
 """A whole training step as one pure function, which can be compiled, vmapped and differentiated."""
 
+import dataclasses
 import types
 from collections.abc import Callable
 from typing import Any
@@ -9,9 +10,11 @@ from torch import Tensor
 
 from funcprecond import tree
 from funcprecond.autodiff.evaluation import Evaluation
+from funcprecond.autodiff.origin import trusted
 from funcprecond.evidence import Evidence, MissingEvidence, Noise, observe
 from funcprecond.need import is_mark
 from funcprecond.problems import Problem
+from funcprecond.tracing import is_traced
 from funcprecond.transform import Transform, apply
 from funcprecond.tree import Buffers, Params
 
@@ -67,6 +70,8 @@ def make_step(
 
     def body(params: Params, state: Any, needs: tuple, batch: Any, noise: Noise, buffers: Buffers):
         evidence = observe(problem, params, batch, needs, noise=noise, buffers=buffers)
+        if is_traced():
+            evidence = dataclasses.replace(evidence, origin=trusted(evidence.grads))
         state, direction = opt.update(state, evidence.grads, evidence)
         seen = Evidence({}, evidence.loss, evidence.outputs, {}, evidence.buffers, {})
         del evidence

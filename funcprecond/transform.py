@@ -1,6 +1,6 @@
 """The type of every method, and of everything that is chained with a method."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -10,7 +10,17 @@ from funcprecond.linalg import treemath
 from funcprecond.need import Need
 from funcprecond.tree import Params
 
-__all__ = ["Transform", "apply", "chain", "counter", "gradient_only", "stateless"]
+__all__ = [
+    "Transform",
+    "apply",
+    "chain",
+    "check_fit",
+    "counter",
+    "fitted",
+    "gradient_only",
+    "shapes_of",
+    "stateless",
+]
 
 
 class Transform(NamedTuple):
@@ -44,6 +54,53 @@ class Transform(NamedTuple):
 def gradient_only(init: Callable, update: Callable) -> Transform:
     """Make a transform from an ``update(state, grads)`` that takes only the gradient."""
     return Transform(init, lambda state, grads, evidence=None: update(state, grads))
+
+
+def fitted(transform: Transform, covered: Callable[[Any], Mapping[str, Any]]) -> Transform:
+    """Make a transform compare the gradient with its state before it does any work.
+
+    Args:
+        transform: the transform.
+        covered: a function of the state that returns tensors shaped like the parameters, or their
+            shapes, by name.
+
+    Returns:
+        The transform. Its ``update`` raises ValueError, with the names, if the state is that of
+        other parameters.
+    """
+
+    def update(state: Any, grads: Params, evidence: Any = None) -> tuple[Any, Params]:
+        check_fit(shapes_of(covered(state)), grads)
+        return transform.update(state, grads, evidence)
+
+    return Transform(transform.init, update, transform.needs)
+
+
+def shapes_of(params: Mapping[str, Any]) -> dict[str, Any]:
+    """The shapes of tensors by name; values that are shapes already are kept."""
+    return {k: x.shape if isinstance(x, Tensor) else x for k, x in params.items()}
+
+
+def check_fit(shapes: dict[str, Any], grads: Params) -> None:
+    """Raise ValueError unless a gradient has the names and the shapes of a state's parameters."""
+    given = shapes_of(grads)
+    if shapes == given:
+        return
+    missing, unknown = sorted(given.keys() - shapes.keys()), sorted(shapes.keys() - given.keys())
+    differing = {
+        k: f"{tuple(shapes[k])}, not {tuple(x)}"
+        for k, x in given.items()
+        if k in shapes and tuple(shapes[k]) != tuple(x)
+    }
+    faults = [f"it has no entry for {missing}"] if missing else []
+    faults += [f"it has entries for {unknown}, which the gradient lacks"] if unknown else []
+    faults += [f"it has other shapes than the gradient for {differing}"] if differing else []
+    msg = (
+        f"the state does not fit the gradient: {'; '.join(faults)}. A state belongs to the "
+        "parameters that opt.init was called with: where these have changed, pass the gradient of "
+        "the old ones, or make a new state with opt.init(params)"
+    )
+    raise ValueError(msg)
 
 
 def stateless(function: Callable[[Params], Params]) -> Transform:

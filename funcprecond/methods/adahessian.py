@@ -7,14 +7,14 @@ from torch import Tensor
 
 from funcprecond.checks import one_of
 from funcprecond.curvature.hessian import HessianProbes
-from funcprecond.evidence import Evidence, required
+from funcprecond.evidence import Evidence, is_due, required
 from funcprecond.linalg import treemath
 from funcprecond.linalg.block_mean import Block, block_mean
 from funcprecond.linalg.differentiable import power as raised
 from funcprecond.linalg.precision import wide
 from funcprecond.methods.card import card
 from funcprecond.need import Every, Need
-from funcprecond.transform import Transform, counter
+from funcprecond.transform import Transform, counter, fitted
 from funcprecond.tree import Params, state
 
 __all__ = ["AdaHessianState", "adahessian"]
@@ -105,7 +105,7 @@ def adahessian(
     ) -> tuple[AdaHessianState, Params]:
         evidence = required(evidence, need)
         v, measured = state.second_moment, state.measured
-        if measure in evidence:
+        if is_due(measure, evidence, need):
             measured = measured + 1
             diagonal = evidence[need].diagonal()
             v = {k: b2 * v[k] + (1 - b2) * squared(diagonal[k].to(v[k].dtype)) for k in grads}
@@ -123,10 +123,9 @@ def adahessian(
         return block_mean(d.abs() if average == "abs" else d, block.get(d.ndim)).square()
 
     def needs(t: int) -> tuple[Need, ...]:
-        due = measure.due(t)
-        return (need, *due) if due else ()
+        return (*((need,) if measure.due(t) else ()), *measure.marks(t))
 
-    return Transform(init, update, needs)
+    return fitted(Transform(init, update, needs), lambda state: state.mean)
 
 
 def _positive(block: object) -> bool:

@@ -11,7 +11,7 @@ from funcprecond.linalg.differentiable import power
 from funcprecond.linalg.precision import wide
 from funcprecond.methods.card import card
 from funcprecond.tracing import multi_tensor
-from funcprecond.transform import Transform, counter
+from funcprecond.transform import Transform, counter, fitted
 from funcprecond.tree import Params, state
 
 __all__ = ["AdamState", "adam", "adamw"]
@@ -140,7 +140,7 @@ def _adam(betas, damping, weight_decay) -> Transform:
         new = AdamState(dict(zip(names, m, strict=True)), dict(zip(names, v, strict=True)), step)
         return new, {k: d_.to(grads[k].dtype) for k, d_ in zip(names, d, strict=True)}
 
-    return Transform(init, update)
+    return fitted(Transform(init, update), lambda state: state.mean)
 
 
 def _power(beta: float | Tensor, t: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ from torch import Tensor
 from funcprecond.curvature.layer_statistics import LayerStatistics
 from funcprecond.curvature.objective import Objective
 from funcprecond.curvature.quadratic_form import GGNForm
-from funcprecond.evidence import Evidence, required
+from funcprecond.evidence import Evidence, is_due, required
 from funcprecond.layers.layer_call import Sharing
 from funcprecond.linalg import treemath
 from funcprecond.linalg.levenberg_marquardt import levenberg_marquardt, reduction_ratio
@@ -18,7 +18,7 @@ from funcprecond.need import Every, Need
 from funcprecond.representation.average import Decay, RisingDecay, check_decay
 from funcprecond.representation.kronecker_io import KroneckerIO
 from funcprecond.solver.cholesky import Cholesky, CholeskyFactor
-from funcprecond.transform import Transform
+from funcprecond.transform import Transform, fitted
 from funcprecond.tree import Params, state
 
 __all__ = ["AdaptiveKFACState", "adaptive_kfac"]
@@ -117,10 +117,10 @@ def adaptive_kfac(
         here = treemath.cast(evidence.params, state.step)
         g = treemath.add(treemath.cast(grads, here), here, l2)
         rep, ridge = state.representation, state.damping + l2
-        if measure in evidence:
+        if is_due(measure, evidence, curvature):
             rep = rep.accumulate(evidence[curvature], decay)
-        widths = (1.0, omega2, 1 / omega2) if search in evidence else (1.0,)
-        due = refresh in evidence or search in evidence
+        widths = (1.0, omega2, 1 / omega2) if is_due(search, evidence) else (1.0,)
+        due = is_due(refresh, evidence) or len(widths) > 1
 
         def attempt(gamma: Tensor) -> Any:
             solver = Cholesky(gamma.square(), "pi", invert=refresh_every > 4)
@@ -133,7 +133,7 @@ def adaptive_kfac(
 
         value, gamma, factor, step = least([attempt(state.gamma * w) for w in widths])
         lam = state.damping
-        if adapt in evidence:
+        if is_due(adapt, evidence):
             there = treemath.add(here, step)
             change = evidence[objective].loss_after(step) - evidence.loss
             change = change + l2 / 2 * (treemath.dot(there, there) - treemath.dot(here, here))
@@ -143,8 +143,8 @@ def adaptive_kfac(
         return AdaptiveKFACState(rep, factor, step, lam, gamma), direction
 
     def needs(t: int) -> tuple[Need, ...]:
-        due = measure.due(t)
+        due, marks = measure.due(t), (x.marks(t) for x in (measure, refresh, adapt, search))
         wanted = (form, *((curvature,) if due else ()), *((objective,) if adapt.due(t) else ()))
-        return (*wanted, *due, *refresh.due(t), *adapt.due(t), *search.due(t))
+        return (*wanted, *(n for of_one in marks for n in of_one))
 
-    return Transform(init, update, needs)
+    return fitted(Transform(init, update, needs), lambda state: state.step)

@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from funcprecond.curvature.layer_statistics import LayerStatistics
-from funcprecond.evidence import Evidence, required
+from funcprecond.evidence import Evidence, is_due, required
 from funcprecond.losses.base import Labels
 from funcprecond.methods.card import card
 from funcprecond.need import Every, Need
@@ -18,7 +18,7 @@ from funcprecond.solver.layer_gradient import (
     gradient_rows,
     unit_inverses,
 )
-from funcprecond.transform import Transform
+from funcprecond.transform import Transform, fitted
 from funcprecond.tree import Params
 
 __all__ = ["ekfac"]
@@ -85,8 +85,8 @@ def ekfac(
         state: EigenbasisMoments, grads: Params, evidence: Evidence | None = None
     ) -> tuple[EigenbasisMoments, Params]:
         evidence = required(evidence, curvature)
-        if measure in evidence:
-            due = refresh in evidence
+        if is_due(measure, evidence, curvature):
+            due = is_due(refresh, evidence)
             state = state.accumulate(evidence[curvature], decay, refresh=due)
         factors = state.factors
 
@@ -110,7 +110,7 @@ def ekfac(
         return state, direction
 
     def needs(t: int) -> tuple[Need, ...]:
-        due = measure.due(t)
-        return (GRADIENT_ROWS, *((curvature,) if due else ()), *due, *refresh.due(t))
+        wanted = (curvature,) if measure.due(t) else ()
+        return (GRADIENT_ROWS, *wanted, *measure.marks(t), *refresh.marks(t))
 
-    return Transform(EigenbasisMoments.init, update, needs)
+    return fitted(Transform(EigenbasisMoments.init, update, needs), lambda s: s.factors.covered)

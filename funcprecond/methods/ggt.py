@@ -12,7 +12,7 @@ from funcprecond.linalg.gram_root import inverse_root_coefficients
 from funcprecond.linalg.precision import factor_dtype, wide
 from funcprecond.methods.card import card
 from funcprecond.representation.average import accumulate
-from funcprecond.transform import Transform, counter, gradient_only
+from funcprecond.transform import Transform, counter, fitted, gradient_only
 from funcprecond.tree import Params, state
 
 __all__ = ["GGTState", "ggt"]
@@ -133,4 +133,4 @@ def ggt(
         new = GGTState(windows, grams, mean, state.step + 1)
         return new, treemath.cast(direction, grads)
 
-    return gradient_only(init, update)
+    return fitted(gradient_only(init, update), lambda state: state.mean)

@@ -18,7 +18,7 @@ from funcprecond.linalg.levenberg_marquardt import levenberg_marquardt, reductio
 from funcprecond.linalg.line_search import armijo, best_iterate
 from funcprecond.methods.card import card
 from funcprecond.tracing import is_eager
-from funcprecond.transform import Transform
+from funcprecond.transform import Transform, fitted
 from funcprecond.tree import Params, state
 
 __all__ = ["HessianFreeState", "hessian_free"]
@@ -145,4 +145,4 @@ def hessian_free(
         options = {"rule": rule, "max_iter": max_iter, "tol": tol, "keep": backtracking}
         return cg(damped, b, start, precondition=precondition, **options)
 
-    return Transform(init, update, lambda t: wanted)
+    return fitted(Transform(init, update, lambda t: wanted), lambda state: state.solution)

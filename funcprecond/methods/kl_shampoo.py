@@ -15,7 +15,7 @@ from funcprecond.methods.adam import adam
 from funcprecond.methods.card import card
 from funcprecond.representation.average import accumulate
 from funcprecond.solver.followed_eigenbases import FollowedEigenbases
-from funcprecond.transform import Transform, counter
+from funcprecond.transform import Transform, counter, fitted
 from funcprecond.transforms.in_blocks import in_blocks
 from funcprecond.transforms.partition import partition
 from funcprecond.tree import Params, map, state
@@ -145,5 +145,6 @@ def kl_shampoo(
     def kind(name: str, p: Tensor) -> str:
         return "matrix" if basis.axes(p.shape) else "vector"
 
-    matrix, vector = Transform(init, update, basis.needs), adam(betas=betas, damping=damping)
+    matrix = fitted(Transform(init, update, basis.needs), lambda state: state.mean)
+    vector = adam(betas=betas, damping=damping)
     return in_blocks(partition(kind, matrix=matrix, vector=vector), Blocking(merge, block, max_dim))

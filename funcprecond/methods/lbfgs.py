@@ -5,17 +5,17 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from funcprecond.checks import at_least, one_of
+from funcprecond.checks import one_of
 from funcprecond.curvature.hessian import HessianOperator
 from funcprecond.curvature.objective import Objective
-from funcprecond.evidence import Evidence, required
+from funcprecond.evidence import Evidence, is_due, required
 from funcprecond.linalg import treemath
 from funcprecond.linalg.bfgs import History
 from funcprecond.linalg.conjugate_gradients import within
 from funcprecond.linalg.line_search import search
 from funcprecond.methods.card import card
-from funcprecond.need import Every, Need
-from funcprecond.transform import Transform, counter
+from funcprecond.need import Every, Need, NotDue
+from funcprecond.transform import Transform, counter, fitted
 from funcprecond.tree import Params, map, state
 
 __all__ = ["LBFGSState", "lbfgs"]
@@ -96,7 +96,6 @@ def lbfgs(
     one_of(("same_batch", "successive", "hvp"), pairs=pairs)
     one_of(("none", "powell"), curvature_fix=curvature_fix)
     one_of(("none", "armijo", "wolfe"), line_search=line_search)
-    at_least(1, history=history, trials=trials)
     objective, operator, due = Objective(), HessianOperator(), Every("pair", every)
 
     def init(params: Params) -> LBFGSState:
@@ -109,8 +108,7 @@ def lbfgs(
         state: LBFGSState, grads: Params, evidence: Evidence | None = None
     ) -> tuple[LBFGSState, Params]:
         evidence = required(evidence)
-        state = with_pair(state, grads, evidence)
-        g = treemath.ravel_wide(grads)
+        state, g = with_pair(state, grads, evidence), treemath.ravel_wide(grads)
         d = state.history.apply(g)
         d = d * torch.where(state.history.filled() == 0, (1 / g.abs().sum()).clamp_max(1.0), 1.0)
         direction, slope = treemath.unravel(d, grads), -d.dot(g)
@@ -121,17 +119,18 @@ def lbfgs(
 
     def with_pair(state: LBFGSState, grads: Params, evidence: Evidence) -> LBFGSState:
         point = {k: evidence.params[k] for k in grads}
+        s, count = treemath.sub(point, state.point), state.count + 1
         if pairs == "same_batch":
-            _, before = evidence[objective].gradient({**evidence.params, **state.point})
-            y = {k: evidence.grads[k] - before[k] for k in grads}
-            new = pushed(state.history, treemath.sub(point, state.point), y)
-            return LBFGSState(new, point, {}, {}, state.count + 1)
+            gradient, here = evidence[objective].gradient, evidence.grads
+            _, before = gradient({**evidence.params, **state.point})
+            here = here if evidence.is_own(here) else gradient(evidence.params)[1]
+            y = {k: here[k] - before[k] for k in grads}
+            return LBFGSState(pushed(state.history, s, y), point, {}, {}, count)
         if pairs == "successive":
-            s = treemath.mul(treemath.sub(point, state.point), state.count > 0)
-            new = pushed(state.history, s, treemath.sub(grads, state.grads))
-            return LBFGSState(new, point, grads, {}, state.count + 1)
-        total, count = treemath.add(state.total, point), state.count + 1
-        if due not in evidence:
+            s, y = treemath.mul(s, state.count > 0), treemath.sub(grads, state.grads)
+            return LBFGSState(pushed(state.history, s, y), point, grads, {}, count)
+        total = treemath.add(state.total, point)
+        if not is_due(due, evidence, operator):
             return LBFGSState(state.history, state.point, {}, total, count)
         mean = {k: (x / count).to(x.dtype) for k, x in total.items()}
         s = treemath.sub(mean, state.point)
@@ -145,6 +144,7 @@ def lbfgs(
     def needs(t: int) -> tuple[Need, ...]:
         wanted = (objective,) if pairs == "same_batch" or line_search != "none" else ()
         # At step 0 there is no second mean of iterates yet.
-        return (*wanted, operator, *due.due(t)) if pairs == "hvp" and t and due.due(t) else wanted
+        now = (operator, due) if t and due.due(t) else (NotDue(due),)
+        return (*wanted, *now) if pairs == "hvp" else wanted
 
-    return Transform(init, update, needs)
+    return fitted(Transform(init, update, needs), lambda state: state.point)

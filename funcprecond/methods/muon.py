@@ -13,7 +13,7 @@ from funcprecond.linalg.batching import by_shape
 from funcprecond.linalg.polar import Polynomial, polar, triples
 from funcprecond.methods.card import card
 from funcprecond.representation.average import accumulate
-from funcprecond.transform import Transform, gradient_only
+from funcprecond.transform import Transform, fitted, gradient_only
 from funcprecond.tree import Params, state
 
 __all__ = ["MuonState", "muon"]
@@ -112,7 +112,7 @@ def muon(
             direction[name] = scaled.reshape(ahead[name].shape)
         return MuonState(mean), treemath.cast(direction, grads)
 
-    return gradient_only(init, update)
+    return fitted(gradient_only(init, update), lambda state: state.momentum)
 
 
 def _as_matrix(x: Tensor) -> Tensor:

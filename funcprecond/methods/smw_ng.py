@@ -83,7 +83,7 @@ def smw_ng(
         solver = SMW(state.damping)
         rows = Gram.from_layers(evidence[need], grads)
         inverse = solver.prepare(rows)
-        if labels == "empirical" and all(g is evidence.grads[k] for k, g in grads.items()):
+        if labels == "empirical" and evidence.is_own(grads):
             # The gradient is the sum of the rows of U over √c, that is, Uᵀ y with all y equal.
             y = rows.scale.rsqrt().expand(rows.count)
             direction = solver.push_through(inverse, y, grads)

@@ -15,7 +15,7 @@ from funcprecond.linalg.precision import wide
 from funcprecond.methods.card import card
 from funcprecond.representation.average import accumulate
 from funcprecond.solver.followed_eigenbases import FollowedEigenbases
-from funcprecond.transform import Transform, counter
+from funcprecond.transform import Transform, counter, fitted
 from funcprecond.transforms.in_blocks import in_blocks
 from funcprecond.transforms.stored import stored
 from funcprecond.tree import Params, map, state
@@ -109,8 +109,7 @@ def soap(
         >>> opt = fp.chain(fp.soap(refresh_every=10), fp.weight_decay(0.01), fp.scale(3e-3))
     """
     one_of(("identity", "skip"), first=first)
-    b1, b2 = betas
-    bs = b2 if decay is None else decay
+    (b1, b2), bs = betas, betas[1] if decay is None else decay
     basis = FollowedEigenbases(every, refresh_every, start, refresh, epsilon, max_dim=max_dim)
 
     def init(params: Params) -> SOAPState:
@@ -146,5 +145,6 @@ def soap(
         means = (mean, {}) if state.mean else ({}, mean)
         return SOAPState(statistics, new, *means, squares, step), treemath.cast(direction, grads)
 
-    whole = in_blocks(Transform(init, update, basis.needs), Blocking(merge, block))
+    inner = fitted(Transform(init, update, basis.needs), lambda state: state.second_moment)
+    whole = in_blocks(inner, Blocking(merge, block))
     return stored(whole, state_dtype, ("statistics",) if packed else ())

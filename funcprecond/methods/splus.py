@@ -11,7 +11,7 @@ from funcprecond.linalg.eigenbases import Bases, rotate, rotate_back
 from funcprecond.methods.card import card
 from funcprecond.representation.average import accumulate
 from funcprecond.solver.followed_eigenbases import FollowedEigenbases
-from funcprecond.transform import Transform
+from funcprecond.transform import Transform, fitted
 from funcprecond.transforms.in_blocks import in_blocks
 from funcprecond.tree import Params, map, state
 
@@ -115,7 +115,8 @@ def splus(
         bases, _ = basis.refreshed(statistics, state.bases, evidence)
         return SPlusState(mean, statistics, bases), {k: direction[k] for k in grads}
 
-    return in_blocks(Transform(init, update, basis.needs), Blocking(merge, block))
+    inner = fitted(Transform(init, update, basis.needs), lambda state: state.mean)
+    return in_blocks(inner, Blocking(merge, block))
 
 
 def _sign(x: Tensor) -> Tensor:

@@ -80,6 +80,11 @@ class KroneckerIO:
         shapes = tuple(tuple(p.shape) for p in params.values())
         return cls({}, {}, {}, {}, scalar_like(params), tuple(params), thin, max_dim, shapes)
 
+    @property
+    def covered(self) -> dict[str, tuple[int, ...]]:
+        """The shapes of the parameters that this state covers, by name."""
+        return dict(zip(self.names, self.shapes, strict=True))
+
     def accumulate(self, value: Layers, decay: Decay) -> "KroneckerIO":
         """Include a measurement of the layers.
 
@@ -184,7 +189,7 @@ class KroneckerIO:
         Raises:
             ValueError: a block has other parameters or another size, or a parameter has none.
         """
-        shapes = dict(zip(self.names, self.shapes, strict=False))
+        shapes = self.covered if self.shapes else {}
         blocks = {**self.left, **self.right, **self.units, **self.others}
         if not shapes or not blocks:
             return

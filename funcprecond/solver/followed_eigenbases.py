@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from funcprecond.checks import at_least, one_of
-from funcprecond.evidence import Evidence
+from funcprecond.evidence import Evidence, is_due
 from funcprecond.linalg.axes import axes_below, grams
 from funcprecond.linalg.eigenbases import Bases, decomposed, followed, identities
 from funcprecond.linalg.precision import factor_dtype
@@ -63,8 +63,8 @@ class FollowedEigenbases:
         )
 
     def needs(self, t: int) -> tuple[Need, ...]:
-        """The marks that are due at step ``t``, a Python integer that counts from 0."""
-        return tuple(need for mark in self._marks for need in mark.due(t))
+        """The marks of step ``t``, a Python integer that counts from 0."""
+        return tuple(need for mark in self._marks for need in mark.marks(t))
 
     def axes(self, shape: torch.Size) -> tuple[int, ...]:
         """The axes of a parameter of this shape that have a basis."""
@@ -76,7 +76,7 @@ class FollowedEigenbases:
 
     def are_measured(self, evidence: Evidence | None) -> bool:
         """Whether the statistics are due."""
-        return evidence is None or self._marks[0] in evidence
+        return is_due(self._marks[0], evidence)
 
     def statistics(
         self, old: tuple[Tensor, ...], g: Tensor, decay: float | Tensor, evidence: Evidence | None
@@ -114,8 +114,8 @@ class FollowedEigenbases:
             The bases, and "kept", "followed" or "decomposed".
         """
         _, refresh, decompose = self._marks
-        if evidence is None or decompose in evidence:
+        if is_due(decompose, evidence):
             return decomposed(statistics, bases), "decomposed"
-        if refresh in evidence:
+        if is_due(refresh, evidence):
             return followed(statistics, bases, self.epsilon, sort=self.sort), "followed"
         return bases, "kept"

@@ -114,11 +114,10 @@ def apply_blocks(
 
 
 def gradient_rows(grads: Params, evidence: Evidence | None) -> Layers | None:
-    """The rows of ``grads``, if ``grads`` are the observed gradient and its rows were measured."""
-    if evidence is None or GRADIENT_ROWS not in evidence:
+    """The rows of ``grads``, if ``grads`` are the measured gradient, and its rows are known."""
+    if evidence is None or GRADIENT_ROWS not in evidence or not evidence.is_own(grads):
         return None
-    untouched = all(g is evidence.grads.get(k) for k, g in grads.items())
-    return evidence[GRADIENT_ROWS] if untouched else None
+    return evidence[GRADIENT_ROWS]
 
 
 def unit_inverses(units: dict[str, Tensor], damping: float | Tensor) -> dict[str, Tensor]:

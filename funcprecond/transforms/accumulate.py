@@ -7,10 +7,10 @@ from torch import Tensor
 
 from funcprecond.checks import checked
 from funcprecond.curvature.batch_weight import BatchWeight
-from funcprecond.evidence import Evidence, MissingEvidence
+from funcprecond.evidence import Evidence, MissingEvidence, is_due
 from funcprecond.linalg import treemath
-from funcprecond.need import Every
-from funcprecond.transform import Transform
+from funcprecond.need import Every, NotDue
+from funcprecond.transform import Transform, fitted
 from funcprecond.tree import Params, state
 
 __all__ = ["Accumulated", "accumulate"]
@@ -101,16 +101,17 @@ def accumulate(transform: Transform, steps: int) -> Transform:
             for k, x in state.gradient.items()
         }
         gradient = treemath.cast(gradient, state.gradient)
-        if last not in evidence:
+        if not is_due(last, evidence):
             return Accumulated(state.inner, gradient, weight), _zeros(grads)
         inner, direction = transform.update(state.inner, treemath.cast(gradient, grads), evidence)
         return Accumulated(inner, _zeros(gradient), torch.zeros_like(weight)), direction
 
     def needs(t: int) -> tuple:
-        mine = (_WEIGHT, last, *transform.needs(t // steps))
-        return mine if t % steps == steps - 1 else (_WEIGHT,)
+        if t % steps < steps - 1:
+            return (_WEIGHT, NotDue(last))
+        return (_WEIGHT, last, *transform.needs(t // steps))
 
-    return Transform(init, update, needs)
+    return fitted(Transform(init, update, needs), lambda state: state.gradient)
 
 
 def _zeros(like: Params) -> Params:

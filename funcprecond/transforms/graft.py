@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from funcprecond.checks import checked
-from funcprecond.evidence import Evidence
+from funcprecond.evidence import Evidence, is_due
 from funcprecond.linalg.precision import factor_dtype, wide_dtype
-from funcprecond.need import Every
+from funcprecond.need import Every, NotDue
 from funcprecond.transform import Transform
 from funcprecond.tree import Params, state
 
@@ -64,7 +64,7 @@ def graft(direction: Transform, magnitude: Transform, *, start: int = 0) -> Tran
     ) -> tuple[Grafted, Params]:
         first, d = direction.update(state.direction, grads, evidence)
         second, m = magnitude.update(state.magnitude, grads, evidence)
-        if start and evidence is not None and begun not in evidence:
+        if start and not is_due(begun, evidence):
             return Grafted(first, second), m
         grafted = {
             k: (x * (_norm(m[k]) / _norm(x).clamp_min(TINY))).to(x.dtype) for k, x in d.items()
@@ -72,7 +72,8 @@ def graft(direction: Transform, magnitude: Transform, *, start: int = 0) -> Tran
         return Grafted(first, second), grafted
 
     def needs(t: int) -> tuple:
-        marks = (begun,) if start and t >= start else ()
+        mark = begun if t >= start else NotDue(begun)
+        marks = (mark,) if start else ()
         return tuple(dict.fromkeys((*marks, *direction.needs(t), *magnitude.needs(t))))
 
     return Transform(init, update, needs)

@@ -4,7 +4,7 @@ from torch import Tensor
 
 from funcprecond.checks import checked
 from funcprecond.linalg import treemath
-from funcprecond.transform import Transform, gradient_only
+from funcprecond.transform import Transform, fitted, gradient_only
 from funcprecond.tree import Params
 
 __all__ = ["momentum"]
@@ -44,4 +44,4 @@ def momentum(
         new = treemath.add(grads, state, decay)
         return new, treemath.add(grads, new, decay) if nesterov else new
 
-    return gradient_only(init, update)
+    return fitted(gradient_only(init, update), lambda state: state)

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from funcprecond.evidence import Evidence
-from funcprecond.transform import Transform
+from funcprecond.transform import Transform, check_fit
 from funcprecond.tree import Params, state, static
 
 __all__ = ["Assignment", "Partitioned", "assign", "partition"]
@@ -125,6 +125,9 @@ def partition(rules: Rules, **transforms: Transform) -> Transform:
     def update(
         state: Partitioned, grads: Params, evidence: Evidence | None = None
     ) -> tuple[Partitioned, Params]:
+        covered = [k for _, names in state.names for k in names]
+        # The methods compare the shapes.
+        check_fit({k: grads[k].shape if k in grads else () for k in covered}, grads)
         new, direction = {}, {}
         for label, names in state.names:
             part = {k: grads[k] for k in names}

@@ -8,6 +8,7 @@ from torch import nn
 import funcprecond as fp
 from funcprecond.linalg import treemath
 from funcprecond.linalg.gram import square
+from funcprecond.need import NotDue
 from tests import problems, reference
 from tests.equality import assert_close, assert_same
 
@@ -65,7 +66,8 @@ def test_damping_can_be_a_tensor_and_needs_no_refresh():
     opt = fp.kfac(refresh_every=100, start=0)
     state, direction, evidence = problems.update(toy, opt)
     stronger = fp.kfac(damping=torch.tensor(10.0, dtype=torch.float64), refresh_every=100, start=0)
-    later = fp.observe(toy.problem, toy.params, toy.batch, (stronger.needs(1)[0],))
+    no_measurement = (NotDue(fp.Every("measure")), NotDue(fp.Every("refresh", 100)))
+    later = fp.observe(toy.problem, toy.params, toy.batch, no_measurement)
     _, changed = stronger.update(state, evidence.grads, later)
     assert treemath.norm(changed) < 0.1 * treemath.norm(direction)
 

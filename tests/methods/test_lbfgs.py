@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import funcprecond as fp
+from funcprecond.autodiff.origin import trusted
 from funcprecond.linalg.bfgs import bfgs_update
 from tests import reference
 from tests.equality import assert_close, assert_same
@@ -117,7 +118,7 @@ def test_hvp_pairs_are_products_with_differences_of_means():
     params, state = problem.params, opt.init(problem.params)
     points = []
     for t in range(8):
-        assert bool(opt.needs(t)) == (t in (3, 6))
+        assert (fp.Every("pair", 3) in opt.needs(t)) == (t in (3, 6))
         points.append(params["x"])
         params, state, _, _ = step(problem, opt, params, state, t=t, rate=0.2)
     means = [torch.stack(points[:4]).mean(0), torch.stack(points[4:7]).mean(0)]
@@ -164,7 +165,13 @@ def test_the_default_history_is_a_fixed_shape_and_a_bad_gradient_leaves_it_alone
     evidence = fp.observe(toy.problem, params, toy.batch, opt.needs(3))
     bad = {k: x * torch.nan for k, x in evidence.grads.items()}
     broken = fp.Evidence(
-        evidence.params, evidence.loss, evidence.outputs, bad, evidence.buffers, evidence.measured
+        evidence.params,
+        evidence.loss,
+        evidence.outputs,
+        bad,
+        evidence.buffers,
+        evidence.measured,
+        trusted(bad),
     )
     after, d = opt.update(before, bad, broken)
     assert_same(after.history, before.history)

@@ -68,7 +68,7 @@ def test_momentum_before_and_after_a_fixed_preconditioner_agree_and_grafted_diff
         moved = path(fp.momentum(0.9, average=True), grads)
         state = fixed.init(grads[0])
         first, _ = fixed.update(state, grads[0])
-        return [fixed.update(first, m, nothing())[1] for m in moved]
+        return [fixed.update(first, m, nothing(fixed))[1] for m in moved]
 
     assert_close(path(after, grads), before(grads), rtol=1e-9)
     grafted = fp.graft(fixed, fp.sgd())
@@ -77,6 +77,6 @@ def test_momentum_before_and_after_a_fixed_preconditioner_agree_and_grafted_diff
     assert (one[-1]["w"] - other[-1]["w"]).norm() > 1e-3 * one[-1]["w"].norm()
 
 
-def nothing():
-    """Evidence in which nothing is due."""
-    return fp.Evidence({}, torch.zeros(()), {}, {}, {}, {})
+def nothing(opt):
+    """Evidence of a step at which nothing is due."""
+    return fp.Evidence({}, torch.zeros(()), {}, {}, {}, dict.fromkeys(opt.needs(1), ()))
