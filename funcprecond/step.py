@@ -20,6 +20,9 @@ from funcprecond.tree import Buffers, Params
 
 __all__ = ["make_step", "make_update"]
 
+# The first version of torch whose compiler traces the steps of all methods.
+COMPILES = (2, 13)
+
 
 def make_step(
     problem: Problem,
@@ -56,6 +59,7 @@ def make_step(
     Raises:
         ValueError: ``donate`` is True and ``compile`` is False. The step also raises it if a tensor
             to be donated occurs twice, or belongs to the problem or to the other arguments.
+        RuntimeError: ``compile`` is True, and torch is older than 2.13.
 
     Example:
         >>> import torch, funcprecond as fp
@@ -170,6 +174,13 @@ def _driver(
         raise ValueError(msg)
     if not compile:
         return body
+    version = tuple(int(x) for x in torch.__version__.split(".")[:2])
+    if version < COMPILES:
+        msg = (
+            f"compile=True needs torch {'.'.join(map(str, COMPILES))} or newer, and this is torch "
+            f"{torch.__version__}, whose compiler cannot trace a step: leave it out"
+        )
+        raise RuntimeError(msg)
     compiled: dict[tuple, Callable] = {}
 
     def run(params: Params, state: Any, needs: tuple, *inputs: Any):

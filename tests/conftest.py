@@ -11,6 +11,8 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
+from funcprecond.step import COMPILES
+
 torch.set_num_threads(1)
 
 for _name, _examples in {"dev": 20, "ci": 50, "many": 2000}.items():
@@ -26,6 +28,10 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "dev"))
 
 
 def pytest_collection_modifyitems(items):
+    if tuple(int(x) for x in torch.__version__.split(".")[:2]) < COMPILES:
+        for item in items:
+            if item.get_closest_marker("compile"):
+                item.add_marker(pytest.mark.skip(reason="torch's compiler is too old"))
     if not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker("gpu"):

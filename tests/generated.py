@@ -201,7 +201,7 @@ class Step:
         rows = h.flatten(0, -2)
         chosen = rows.sum(-1) > 0
         ours = torch.zeros_like(rows)
-        for weight, mask in ((p[self.weight], chosen), (p[self.weight].T, ~chosen)):
+        for weight, mask in ((p[self.weight], chosen), (p[self.bias or self.weight], ~chosen)):
             ours = ours.index_add(0, mask.nonzero()[:, 0], F.linear(rows[mask], weight))
         return ours.unflatten(0, h.shape[:-1])
 
@@ -411,6 +411,8 @@ def models(draw, max_steps: int = 4) -> Model:
             own = _submodule(how.split()[0], how.endswith("first")).named_parameters()
             shapes |= {f"{prefix}.{k}": tuple(x.shape) for k, x in own}
             step = Step(kind, how, "", prefix)
+        elif kind == "experts":
+            step = Step(kind, "", "", name("w", square), name("w", square))
         elif kind == "mix":
             step = Step(kind)
         elif kind == "relayout":

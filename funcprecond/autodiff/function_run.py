@@ -122,20 +122,24 @@ def _recorded(evaluation: Any) -> tuple[Recorder, dict[str, str]]:
 
 def _others(outputs: Any) -> list[Tensor]:
     """The tensors among the outputs that have no derivative, such as counts."""
-    own = {id(x) for x in tree.floating(outputs)}
     leaves = [outputs] if isinstance(outputs, Tensor) else tree.leaves(outputs)
-    return [x for x in leaves if isinstance(x, Tensor) and id(x) not in own]
+    return [x for x in leaves if isinstance(x, Tensor) and not _is_own(x)]
 
 
 def _rebuilt(outputs: Any, floating: list[Tensor], others: list[Tensor]) -> Any:
     """The outputs of a run inside of a transform, with the tensors that left the transform."""
     if isinstance(outputs, Tensor):
         return floating[0]
-    rest, own = iter(others), {id(x) for x in tree.floating(outputs)}
+    rest = iter(others)
     found = tree.map(
-        lambda x: next(rest) if isinstance(x, Tensor) and id(x) not in own else x, outputs
+        lambda x: next(rest) if isinstance(x, Tensor) and not _is_own(x) else x, outputs
     )
     return tree.with_floating(found, floating)
+
+
+def _is_own(x: Tensor) -> bool:
+    """Whether a leaf of the outputs is one that :func:`funcprecond.tree.floating` lists."""
+    return bool(tree.floating(x))
 
 
 class ForwardRun:

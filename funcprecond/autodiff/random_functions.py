@@ -120,7 +120,7 @@ _PLACES: tuple[Any, ...] = (torch, torch.Tensor, torch._C._nn)  # pyright: ignor
 def _spellings(name: str) -> list[Callable]:
     """The functions and methods of torch with a name."""
     found = [getattr(place, name, None) for place in _PLACES]
-    return [f for f in found if f is not None and f not in DROPOUTS]
+    return [f for f in found if callable(f) and f not in DROPOUTS]
 
 
 DRAWS = {

@@ -114,12 +114,14 @@ def complete_blocks(
         they were recorded, or without their bias, or their bias alone.
     """
     partners: dict[str, set[str | None]] = {}
-    for call in calls:
+    # A call without rows, such as that of an expert that gets none, is as good as no call.
+    present = [(i, call) for i, call in enumerate(calls) if 0 not in call.shape]
+    for _, call in present:
         partners.setdefault(call.weight, set()).add(call.bias)
         if call.bias is not None:
             partners.setdefault(call.bias, set()).add(call.weight)
     blocks: dict[str, list[tuple[int, LayerCall]]] = {}
-    for i, call in enumerate(calls):
+    for i, call in present:
         together = call.bias is None or (
             partners[call.weight] == {call.bias}
             and partners[call.bias] == {call.weight}

@@ -90,9 +90,9 @@ def _inverse_gaps(values: Tensor, rounding: float) -> Tensor:
 def eigenbases(factors: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """The eigenvalues, clamped at zero, and the eigenvectors of each factor.
 
-    A diagonal factor, (n,), has no eigenvectors. A factor that is not finite has the eigenvalues
-    NaN, so that the fault shows in the direction instead of raising an error inside a compiled
-    step.
+    A diagonal factor, (n,), has no eigenvectors. A factor that is not finite, or whose
+    decomposition does not converge in the second attempt either, has the eigenvalues NaN, so that
+    the fault shows in the direction instead of raising an error inside a compiled step.
     """
     values = {k: x.clamp_min(0.0) for k, x in factors.items() if x.ndim == 1}
     names = [k for k, x in factors.items() if x.ndim > 1]
@@ -101,8 +101,9 @@ def eigenbases(factors: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str,
         symmetric = (stack + stack.mT) / 2
         finite = torch.isfinite(symmetric).all(-1, keepdim=True).all(-2, keepdim=True)
         eye = torch.eye(stack.shape[-1], dtype=stack.dtype, device=stack.device)
-        spectrum, vectors = torch.linalg.eigh(torch.where(finite, symmetric, eye))
-        spectrum = torch.where(finite.squeeze(-1), spectrum.clamp_min(0.0), torch.nan)
+        spectrum, vectors, converged = eigh(torch.where(finite, symmetric, eye))
+        known = finite.squeeze(-1) & converged
+        spectrum = torch.where(known, spectrum.clamp_min(0.0), torch.nan)
         return torch.cat([spectrum.unsqueeze(-2), vectors], -2)
 
     packed = by_shape(decompose, [factors[k] for k in names], static=[None] * len(names))

@@ -21,19 +21,24 @@ def nearest_kronecker(lefts: Sequence[Tensor], rights: Sequence[Tensor]) -> tupl
         lefts, rights: k tensors each, of equal shapes: matrices, or their diagonals.
 
     Returns:
-        (left, right), shaped like the terms.
+        (left, right), shaped like the terms; NaN if a term is not finite.
     """
     (x, gx), (y, gy) = _rooted(lefts), _rooted(rights)
-    u, values, vh = torch.linalg.svd(gx.mT @ gy)
+    core = gx.mT @ gy
+    finite = torch.isfinite(core).all()
+    u, values, vh = torch.linalg.svd(torch.where(finite, core, 0.0))
     share = torch.where(values[0] > 0, values[0], 1).rsqrt()
     left, right = (gy @ vh[0]) * share, (gx @ u[:, 0]) * share
     sign = torch.where(left.sum() < 0, -1.0, 1.0).to(left.dtype)
-    return torch.tensordot(sign * left, x, 1), torch.tensordot(sign * right, y, 1)
+    scale = torch.where(finite, sign, torch.nan)
+    return torch.tensordot(scale * left, x, 1), torch.tensordot(scale * right, y, 1)
 
 
 def _rooted(terms: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """The terms as one stack, and a root R of their Gram matrix ``R Rᵀ``."""
     stack = torch.stack(list(terms))
     rows = stack.flatten(1)
-    values, vectors = torch.linalg.eigh(rows @ rows.mT)
-    return stack, vectors * values.clamp_min(0).sqrt()
+    gram = rows @ rows.mT
+    finite = torch.isfinite(gram).all()
+    values, vectors = torch.linalg.eigh(torch.where(finite, gram, 0.0))
+    return stack, torch.where(finite, vectors * values.clamp_min(0).sqrt(), torch.nan)

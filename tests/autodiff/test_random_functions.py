@@ -40,7 +40,7 @@ def test_every_operator_that_torch_marks_as_random_is_handled_in_every_spelling(
     for name in drawing_operators():
         for place in (torch, torch.Tensor, F, torch._C._nn, torch._C._VariableFunctions):
             function = getattr(place, name, None)
-            if function is not None and not any(part in name for part in INNER):
+            if callable(function) and not any(part in name for part in INNER):
                 assert function in HANDLED, f"{place.__name__}.{name} draws and is not handled"
                 found.add(name)
     assert {"bernoulli", "exponential_", "rrelu", "randperm", "lstm"} <= found

@@ -30,6 +30,12 @@ from funcprecond.tracing import is_traced
 __all__ = ["RULES", "DifferentiatedTwice", "differentiated", "replaced"]
 
 
+def _hardsigmoid(input: Tensor, inplace: bool = False) -> Tensor:
+    # Torch's own function has no second derivative.
+    y = F.relu6(input + 3) / 6
+    return input.copy_(y) if inplace else y
+
+
 def _if_traced(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     return (NORMS[function] if is_traced() else function)(*args, **kwargs)
 
@@ -43,6 +49,7 @@ RULES: dict[Callable[..., Any], Callable[..., Any]] = {
     **_AFFINE,
     **dict.fromkeys((F.relu, torch.relu, torch.Tensor.relu), relu),
     F.gelu: gelu,
+    F.hardsigmoid: _hardsigmoid,
     **dict.fromkeys((F.max_pool2d, torch.max_pool2d), max_pool2d),
     F.layer_norm: layer_norm,
     torch._weight_norm: weight_norm,
