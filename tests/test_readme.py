@@ -5,19 +5,42 @@ import runpy
 from pathlib import Path
 
 import pytest
+import torch
+from torch import nn
 
 from funcprecond.methods.table import table
+from tests.problems import initialised, normal, seeded
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"```python\n(.*?)```", README, re.S)
 
 
 def test_the_code_runs_from_top_to_bottom():
-    blocks = re.findall(r"```python\n(.*?)```", README, re.S)
-    assert len(blocks) > 1
+    assert len(BLOCKS) > 1
     namespace = {}
-    exec("\n".join(blocks), namespace)
+    exec("\n".join(BLOCKS), namespace)
     assert namespace["evidence"].loss.shape == (3,)
+
+
+def test_the_loop_trains_a_model_with_buffers():
+    # The inputs are far from zero, so that BatchNorm's first averages ruin the evaluation.
+    inputs = normal((512, 8), dtype=torch.float32) * 3 + 5
+    targets = (inputs[:, 0] > 5).long() + (inputs[:, 1] > 5).long()
+    order = torch.cat([torch.randperm(512, generator=seeded(i)) for i in range(25)])
+    model = nn.Sequential(nn.Linear(8, 32), nn.BatchNorm1d(32), nn.ReLU(), nn.Linear(32, 3))
+    given = {
+        "model": initialised(model, dtype=torch.float32),
+        "loader": [(inputs[i], targets[i]) for i in order.split(64)],
+    }
+    loop, replaced = re.subn(r"^(?:model|loader) = .*\n", "", BLOCKS[0], flags=re.M)
+    assert replaced == 2, "the first block makes its model and its loader in one line each"
+    exec(loop, given)
+    model.eval()
+    problem, params, buffers = given["problem"], given["params"], given["buffers"]
+    accuracy = (problem(params, inputs, buffers).argmax(1) == targets).float().mean()
+    forgotten = (problem(params, inputs).argmax(1) == targets).float().mean()
+    assert accuracy > 0.9 > 0.6 > forgotten
 
 
 @pytest.mark.parametrize(("marker", "works"), [("methods", True), ("planned", False)])

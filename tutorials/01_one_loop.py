@@ -45,24 +45,28 @@ print({name: tuple(p.shape) for name, p in problem.params.items()})
 # This is the training loop. `opt.needs(t)` lists what the method needs from this batch in addition
 # to the gradient: nothing for Adam, layer statistics for K-FAC. `observe` runs the model once and
 # measures the gradient and exactly these quantities. `update` computes a direction from them, and
-# `apply` subtracts the direction from the parameters. One generator provides all random numbers:
-# those for the batches, and those for the labels that K-FAC samples.
+# `apply` subtracts the direction from the parameters. Buffers are what a model keeps besides its
+# parameters, such as the running averages of BatchNorm. This model has none, and the loop would not
+# change if it had. One generator provides all random numbers: those for the batches, and those for
+# the labels that K-FAC samples.
 
 
 # %%
 def train_with(opt: fp.Transform, steps: int = 120, batch_size: int = 128):
     generator = torch.Generator().manual_seed(1)
-    params = problem.params
+    params, buffers = problem.params, problem.buffers
     state = opt.init(params)
     losses = []
     for t in range(steps):
         batch = train[torch.randint(len(train), (batch_size,), generator=generator)]
         data = (inputs[batch], targets[batch])
-        evidence = fp.observe(problem, params, data, opt.needs(t), generator=generator)
+        evidence = fp.observe(
+            problem, params, data, opt.needs(t), buffers=buffers, generator=generator
+        )
         state, direction = opt.update(state, evidence.grads, evidence)
-        params = fp.apply(params, direction)
+        params, buffers = fp.apply(params, direction), evidence.buffers
         losses.append(float(evidence.loss))
-    return params, losses
+    return params, buffers, losses
 
 
 # %% [markdown]
@@ -81,8 +85,8 @@ methods = {
 
 curves, accuracy = {}, {}
 for name, opt in methods.items():
-    params, curves[name] = train_with(opt)
-    guesses = problem(params, inputs[test]).argmax(1)
+    params, buffers, curves[name] = train_with(opt)
+    guesses = problem(params, inputs[test], buffers).argmax(1)
     accuracy[name] = float((guesses == targets[test]).float().mean())
     print(f"{name:8} loss {curves[name][0]:.2f} → {sum(curves[name][-10:]) / 10:.4f}, "
           f"test accuracy {100 * accuracy[name]:.1f} %")  # fmt: skip

@@ -25,6 +25,7 @@ from sklearn.datasets import load_digits
 from torch import nn
 
 import funcprecond as fp
+from funcprecond.need import NotDue
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -52,22 +53,23 @@ print({name: tuple(problem.params[k].shape) for name, k in layers.items()})
 
 # %%
 methods = {
-    "AdaGrad, full matrix": fp.adagrad_full(epsilon=1e-3),
-    "Shampoo": fp.shampoo(epsilon=1e-3),
-    "CASPR": fp.caspr(epsilon=1e-3),
+    "AdaGrad, full matrix": fp.adagrad_full(epsilon=1e-3, refresh_every=10),
+    "Shampoo": fp.shampoo(epsilon=1e-3, refresh_every=10),
+    "CASPR": fp.caspr(epsilon=1e-3, refresh_every=10),
 }
 
 
 # %% [markdown]
-# With a fixed state, these methods are linear in the gradient, and evidence that contains no
-# measurement leaves the state unchanged. The columns of a preconditioner's matrix are therefore its
-# directions for the unit vectors. `vmap` computes all of them at once.
+# With a fixed state, these methods are linear in the gradient, and evidence by which nothing is due
+# leaves the state unchanged. The columns of a preconditioner's matrix are therefore its directions
+# for the unit vectors. `vmap` computes all of them at once.
 
 
 # %%
 def matrix(opt: fp.Transform, state, name: str) -> torch.Tensor:
     params = problem.params
-    nothing = fp.Evidence(params, torch.zeros(()), None, {}, {}, {})
+    marks: dict[fp.Need, tuple] = {NotDue(mark): () for mark in opt.needs(0)}
+    nothing = fp.Evidence(params, torch.zeros(()), None, {}, {}, marks)
     zeros = {k: torch.zeros_like(p) for k, p in params.items()}
 
     def column(unit):
@@ -99,17 +101,14 @@ of_gradient = {(layer, name): [] for layer in layers for name in compared}
 gaps, traces = [], []
 for t in range(401):
     batch = torch.randint(1400, (64,), generator=generator)
-    evidence = fp.observe(problem, params, (inputs[batch], targets[batch]))
+    needs = [need for opt in methods.values() for need in opt.needs(t)]
+    evidence = fp.observe(problem, params, (inputs[batch], targets[batch]), needs)
     trajectory, direction = driver.update(trajectory, evidence.grads)
     params = fp.apply(params, direction, rate=0.1)
     losses.append(float(evidence.loss))
-    due = t % 10 == 0
     for name, opt in methods.items():
-        refresh = None if due else fp.Evidence(
-            params, evidence.loss, None, {}, {}, {fp.Every("measure"): ()}
-        )  # fmt: skip
-        states[name], _ = opt.update(states[name], evidence.grads, refresh)
-    if not due:
+        states[name], _ = opt.update(states[name], evidence.grads, evidence)
+    if t % 10:
         continue
     for layer, key in layers.items():
         P = {name: matrix(opt, states[name], key) for name, opt in methods.items()}
