@@ -8,7 +8,10 @@ import pytest
 import torch
 from torch import nn
 
+import funcprecond as fp
+from funcprecond.methods.card import CARDS
 from funcprecond.methods.table import table
+from tests.equality import assert_same
 from tests.problems import initialised, normal, seeded
 
 ROOT = Path(__file__).parent.parent
@@ -21,6 +24,28 @@ def test_the_code_runs_from_top_to_bottom():
     namespace = {}
     exec("\n".join(BLOCKS), namespace)
     assert namespace["evidence"].loss.shape == (3,)
+
+
+def test_a_run_is_saved_and_loaded_as_described(tmp_path):
+    saved, loaded = re.findall(r"`(fp\.(?:save|load)\(path, tree\))`", README)
+    tree = re.search(r"the tree is\s+`(\{.*?\})`", README)
+    assert tree is not None
+    names = {"path": tmp_path / "run.pt", "fp": fp}
+    exec(BLOCKS[0], names)
+    exec(f"tree = {tree[1]}\n{saved}\ntree_again = {loaded}", names)
+    assert_same(names["tree_again"], names["tree"])
+
+
+def test_the_number_of_methods_is_that_of_the_table():
+    first = README.split("```")[0]
+    named = [k for k in ("K-FAC", "Shampoo", "CASPR", "SOAP", "Hessian-free") if k in first]
+    assert f"{len(CARDS) - len(named)} other methods" in first
+
+
+def test_pages_that_are_linked_exist():
+    links = re.findall(r"\]\(([^)#]+)\)", README)
+    assert len(links) > 3
+    assert [link for link in links if not (ROOT / link).exists()] == []
 
 
 def test_the_loop_trains_a_model_with_buffers():
