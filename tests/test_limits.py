@@ -5,6 +5,7 @@ import threading
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -203,6 +204,11 @@ def shared_buffers():
     torch.vmap(lambda p, s: step(p, s, BATCH, 0)[0])(params, torch.vmap(fp.adam().init)(params))
 
 
+def old_compiler():
+    with mock.patch("funcprecond.step.COMPILES", (99, 0)):
+        fp.make_step(of(), fp.adam(), compile=True)
+
+
 # -------------------------------------------------------------------------- the curvature matrix
 def preconditioned():
     return matrix(fp.KroneckerFactored, labels="exact").inverse(damping=0.1) @ matrix()
@@ -298,6 +304,7 @@ REFUSED: dict[str, list[Case]] = {
     ],
     "`damping=0`": [(lambda: fp.kfac(damping=0.0), ValueError, "damping must be positive")],
     "a vmapped step": [(shared_buffers, RuntimeError, "stack one copy of problem.buffers")],
+    "`compile=True`": [(old_compiler, RuntimeError, "needs torch 99.0 or newer")],
     "`donate=True`": [
         (lambda: fp.make_step(of(), fp.adam(), donate=True), ValueError, "requires compile=True")
     ],

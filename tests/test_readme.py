@@ -1,21 +1,24 @@
-"""The README tells the truth: its code runs, its table is the generated one."""
+"""README, CONTRIBUTING and the tutorials tell the truth: their code runs, tables are generated."""
 
 import re
 import runpy
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
 import funcprecond as fp
+from funcprecond.curvature import quadratic_form
+from funcprecond.losses import logistic
 from funcprecond.methods.card import CARDS
 from funcprecond.methods.table import table
-from tests.equality import assert_same
+from tests.equality import assert_close, assert_same, finite
 from tests.problems import initialised, normal, seeded
 
 ROOT = Path(__file__).parent.parent
-README = (ROOT / "README.md").read_text()
+README, CONTRIBUTING = ((ROOT / f"{name}.md").read_text() for name in ("README", "CONTRIBUTING"))
 BLOCKS = re.findall(r"```python\n(.*?)```", README, re.S)
 
 
@@ -66,6 +69,32 @@ def test_the_loop_trains_a_model_with_buffers():
     accuracy = (problem(params, inputs, buffers).argmax(1) == targets).float().mean()
     forgotten = (problem(params, inputs).argmax(1) == targets).float().mean()
     assert accuracy > 0.9 > 0.6 > forgotten
+
+
+def test_the_recipes_for_contributors_run(monkeypatch):
+    # The real decorator would add the example to the table of methods.
+    monkeypatch.setattr("funcprecond.methods.card.card", lambda *_, **__: lambda build: build)
+    composed, written, _line, a_loss, a_need = re.findall(
+        r"```python\n(.*?)```", CONTRIBUTING, re.S
+    )
+    names: list[dict[str, Any]] = [{"__name__": "recipe"} for _ in range(2)]
+    names += [vars(module) | {"__name__": "recipe"} for module in (logistic, quadratic_form)]
+    for code, scope in zip((composed, written, a_loss, a_need), names, strict=True):
+        exec(code, scope)
+    methods = [scope["name"]() for scope in names[:2]]
+    loss, need = names[2]["Binomial"](), names[3]["GradientNorm"]()
+    problem = fp.problem(initialised(nn.Linear(3, 2)), loss)
+    batch = normal((5, 3)), (normal((5, 2), 1) > 0).double()
+    needs = [need, *(one for opt in methods for one in opt.needs(0))]
+    evidence = fp.observe(problem, problem.params, batch, needs, generator=seeded(0))
+    expected = nn.functional.binary_cross_entropy_with_logits(
+        problem(problem.params, batch[0]), batch[1]
+    )
+    assert_close(evidence.loss, expected)
+    assert_close(evidence[need], sum((g**2).sum() for g in evidence.grads.values()))
+    for opt in methods:
+        _, direction = opt.update(opt.init(problem.params), evidence.grads, evidence)
+        assert finite(direction)
 
 
 @pytest.mark.parametrize(("marker", "works"), [("methods", True), ("planned", False)])
