@@ -9,6 +9,7 @@ the module as it is then.
 import functools
 import types
 from collections.abc import Callable, Mapping
+from operator import is_
 from typing import Any
 
 import torch
@@ -85,7 +86,7 @@ class FunctionalModule:
 
     def _check_names(self, replica: "_Replica") -> None:
         missing = (self.params | self.buffers) - replica.names
-        new = replica.trainable - self.params
+        new = replica.new
         if missing or new:
             what = [f"{sorted(missing)} no longer exist"] if missing else []
             what += [f"{sorted(new)} are new, or were frozen then"] if new else []
@@ -120,12 +121,12 @@ class _Replica:
     Attributes:
         outermost: the replica of ``module``.
         names: the names of all parameters and buffers of the module.
-        trainable: the names of the parameters of the module that require a gradient.
+        new: the names of the parameters that require a gradient and were not given.
     """
 
     def __init__(self, module: nn.Module, tensors: Mapping[str, Tensor]):
         self.names: set[str] = set()
-        self.trainable: set[str] = set()
+        self.new: set[str] = set()
         self._given = tensors
         self._tensors: dict[int, tuple[str, Tensor]] = {}
         self._modules: dict[int, nn.Module] = {}
@@ -135,7 +136,7 @@ class _Replica:
         self.outermost = self._replica(module, "")
         for _, replica, attributes in self._made:
             for key, value in attributes.items():
-                if type(value) not in _PLAIN:
+                if type(value) not in _PLAIN and key not in _INTERNAL:
                     attributes[key] = self._translated(value)
             replica.__dict__.update(attributes)
 
@@ -152,7 +153,9 @@ class _Replica:
         """
         for original, replica, before in self._made:
             now = replica.__dict__
-            if len(now) == len(before) and all(now.get(k) is v for k, v in before.items()):
+            # The keys of both are in one order, unless an attribute was set or deleted.
+            same = len(now) == len(before) and all(map(is_, now.values(), before.values()))
+            if same and now.keys() == before.keys():
                 continue
             for key, value in now.items():
                 if not key.startswith("_") and before.get(key, self) is not value:
@@ -185,9 +188,9 @@ class _Replica:
         """The name of a parameter or buffer, which is that of its first place, and its stand-in."""
         if id(x) not in self._tensors:
             self.names.add(name)
-            if isinstance(x, nn.Parameter) and x.requires_grad:
-                self.trainable.add(name)
             given = self._given.get(name)
+            if given is None and isinstance(x, nn.Parameter) and x.requires_grad:
+                self.new.add(name)
             self._tensors[id(x)] = name, x.detach() if given is None else given
         return self._tensors[id(x)]
 
@@ -214,6 +217,8 @@ class _Replica:
         return _CONTAINERS[type(value)](value, found)
 
 
+# What every module has, and no module of a user's own sets.
+_INTERNAL = frozenset(nn.Module().__dict__)
 _PLAIN = {bool, int, float, complex, str, bytes, type(None), type, torch.dtype, torch.device}
 _PLAIN |= {types.FunctionType, types.BuiltinFunctionType}
 _CONTAINERS: dict[type, Callable[[Any, list], Any]] = {

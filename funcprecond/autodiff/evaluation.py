@@ -146,7 +146,7 @@ class Evaluation:
     @property
     def leaves(self) -> list[Any]:
         """The leaves of the inputs."""
-        return tree.leaves(self.inputs)
+        return [self.inputs] if isinstance(self.inputs, Tensor) else tree.leaves(self.inputs)
 
     @property
     def calls(self) -> list[LayerCall]:
