@@ -25,7 +25,6 @@ from funcprecond.autodiff.evaluation import Evaluation
 from funcprecond.evidence import observe
 from funcprecond.layers.blocks import Layers, part_of, split_block
 from funcprecond.layers.layer_call import LayerCall, LayerUse, Sharing
-from funcprecond.linalg import random
 from funcprecond.losses.base import Labels, check_labels
 from funcprecond.need import Need
 from funcprecond.problems import Problem
@@ -47,7 +46,8 @@ class LayerStatistics(Need):
             the exact Fisher matrix.
         samples: the number of sampled labels for each term of the loss, with "mc".
         others: what is measured for parameters that no layer covers: the "diagonal" of their
-            curvature, their "rows", or "none".
+            curvature, their "rows", or "none". A parameter that the run does not use has no
+            diagonal.
         sharing: how the positions of one example are combined in Kronecker factors. "expand" treats
             every position as a row of its own, which is exact for losses with one term per
             position. "reduce" averages the inputs and sums the output gradients over the positions,
@@ -132,6 +132,12 @@ class LayerStatistics(Need):
             uses = layer_uses(evaluation, grads, per_sample=apart, tied=self.tied)
         covered = {part for name in uses for part in split_block(name) if part}
         names = [k for k in evaluation.params if k not in covered]
+        if self.others == "diagonal":
+            # What this run leaves out has no measurement, which differs from a curvature of zero.
+            used = {*evaluation.unrecorded}
+            for call in evaluation.calls:
+                used |= {call.weight, call.bias} if 0 not in call.shape else set()
+            names = [k for k in names if k in used]
         if not names or self.others == "none":
             return Layers(uses, {}, scale, self.sharing)
         if cotangents is None:
@@ -237,17 +243,20 @@ def layer_uses(
 def _estimated_squares(
     evaluation: Evaluation, cotangents: Sequence[Any], names: Sequence[str]
 ) -> Params:
-    """An unbiased estimate of the sum of the squared rows, where the examples are coupled.
+    """An estimate of the sum of the squared rows, where the examples are coupled.
 
-    The cross terms of different examples vanish in the mean over random signs of the examples.
+    The cross terms of different examples vanish in the mean over the signs of the examples. The
+    signs are pseudo-random and the same for each batch, so that no generator is needed.
     """
     places, count = evaluation.examples.outputs, evaluation.examples.count
     found = {k: torch.zeros_like(evaluation.params[k]) for k in names}
-    generator = torch.Generator().manual_seed(0)
-    for cotangent in cotangents:
+    for v, cotangent in enumerate(cotangents):
         tensors = tree.floating(cotangent)
-        options = {"dtype": tensors[0].dtype, "device": tensors[0].device}
-        signs = random.rademacher((count,), generator, **options)
+        # One bit of a hash of the number of the example and of the cotangent.
+        mixed = torch.arange(count, device=tensors[0].device) + count * v + 1
+        for shift, factor in ((15, 0x2C1B3C6D), (12, 0x297A2D39)):
+            mixed = ((mixed ^ (mixed >> shift)) * factor) & 0xFFFFFFFF
+        signs = (1 - 2 * ((mixed >> 15) & 1)).to(tensors[0].dtype)
         signed = [
             u if place is None else place.spread(signs, u)
             for u, place in zip(tensors, places, strict=True)
