@@ -61,9 +61,9 @@ def compose(
     """Compose a method from a curvature, a representation and a solver.
 
     Every ``every`` steps, the representation accumulates a new measurement of the curvature. Every
-    ``refresh_every`` steps, the solver prepares a new factor. Every step applies the current factor
-    to the gradient. The measurement comes first, so that the preconditioner of a step includes the
-    measurement of the same step.
+    ``refresh_every`` steps, and when a measurement has found new blocks, the solver prepares a new
+    factor. Every step applies the current factor to the gradient. The measurement comes first, so
+    that the preconditioner of a step includes the measurement of the same step.
 
     Args:
         curvature: the measurement, an instance of a :class:`funcprecond.Need` of
@@ -117,6 +117,7 @@ def compose(
     turns = [Turn("refresh", refresh_every, i) for i in range(refresh_every)] if stagger else []
     from_gradient = isinstance(curvature, BatchGradient)
     measured = () if from_gradient else (curvature,)
+    finds_blocks = hasattr(representation, "blocks")
 
     def init(params: Params) -> Composed:
         rep = (initial or representation.init)(params)
@@ -132,7 +133,8 @@ def compose(
         if is_due(measure, evidence, *measured):
             value = OuterProduct(grads) if from_gradient else evidence[curvature]  # pyright: ignore
             rep = rep.accumulate(value, decay)
-        if is_due(refresh, evidence):
+        has_grown = finds_blocks and rep.blocks != state.representation.blocks
+        if is_due(refresh, evidence) or has_grown:
             factor = solver.prepare(rep, factor)
         elif turn := next((n for n in turns if evidence and n in evidence.measured), None):
             factor = solver.prepare(rep, factor, turn)  # pyright: ignore[reportCallIssue]

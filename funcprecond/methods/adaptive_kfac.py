@@ -120,11 +120,11 @@ def adaptive_kfac(
         if is_due(measure, evidence, curvature):
             rep = rep.accumulate(evidence[curvature], decay)
         widths = (1.0, omega2, 1 / omega2) if is_due(search, evidence) else (1.0,)
-        due = is_due(refresh, evidence) or len(widths) > 1
+        due = is_due(refresh, evidence) or rep.blocks != state.representation.blocks
 
         def attempt(gamma: Tensor) -> Any:
             solver = Cholesky(gamma.square(), "pi", invert=refresh_every > 4)
-            factor = solver.prepare(rep, state.factor) if due else state.factor
+            factor = solver.prepare(rep, state.factor) if due or widths[1:] else state.factor
             pair = [treemath.mul(solver.apply(factor, g), -1.0), state.step]
             model = evidence[form](pair) + ridge * gram(pair, pair)
             alpha, mu, value = least_in_plane(model, gram(pair, [g]).squeeze(-1))

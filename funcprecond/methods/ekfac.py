@@ -88,12 +88,13 @@ def ekfac(
         if is_due(measure, evidence, curvature):
             due = is_due(refresh, evidence)
             state = state.accumulate(evidence[curvature], decay, refresh=due)
-        factors = state.factors
+        factors, moments = state.factors, state.second_moments()
+        divisor = factors.divisors()
 
         def solve(block: str, gradient: LayerGradient) -> LayerGradient:
             left, right = state.left.get(block), state.right[block]
-            s = state.moments[block] / state.normalizer
-            return rotate_back(rotate(gradient, left, right) / (s + damping), left, right)
+            rotated = rotate(gradient, left, right) / (moments[block] + damping)
+            return rotate_back(rotated, left, right)
 
         direction = apply_blocks(
             grads,
@@ -102,8 +103,8 @@ def ekfac(
                 for k, x in state.right.items()
             },
             solve,
-            unit_inverses({k: x / factors.normalizer for k, x in factors.units.items()}, damping),
-            {k: x / factors.normalizer for k, x in factors.others.items()},
+            unit_inverses({k: x / divisor(k) for k, x in factors.units.items()}, damping),
+            {k: x / divisor(k) for k, x in factors.others.items()},
             damping,
             gradient_rows(grads, evidence),
         )

@@ -69,8 +69,9 @@ def factors_over_batches(
 ) -> KroneckerIO:
     """The factors over all batches.
 
-    Everything that is computed from output gradients is averaged over the batches with the weights
-    of the loss. The second moments of the inputs are averaged with their numbers of positions.
+    Everything that is computed from output gradients is averaged over all batches with the weights
+    of the loss. The second moments of the inputs are averaged with their numbers of positions. A
+    layer that a batch leaves out has output gradients of zero there, and no positions.
 
     Args:
         measured: for each batch, its layers split by cotangents, its weight, and whether the loss
@@ -82,9 +83,10 @@ def factors_over_batches(
     Raises:
         ValueError: there are no batches or no parameters.
     """
-    inputs, outputs = _Mean(), _Mean()
+    inputs, outputs, is_mean = _Mean(), _Mean(), True
     units, others = _Mean(), _Mean()
     inputs_left: dict[str, bool] = {}
+    total: Tensor | None = None
     for parts, share, is_total in measured:
         if forward_only:
             (layers,) = parts
@@ -92,6 +94,7 @@ def factors_over_batches(
         else:
             one, uses_of = factors_of_parts(parts, params, sharing)
         is_mean = not is_total
+        total = share if total is None else total + share
         for name in one.left:
             uses = uses_of[name]
             inputs_left[name] = uses[0].call.inputs_first
@@ -111,11 +114,18 @@ def factors_over_batches(
             "DataLoader, and a problem with trainable parameters"
         )
         raise ValueError(msg)
-    a, g = inputs.means(), outputs.means()
+    every = None if forward_only or not is_mean else total
+    a, g = inputs.means(), outputs.means(every)
     left = {k: a[k] if inputs_left[k] else g[k] for k in a}
     right = {k: g[k] if inputs_left[k] else a[k] for k in a}
     one = scalar_like(params, 1.0)
-    return KroneckerIO(left, right, units.means(), others.means(), one, tuple(params))
+    names, shapes = tuple(params), tuple(tuple(p.shape) for p in params.values())
+    found = KroneckerIO(left, right, units.means(every), {}, one, names, shapes=shapes)
+    # Of a parameter that some batches use outside of layers, only the diagonal is kept.
+    rest = others.means(every)
+    flat = found.flattened(rest)
+    both = {k: x + rest[k] if k in rest else x for k, x in flat.others.items()}
+    return dataclasses.replace(flat, others=rest | both)
 
 
 class _Mean:
@@ -134,7 +144,10 @@ class _Mean:
             weight = self.weights[name] + weight if is_mean else weight
         self.totals[name], self.weights[name] = x, weight
 
-    def means(self) -> dict[str, Tensor]:
+    def means(self, weight: Tensor | None = None) -> dict[str, Tensor]:
+        """The sums over a weight, or each over the weights that it was given."""
+        if weight is not None:
+            return {k: x / weight.to(x.dtype) for k, x in self.totals.items()}
         return {k: x / self.weights[k] for k, x in self.totals.items()}
 
 
@@ -180,15 +193,17 @@ def corrected_blocks(
         measured: see :func:`factors_over_batches`; each batch has its layers in one part.
         bases: the eigenbases of each block.
     """
-    moments = _Mean()
+    moments, total, is_mean = _Mean(), None, True
     for (layers,), share, is_total in measured:
+        is_mean = not is_total
+        total = share if total is None else total + share
         for name, uses in layers.uses.items():
             if name in bases:
                 bias = split_block(name)[1] is not None
                 basis = bases[name]
                 found = uses[0].call.second_moments(uses, bias, basis.left, basis.right)
-                moments.add(name, found * layers.scale, share, not is_total)
+                moments.add(name, found * layers.scale, share, is_mean)
     return {
         k: Rotated(bases[k].left, bases[k].right, x.reshape(bases[k].values.shape), bases[k].rest)
-        for k, x in moments.means().items()
+        for k, x in moments.means(total if is_mean else None).items()
     }

@@ -10,6 +10,7 @@ The argument ``decay`` of all methods selects one of these:
 """
 
 import dataclasses
+from collections.abc import Collection
 from typing import Any, Literal
 
 import torch
@@ -17,7 +18,17 @@ from torch import Tensor
 
 from funcprecond.tree import state
 
-__all__ = ["Average", "Decay", "RisingDecay", "accumulate", "check_decay", "normalizer_after"]
+__all__ = [
+    "Average",
+    "Decay",
+    "RisingDecay",
+    "accumulate",
+    "check_decay",
+    "divisor",
+    "normalizer_after",
+    "present",
+    "separated",
+]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,6 +131,35 @@ def normalizer_after(old: Tensor, decay: Present) -> Tensor:
     if decay is None or isinstance(decay, str):
         return torch.ones_like(old)
     return decay * old + (1 - decay)
+
+
+def separated(
+    shared: Tensor, own: dict[str, Tensor], known: Collection[str], found: Collection[str]
+) -> dict[str, Tensor]:
+    """The normalizers of the blocks that do not share one, before a measurement.
+
+    All blocks share a normalizer as long as each measurement has all of them. A block that one
+    leaves out, or that is new, has a normalizer of its own from then on.
+
+    Args:
+        shared: the normalizer that the other blocks share.
+        own: the normalizers of single blocks so far.
+        known: the blocks of the old measurements.
+        found: the blocks of the new measurement.
+
+    Returns:
+        The normalizers of single blocks.
+    """
+    if not known:
+        return own
+    absent = {k: shared.clone() for k in known if k not in found and k not in own}
+    first = {k: torch.zeros_like(shared) for k in found if k not in known}
+    return {**own, **absent, **first}
+
+
+def divisor(normalizer: Tensor) -> Tensor:
+    """The normalizer, or 1 where it is zero, because there was no measurement."""
+    return torch.where(normalizer > 0, normalizer, 1.0)
 
 
 def check_decay(decay: Decay) -> None:

@@ -1,11 +1,21 @@
 """K-FAC's factors, their eigenbases, and the exact second moments in these bases."""
 
+import dataclasses
+
 import torch
 from torch import Tensor
 
 from funcprecond.layers.blocks import Layers, split_block
 from funcprecond.linalg.eigh import eigenbases
-from funcprecond.representation.average import Decay, accumulate, normalizer_after, present
+from funcprecond.representation.average import (
+    Decay,
+    Present,
+    accumulate,
+    divisor,
+    normalizer_after,
+    present,
+    separated,
+)
 from funcprecond.representation.kronecker_io import KroneckerIO
 from funcprecond.tree import Params, state
 
@@ -25,6 +35,8 @@ class EigenbasisMoments:
             factor is diagonal.
         moments: (o, i + 1), the totals of s; divided by ``normalizer`` they are the second moments.
         normalizer: 0-d; it starts again at 0 when the bases are refreshed.
+        normalizers: the normalizers of the blocks that some measurements left out. Such a block
+            keeps its moments, and a refresh turns them into the new basis.
     """
 
     factors: KroneckerIO
@@ -32,6 +44,7 @@ class EigenbasisMoments:
     right: dict[str, Tensor]
     moments: dict[str, Tensor]
     normalizer: Tensor
+    normalizers: dict[str, Tensor] = dataclasses.field(default_factory=dict)
 
     @classmethod
     def init(cls, params: Params) -> "EigenbasisMoments":
@@ -59,17 +72,72 @@ class EigenbasisMoments:
         """
         value = value.restrict(self.factors.names)
         factors = self.factors.accumulate(value, decay)
-        left, right, moments, old = self.left, self.right, self.moments, self.normalizer
+        found = [k for k in value.uses if k in factors.right]
+        # A block of which only the diagonal is kept has no basis any more.
+        moments = {k: s for k, s in self.moments.items() if k in factors.right}
+        own = {k: w for k, w in self.normalizers.items() if k in factors.right}
+        own, shared = separated(self.normalizer, own, moments, found), self.normalizer
+        due = [k for k in found if k not in self.right]
         if refresh:
-            _, left = eigenbases(factors.left)
-            _, right = eigenbases(factors.right)
-            moments, old = {}, torch.zeros_like(old)
-        now = present(old, decay)
-        new = {}
-        for block, uses in value.uses.items():
-            if block in right:
-                bias = split_block(block)[1] is not None
-                call, basis = uses[0].call, (left.get(block), right[block])
-                s = call.second_moments(uses, bias, *basis) * value.scale
-                new[block] = accumulate(moments.get(block), s, now)
-        return EigenbasisMoments(factors, left, right, new, normalizer_after(old, now))
+            due = [*dict.fromkeys((*moments, *found))]
+        left = {k: x for k, x in self.left.items() if k in factors.right}
+        right = {k: x for k, x in self.right.items() if k in factors.right}
+        if due:
+            left = left | eigenbases({k: factors.left[k] for k in due})[1]
+            right = right | eigenbases({k: factors.right[k] for k in due})[1]
+        if refresh:
+            # A block without a measurement keeps its matrix, of which this is the new diagonal.
+            moments = {
+                k: _turned(s, (self.left.get(k), left.get(k)), (self.right[k], right[k]))
+                for k, s in moments.items()
+                if k not in found
+            }
+            shared = torch.zeros_like(shared)
+            own = {k: torch.zeros_like(w) if k in found else w for k, w in own.items()}
+        decays: dict[str, Present] = {k: present(own.get(k, shared), decay) for k in found}
+        for block in found:
+            uses = value.uses[block]
+            bias = split_block(block)[1] is not None
+            s = uses[0].call.second_moments(uses, bias, left.get(block), right[block])
+            moments[block] = accumulate(moments.get(block), s * value.scale, decays[block])
+        own = {k: normalizer_after(w, decays[k]) if k in found else w for k, w in own.items()}
+        if any(k not in own for k in found):
+            shared = normalizer_after(shared, present(shared, decay))
+        return EigenbasisMoments(factors, left, right, moments, shared, own)
+
+    def grown(self, new: "EigenbasisMoments") -> "EigenbasisMoments":
+        """The same state with the blocks of a later one, of which the new ones are empty."""
+
+        def with_zeros(before: dict[str, Tensor], after: dict[str, Tensor]) -> dict[str, Tensor]:
+            return {k: before[k] if k in before else torch.zeros_like(x) for k, x in after.items()}
+
+        starts = {k: self.normalizer if k in self.moments else 0.0 for k in new.normalizers}
+        return EigenbasisMoments(
+            self.factors.grown(new.factors),
+            with_zeros(self.left, new.left),
+            with_zeros(self.right, new.right),
+            with_zeros(self.moments, new.moments),
+            self.normalizer,
+            {
+                k: self.normalizers[k] if k in self.normalizers else torch.zeros_like(w) + starts[k]
+                for k, w in new.normalizers.items()
+            },
+        )
+
+    def second_moments(self) -> dict[str, Tensor]:
+        """The average of s for each block."""
+        shared = divisor(self.normalizer)
+        own = {k: divisor(w) for k, w in self.normalizers.items()}
+        return {k: s / own.get(k, shared) for k, s in self.moments.items()}
+
+
+def _turned(
+    moments: Tensor,
+    left: tuple[Tensor | None, Tensor | None],
+    right: tuple[Tensor, Tensor],
+) -> Tensor:
+    """The diagonal, in new bases, of the matrix with these moments on its diagonal in old bases."""
+    (old_left, new_left), (old_right, new_right) = left, right
+    if old_left is not None and new_left is not None:
+        moments = (new_left.mT @ old_left).square() @ moments
+    return moments @ (old_right.mT @ new_right).square()

@@ -8,11 +8,14 @@ inputs. Only their product has a meaning; it is in units of the loss.
 
 import dataclasses
 import math
-from typing import ClassVar
+import warnings
+from collections.abc import Callable, Collection
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from funcprecond.layers.block_matrix import split
 from funcprecond.layers.blocks import Layers, split_block
 from funcprecond.layers.kinds.affine import AffineCall
 from funcprecond.layers.kinds.scale import Scale
@@ -20,7 +23,15 @@ from funcprecond.layers.layer_call import LayerUse, Sharing
 from funcprecond.linalg.gram import is_thin, square
 from funcprecond.linalg.nearest_kronecker import nearest_kronecker
 from funcprecond.linalg.treemath import scalar_like
-from funcprecond.representation.average import Decay, accumulate, normalizer_after, present
+from funcprecond.representation.average import (
+    Decay,
+    Present,
+    accumulate,
+    divisor,
+    normalizer_after,
+    present,
+    separated,
+)
 from funcprecond.tree import Params, state, static
 
 __all__ = ["KroneckerIO"]
@@ -44,7 +55,8 @@ class KroneckerIO:
         units: for a norm layer of U units, the exact blocks of scale and bias of each unit,
             (U, 2, 2), or (U, 1, 1) without a bias.
         others: the diagonal of the curvature for parameters that no layer covers.
-        normalizer: 0-d, see :mod:`funcprecond.representation.average`.
+        normalizer: 0-d, see :mod:`funcprecond.representation.average`. It belongs to all blocks
+            without a normalizer of their own.
         names: the names of the parameters that this state covers.
         shapes: their shapes, with which a restored state is checked; empty if they are not known.
         thin: store a factor of a local measurement (``decay=None``) as X, (r, n), if it is
@@ -52,6 +64,9 @@ class KroneckerIO:
         max_dim: of a factor for a longer axis, only the diagonal is measured and stored, (o,) or
             (i + 1,); 0 means no limit. The limit does not apply to a convolution of several groups,
             whose factors are small.
+        normalizers: the normalizers of the blocks that some measurements left out, such as an
+            expert without tokens: each block is the average of the measurements that have it. A
+            parameter that was in none so far has the normalizer 0.
     """
 
     left: dict[str, Tensor]
@@ -63,6 +78,7 @@ class KroneckerIO:
     thin: bool = static(default=False)
     max_dim: int = static(default=0)
     shapes: tuple[tuple[int, ...], ...] = static(default=())
+    normalizers: dict[str, Tensor] = dataclasses.field(default_factory=dict)
 
     accepts: ClassVar[type] = Layers
 
@@ -93,25 +109,138 @@ class KroneckerIO:
             decay: see :mod:`funcprecond.representation.average`.
 
         Returns:
-            The new representation. Costs one Gram matrix per factor.
+            The new representation. Costs one Gram matrix per factor. A block that the measurement
+            lacks stays as it is. Of a parameter that batches use in different ways, such as in a
+            layer and outside of layers, only the diagonal is kept.
         """
-        value, now = value.restrict(self.names), present(self.normalizer, decay)
-        empty = dataclasses.replace(
-            self, left={}, right={}, units={}, others={}, thin=self.thin and decay is None
+        value = value.restrict(self.names)
+        thin = self.thin and decay is None
+        empty = KroneckerIO(
+            {}, {}, {}, {}, self.normalizer, self.names, thin, self.max_dim, self.shapes
         )
         new = empty.with_cotangents(value).with_inputs(value.uses, value.sharing)
+        old, new = self._comparable(new)
+        own = old.normalizers if old.blocks == new.blocks else old._separated(new.blocks)
+        shared = present(old.normalizer, decay)
+        now: dict[str, Present] = {k: present(own[k], decay) for k in new.blocks if k in own}
+        share = any(k not in own for k in new.blocks)
 
-        def merge(old: dict[str, Tensor], new: dict[str, Tensor]) -> dict[str, Tensor]:
-            return {k: accumulate(old.get(k), x, now) for k, x in new.items()}
+        def merge(before: dict[str, Tensor], found: dict[str, Tensor]) -> dict[str, Tensor]:
+            return before | {
+                k: accumulate(before.get(k), x, now.get(k, shared)) for k, x in found.items()
+            }
+
+        return dataclasses.replace(
+            old,
+            left=merge(old.left, new.left),
+            right=merge(old.right, new.right),
+            units=merge(old.units, new.units),
+            others=merge(old.others, new.others),
+            normalizer=normalizer_after(old.normalizer, shared) if share else old.normalizer,
+            normalizers=own | {k: normalizer_after(own[k], x) for k, x in now.items()},
+        )
+
+    @property
+    def blocks(self) -> tuple[str, ...]:
+        """The names of all blocks; those of ``others`` are the names of parameters."""
+        return (*self.left, *self.units, *self.others)
+
+    def divisors(self) -> Callable[[str], Tensor]:
+        """A function from a block to the number by which its totals are divided."""
+        shared = divisor(self.normalizer)
+        own = {k: divisor(x) for k, x in self.normalizers.items()}
+        return lambda block: own.get(block, shared)
+
+    def flattened(self, names: Collection[str]) -> "KroneckerIO":
+        """Keep only the diagonal of the blocks that contain one of these parameters."""
+        chosen = [b for b in (*self.left, *self.units) if not {*names}.isdisjoint(parameters(b))]
+        if not chosen:
+            return self
+        others, normalizers = dict(self.others), dict(self.normalizers)
+        for block in chosen:
+            own = normalizers.pop(block, None)
+            for name, d in self._diagonal(block).items():
+                others[name] = d
+                if own is not None:
+                    normalizers[name] = own.clone()
+
+        def kept(blocks: dict[str, Tensor]) -> dict[str, Tensor]:
+            return {k: x for k, x in blocks.items() if k not in chosen}
 
         return dataclasses.replace(
             self,
-            left=merge(self.left, new.left),
-            right=merge(self.right, new.right),
-            units=merge(self.units, new.units),
-            others=merge(self.others, new.others),
-            normalizer=normalizer_after(self.normalizer, now),
+            left=kept(self.left),
+            right=kept(self.right),
+            units=kept(self.units),
+            others=others,
+            normalizers=normalizers,
         )
+
+    def grown(self, new: "KroneckerIO") -> "KroneckerIO":
+        """The same state with the blocks of a later one, of which the new ones are empty."""
+        old = self.flattened(new.others)
+
+        def with_zeros(before: dict[str, Tensor], after: dict[str, Tensor]) -> dict[str, Tensor]:
+            return {k: before[k] if k in before else torch.zeros_like(x) for k, x in after.items()}
+
+        own = old._separated(new.blocks) if new.normalizers else {}
+        return dataclasses.replace(
+            old,
+            left=with_zeros(old.left, new.left),
+            right=with_zeros(old.right, new.right),
+            units=with_zeros(old.units, new.units),
+            others=with_zeros(old.others, new.others),
+            normalizers={
+                k: own[k] if k in own else old.normalizer.clone() for k in new.normalizers
+            },
+        )
+
+    def _comparable(self, new: "KroneckerIO") -> tuple["KroneckerIO", "KroneckerIO"]:
+        """This state and a measurement, with each parameter in one form in both."""
+        if self.blocks == new.blocks and _shapes(self.left) == _shapes(new.left):
+            return self, new
+        forms = {k: self._form(b) for b in self.blocks for k in parameters(b)}
+        seen = {k: new._form(b) for b in new.blocks for k in parameters(b)}
+        changed = {k for k, form in seen.items() if k in forms and forms[k] != form}
+        if not changed:
+            return self, new
+        # All parameters of their blocks change with them.
+        names = {k for k, form in (*forms.items(), *seen.items()) if changed & {*form[0]}}
+        if not torch.compiler.is_compiling():
+            for name in sorted(changed):
+                msg = (
+                    f"parameter {name!r} is used in different ways by different batches: only the "
+                    "diagonal of its curvature is kept"
+                )
+                warnings.warn(msg, stacklevel=2)
+        return self.flattened(names), new.flattened(names)
+
+    def _form(self, block: str) -> tuple[tuple[str, ...], Any]:
+        """The parameters of a block, and what determines the form of its curvature."""
+        if block in self.left:
+            # The rows of a thin factor are not part of its form.
+            shapes = (self.left[block].shape, self.right[block].shape)
+            return parameters(block), [(len(x), *x[:-2], x[-1]) for x in shapes]
+        return parameters(block), "units" if block in self.units else "diagonal"
+
+    def _separated(self, found: tuple[str, ...]) -> dict[str, Tensor]:
+        """The normalizers of single blocks, where a measurement has others than the old ones."""
+        known = self.blocks
+        own = separated(self.normalizer, self.normalizers, known, found)
+        blocks = {*known, *found}
+        covered = {k for block in blocks for k in parameters(block)}
+        unused = {k: torch.zeros_like(self.normalizer) for k in self.names if k not in covered}
+        return {k: x for k, x in own.items() if k in blocks} | unused
+
+    def _diagonal(self, block: str) -> Params:
+        """The total of the diagonal of a block, shaped like its parameters."""
+        like = {k: self.normalizer.expand(self.covered[k]) for k in parameters(block)}
+        if block in self.units:
+            parts = self.units[block].diagonal(dim1=-2, dim2=-1).unbind(-1)
+            return {k: x.reshape(like[k].shape) for k, x in zip(like, parts, strict=True)}
+        left, right = (_diagonal_of(x) for x in (self.left[block], self.right[block]))
+        total = left.unsqueeze(-1) * right.unsqueeze(-2) / self.divisors()(block)
+        return split(total, like, block)
 
     def with_cotangents(self, value: Layers) -> "KroneckerIO":
         """Include cotangents alone: the factors of output gradients, and curvature without factors.
@@ -172,7 +301,8 @@ class KroneckerIO:
         Returns:
             (n, n) for a layer of n entries.
         """
-        left, right = (square(x) / self.normalizer for x in (self.left[name], self.right[name]))
+        w = self.divisors()(name)
+        left, right = (square(x) / w for x in (self.left[name], self.right[name]))
         left, right = (x.diag() if x.ndim == 1 else x for x in (left, right))
         if left.ndim == 2:
             return torch.kron(left.contiguous(), right.contiguous())
@@ -193,7 +323,7 @@ class KroneckerIO:
         blocks = {**self.left, **self.right, **self.units, **self.others}
         if not shapes or not blocks:
             return
-        covered = {name for block in blocks for name in split_block(block) if name}
+        covered = {k for block in (*blocks, *self.normalizers) for k in parameters(block)}
         unknown, missing = sorted(covered - shapes.keys()), sorted(shapes.keys() - covered)
         if unknown or missing:
             msg = (
@@ -203,10 +333,10 @@ class KroneckerIO:
             )
             raise ValueError(msg)
         for block in blocks:
-            sizes = [math.prod(shapes[name]) for name in split_block(block) if name]
+            sizes = [math.prod(shapes[name]) for name in parameters(block)]
             found, fits = self._restored_size(block, shapes[split_block(block)[0]], sum(sizes))
             if not fits:
-                expected = {name: shapes[name] for name in split_block(block) if name}
+                expected = {name: shapes[name] for name in parameters(block)}
                 msg = (
                     f"the saved curvature of {block!r} is for {found}, but the parameters have the "
                     f"shapes {expected}: restore it for the model that it was saved for"
@@ -273,6 +403,24 @@ class KroneckerIO:
                 dataclasses.replace(self, thin=False)._input_factor(applied, False, sharing),
             ],
         )
+
+
+def parameters(block: str) -> tuple[str, ...]:
+    """The names of the parameters of a block."""
+    return tuple(name for name in split_block(block) if name)
+
+
+def _shapes(factors: dict[str, Tensor]) -> list[int]:
+    """The number of axes of each factor, which is one for a diagonal factor."""
+    return [x.ndim for x in factors.values()]
+
+
+def _diagonal_of(factor: Tensor) -> Tensor:
+    if factor.ndim == 1:
+        return factor
+    if is_thin(factor):
+        return factor.square().sum(-2)
+    return factor.diagonal(dim1=-2, dim2=-1)
 
 
 def _joined(a: Tensor, b: Tensor) -> Tensor:

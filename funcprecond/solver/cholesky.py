@@ -11,6 +11,7 @@ from funcprecond.linalg.batching import by_shape
 from funcprecond.linalg.differentiable import cholesky_inverse
 from funcprecond.linalg.gram import is_thin
 from funcprecond.need import Need
+from funcprecond.representation.average import divisor
 from funcprecond.representation.kronecker_io import KroneckerIO
 from funcprecond.solver.layer_gradient import (
     GRADIENT_ROWS,
@@ -39,6 +40,7 @@ class CholeskyFactor:
         others: the averaged diagonal for parameters that no layer covers.
         scale: turns the solution for the totals into that for the averages, 0-d.
         left_ridge, right_ridge: the damping of each factor, by block.
+        scales: the scale of the blocks with a normalizer of their own.
     """
 
     left: dict[str, Tensor]
@@ -48,6 +50,7 @@ class CholeskyFactor:
     scale: Tensor
     left_ridge: dict[str, Tensor]
     right_ridge: dict[str, Tensor]
+    scales: dict[str, Tensor] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,18 +99,20 @@ class Cholesky:
         Returns:
             The factor. Costs one batched Cholesky decomposition per size of factor.
         """
-        w = representation.normalizer
+        w = representation.divisors()
         gamma = self.damping**0.5
         blocks = list(representation.left)
+        weights = [w(k) for k in blocks]
         # The matrices are totals; the ridges are scaled instead of the matrices.
         left = [representation.left[k] for k in blocks]
         right = [representation.right[k] for k in blocks]
         ratio = [
-            pi(r, x) if self.split == "pi" else torch.ones_like(w)
+            pi(r, x) if self.split == "pi" else torch.ones_like(representation.normalizer)
             for x, r in zip(left, right, strict=True)
         ]
         matrices = [*left, *right]
-        ridges = [*(w * gamma / p for p in ratio), *(w * gamma * p for p in ratio)]
+        pairs = [(u * gamma, p) for u, p in zip(weights, ratio, strict=True)]
+        ridges = [*(g / p for g, p in pairs), *(g * p for g, p in pairs)]
         ridges = [torch.maximum(r, _floor(x)) for x, r in zip(matrices, ridges, strict=True)]
         factors = by_shape(
             lambda x, ridge, _: self._factor(x, ridge),
@@ -118,11 +123,12 @@ class Cholesky:
         return CholeskyFactor(
             dict(zip(blocks, factors[: len(blocks)], strict=True)),
             dict(zip(blocks, factors[len(blocks) :], strict=True)),
-            unit_inverses({k: x / w for k, x in representation.units.items()}, self.damping),
-            {k: x / w for k, x in representation.others.items()},
-            w * w,
+            unit_inverses({k: x / w(k) for k, x in representation.units.items()}, self.damping),
+            {k: x / w(k) for k, x in representation.others.items()},
+            divisor(representation.normalizer).square(),
             dict(zip(blocks, ridges[: len(blocks)], strict=True)),
             dict(zip(blocks, ridges[len(blocks) :], strict=True)),
+            {k: w(k).square() for k in blocks if k in representation.normalizers},
         )
 
     def apply(
@@ -144,8 +150,9 @@ class Cholesky:
         def solve(block: str, gradient: LayerGradient) -> LayerGradient:
             left = factor.left[block], factor.left_ridge[block]
             right = factor.right[block], factor.right_ridge[block]
+            scale = factor.scales.get(block, factor.scale)
             return gradient.map(
-                lambda x: factor.scale * self._solve(*left, x), lambda x: self._solve(*right, x)
+                lambda x: scale * self._solve(*left, x), lambda x: self._solve(*right, x)
             )
 
         blocks = {k: BlockShape.of(left, factor.right[k]) for k, left in factor.left.items()}

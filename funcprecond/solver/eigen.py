@@ -78,9 +78,9 @@ class Eigen:
         Returns:
             The factor. Costs one batched eigendecomposition per size of factor.
         """
-        w = representation.normalizer
-        left = {k: x / w for k, x in representation.left.items()}
-        right = {k: x / w for k, x in representation.right.items()}
+        w = representation.divisors()
+        left = {k: x / w(k) for k, x in representation.left.items()}
+        right = {k: x / w(k) for k, x in representation.right.items()}
         left_values, left_vectors = eigenbases(left)
         right_values, right_vectors = eigenbases(right)
         return EigenFactor(
@@ -88,8 +88,8 @@ class Eigen:
             right_vectors,
             left_values,
             right_values,
-            {k: x / w for k, x in representation.units.items()},
-            {k: x / w for k, x in representation.others.items()},
+            {k: x / w(k) for k, x in representation.units.items()},
+            {k: x / w(k) for k, x in representation.others.items()},
         )
 
     def apply(self, factor: EigenFactor, grads: Params, evidence: Evidence | None = None) -> Params:
