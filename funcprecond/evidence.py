@@ -5,6 +5,7 @@ from one shared forward run, and the method's ``update`` is tensor algebra on th
 something new, write a subclass of :class:`Need`; no other code has to change.
 """
 
+import warnings
 from collections.abc import Iterable
 from typing import Any
 
@@ -17,9 +18,19 @@ from funcprecond.autodiff.origin import Origin, recorded
 from funcprecond.autodiff.recorder import Recorder
 from funcprecond.need import Need, NotDue, is_mark
 from funcprecond.problems import Problem
+from funcprecond.tracing import is_traced
 from funcprecond.tree import Buffers, Params, state, static
 
-__all__ = ["Evidence", "MissingEvidence", "Noise", "draw", "is_due", "observe", "required"]
+__all__ = [
+    "Evidence",
+    "MissingEvidence",
+    "Noise",
+    "draw",
+    "is_due",
+    "observe",
+    "remind_of_buffers",
+    "required",
+]
 
 
 class MissingEvidence(LookupError):
@@ -232,7 +243,8 @@ def observe(
         noise: the random numbers, from :func:`draw`. By default they are drawn from ``generator``.
         generator: the source of randomness. It is not required if nothing is random.
         buffers: the model's buffers. They are the initial ones of the problem by default; in a
-            training loop, pass ``evidence.buffers`` of the step before.
+            training loop, pass ``evidence.buffers`` of the step before. If a model that updates its
+            buffers is observed twice without them, a warning says so.
 
     Returns:
         The :class:`Evidence`. Costs one gradient, and the cost of each need.
@@ -269,7 +281,7 @@ def observe(
         keep=any(n.differentiates and not is_mark(n) for n in needs),
     )
     grads = evaluation.grads
-    return Evidence(
+    evidence = Evidence(
         params=params,
         loss=evaluation.loss,
         outputs=evaluation.outputs,
@@ -278,6 +290,32 @@ def observe(
         measured={n: n.measure(evaluation, noise.needs.get(n, ())) for n in needs},
         origin=recorded(grads),
     )
+    if buffers is None and problem.buffers:
+        remind_of_buffers(problem, evaluation.buffers)
+    return evidence
+
+
+def remind_of_buffers(problem: Problem, buffers: Buffers) -> None:
+    """Warn of a training loop that runs the model from its initial buffers at each step.
+
+    Args:
+        problem: the problem, whose buffers were not passed to a run for the first or second time.
+        buffers: the buffers after the run.
+    """
+    if is_traced() or problem.reminded["buffers"] > 1:
+        return
+    problem.reminded["buffers"] += 1
+    if problem.reminded["buffers"] == 1:
+        return
+    changed = [k for k, b in buffers.items() if not torch.equal(b, problem.buffers[k])]
+    if changed:
+        msg = (
+            f"the model updates its buffers {changed} in every run, and was run twice from the "
+            "initial ones, so that eval mode would not know what was learned: in a training loop, "
+            "pass buffers=evidence.buffers of the step before. Where the initial ones are meant, "
+            "pass buffers=problem.buffers"
+        )
+        warnings.warn(msg, stacklevel=3)
 
 
 def _draw(problem, params, batch, needs, generator) -> dict[Need, Any]:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import inspect
+from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -38,6 +39,7 @@ class Problem:
             would be lost (:mod:`funcprecond.autodiff.graph_check`).
         draws_masks: whether the model draws dropout masks, by :meth:`options`. It is filled in by
             :func:`funcprecond.draw`, and remembers the last options only.
+        reminded: how often :func:`funcprecond.observe` was not given the model's buffers.
     """
 
     forward: Callable[[Params, Buffers, Any], tuple[Any, Buffers]]
@@ -49,6 +51,7 @@ class Problem:
     in_axes: Any = "auto"
     remembered: dict[tuple, Any] = dataclasses.field(default_factory=dict)
     draws_masks: dict[tuple, bool] = dataclasses.field(default_factory=dict)
+    reminded: Counter[str] = dataclasses.field(default_factory=Counter)
 
     def __call__(self, params: Params, inputs: Any, buffers: Buffers | None = None) -> Any:
         """Run the model at ``params``, in the current mode (train or eval) of the module.

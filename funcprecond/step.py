@@ -11,7 +11,7 @@ from torch import Tensor
 from funcprecond import tree
 from funcprecond.autodiff.evaluation import Evaluation
 from funcprecond.autodiff.origin import trusted
-from funcprecond.evidence import Evidence, MissingEvidence, Noise, observe
+from funcprecond.evidence import Evidence, MissingEvidence, Noise, observe, remind_of_buffers
 from funcprecond.need import is_mark
 from funcprecond.problems import Problem
 from funcprecond.tracing import is_traced
@@ -102,8 +102,11 @@ def make_step(
         buffers: Buffers | None = None,
     ) -> tuple[Params, Any, Evidence]:
         noise = Noise((), {}) if noise is None else noise
-        buffers = problem.buffers if buffers is None else buffers
-        return run(params, state, opt.needs(t), batch, noise, buffers)
+        known = problem.buffers if buffers is None else buffers
+        params, state, seen = run(params, state, opt.needs(t), batch, noise, known)
+        if buffers is None and known:
+            remind_of_buffers(problem, seen.buffers)
+        return params, state, seen
 
     return step
 

@@ -316,3 +316,24 @@ def test_buffers_given_are_the_ones_used():
     evidence = fp.observe(problem, problem.params, batch, buffers=buffers)
     expected = torch.func.functional_call(module, {**problem.params, **buffers}, (batch[0],))
     assert_close(evidence.outputs, expected, rtol=1e-13)
+
+
+def test_a_loop_that_forgets_the_buffers_is_reminded_once():
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 3)).double()
+    problem = fp.problem(model, fp.losses.cross_entropy)
+    batch, opt = problems.mlp().batch, fp.sgd()
+    for run in (
+        lambda: fp.observe(problem, problem.params, batch),
+        lambda: fp.make_step(problem, opt)(problem.params, opt.init(problem.params), batch, 0),
+    ):
+        problem.reminded.clear()
+        run()
+        with pytest.warns(UserWarning, match=r"1\.running_mean.* buffers=evidence\.buffers"):
+            run()
+        run()
+    problem.reminded.clear()
+    for _ in range(3):
+        fp.observe(problem, problem.params, batch, buffers=problem.buffers)
+    model.eval()
+    for _ in range(3):
+        fp.observe(problem, problem.params, batch)
