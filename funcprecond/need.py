@@ -4,16 +4,17 @@ To measure something new, write a subclass of :class:`Need`; no other code has t
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import torch
 
 from funcprecond.autodiff.evaluation import Evaluation
+from funcprecond.autodiff.part import Part
 from funcprecond.problems import Problem
 from funcprecond.tree import Params
 
-__all__ = ["Every", "Need", "NotDue", "Turn", "is_mark"]
+__all__ = ["Every", "Need", "NotDue", "Owned", "Turn", "is_mark"]
 
 
 class Need:
@@ -174,6 +175,45 @@ class Turn(Need):
             if slot == self.slot:
                 mine.append(i)
         return sorted(mine)
+
+
+@dataclasses.dataclass(frozen=True)
+class Owned(Need):
+    """The measurement of another need for some parameters only, as if the others were constants.
+
+    Attributes:
+        need: the other need.
+        owner: a hashable function from the parameters to the names of those to measure.
+    """
+
+    need: Need
+    owner: Callable[[Params], tuple[str, ...]]
+
+    # A class attribute of other needs; here it is that of the other need.
+    @property
+    def layers(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """See :class:`Need`."""
+        return self.need.layers
+
+    @property
+    def twice(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """See :class:`Need`."""
+        return self.need.twice
+
+    @property
+    def differentiates(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """See :class:`Need`."""
+        return self.need.differentiates
+
+    def draw(
+        self, problem: Problem, params: Params, batch: Any, generator: torch.Generator | None
+    ) -> Any:
+        own = {k: params[k] for k in self.owner(params)}
+        return self.need.draw(problem, own, batch, generator)
+
+    def measure(self, evaluation: Evaluation, noise: Any) -> Any:
+        part = Part(evaluation, self.owner(evaluation.params))
+        return self.need.measure(part, noise)  # pyright: ignore[reportArgumentType]
 
 
 def is_mark(need: Need) -> bool:

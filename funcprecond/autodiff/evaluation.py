@@ -237,35 +237,42 @@ class Evaluation:
         return [part for u in exact for part in _one_term_each(u, place)]
 
     @explained
-    def pull(self, cotangents: Any, keep: bool = True) -> Params:
+    def pull(
+        self, cotangents: Any, keep: bool = True, names: Sequence[str] | None = None
+    ) -> Params:
         """Pull cotangents back to the parameters: ``J^T cotangents``.
 
         Args:
             cotangents: a tree shaped like the outputs.
             keep: whether the evaluation is used afterwards. If not, this call frees its graph.
+            names: the parameters to pull back to; all by default.
 
         Returns:
-            Shaped like ``params``. Costs about 0.7 gradients.
+            Shaped like ``params``, or like those of ``names``. Costs about 0.7 gradients.
 
         Raises:
             RuntimeError: an earlier call with ``keep=False`` has freed the graph.
         """
-        return self._run.pull(cotangents, keep)
+        return self._run.pull(cotangents, keep, names)
 
     @explained
-    def pull_layers(self, cotangents: Any, keep: bool = True) -> Sequence[Tensor]:
+    def pull_layers(
+        self, cotangents: Any, keep: bool = True, chosen: Sequence[int] | None = None
+    ) -> Sequence[Tensor]:
         """Pull cotangents back to the output of each recorded call.
 
         Args:
             cotangents, keep: see :meth:`pull`.
+            chosen: the indices of the calls to pull back to; all by default.
 
         Returns:
-            A tensor for each of :attr:`calls`. Costs about 0.3 gradients.
+            A tensor for each of :attr:`calls`, of which those that are not chosen have no meaning.
+            Costs about 0.3 gradients.
 
         Raises:
             RuntimeError: an earlier call with ``keep=False`` has freed the graph.
         """
-        return self._run.pull_layers(cotangents, keep)
+        return self._run.pull_layers(cotangents, keep, chosen)
 
     def pull_each(
         self, cotangents: Any, names: Sequence[str], chunk_size: int | None = None

@@ -64,10 +64,12 @@ class FunctionRun:
     def grads(self):
         return self._vjp(self._loss_vjp(torch.ones_like(self.loss))[0])
 
-    def pull(self, cotangents, keep):
-        return self._vjp(tree.floating(cotangents))[0]
+    # What is computed for parameters that are not chosen is removed by a compiler.
+    def pull(self, cotangents, keep, names=None):
+        found = self._vjp(tree.floating(cotangents))[0]
+        return found if names is None else {k: found[k] for k in names}
 
-    def pull_layers(self, cotangents, keep):
+    def pull_layers(self, cotangents, keep, chosen=None):
         return self._vjp(tree.floating(cotangents))[1]
 
     def hvp(self, evaluation, vector, keep):

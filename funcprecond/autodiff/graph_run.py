@@ -91,12 +91,20 @@ class GraphRun:
         self._graph_of_grads = grads
         return detach(grads), [g.detach() for g in everything[n:]]
 
-    def pull(self, cotangents, keep):
-        pulled = self._pull(cotangents, [*self.leaves.values()], keep=keep)
-        return dict(zip(self.leaves, pulled, strict=True))
+    def pull(self, cotangents, keep, names=None):
+        leaves = {k: self.leaves[k] for k in (self.leaves if names is None else names)}
+        pulled = self._pull(cotangents, [*leaves.values()], keep=keep)
+        return dict(zip(leaves, pulled, strict=True))
 
-    def pull_layers(self, cotangents, keep):
-        return self._pull(cotangents, self.edges, keep=keep)
+    def pull_layers(self, cotangents, keep, chosen=None):
+        if chosen is None:
+            return self._pull(cotangents, self.edges, keep=keep)
+        zero = next(iter(self.leaves.values())).new_zeros(())
+        found = [zero.expand(call.shape) for call in self.calls]
+        pulled = self._pull(cotangents, [self.edges[i] for i in chosen], keep=keep)
+        for i, g in zip(chosen, pulled, strict=True):
+            found[i] = g
+        return found
 
     def hvp(self, evaluation, vector, keep):
         if not self._twice:

@@ -5,10 +5,12 @@ from collections.abc import Callable, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from funcprecond.evidence import Evidence
-from funcprecond.transform import Transform, check_fit
+from funcprecond.need import Need, Owned, is_mark
+from funcprecond.transform import Transform, check_fit, shapes_of
 from funcprecond.tree import Params, state, static
 
 __all__ = ["Assignment", "Partitioned", "assign", "partition"]
@@ -81,6 +83,37 @@ def assign(rules: Rules, params: Params, labels: Sequence[str] | None = None) ->
     return Assignment(assigned, {k: tuple(p.shape) for k, p in params.items()})
 
 
+class _Labels:
+    """The label of each parameter by some rules, for the last names and shapes of parameters."""
+
+    def __init__(self, rules: Rules):
+        self.rules = rules
+        self._last: tuple[Any, dict[str, str | None]] = {}, {}
+
+    def of(self, params: Params) -> dict[str, str | None]:
+        """The labels of parameters, by name."""
+        last = self._last
+        if torch.compiler.is_compiling() and list(last[1]) == list(params):
+            # A compiler cannot trace the rules; ``init`` has applied them.
+            return last[1]
+        shapes = shapes_of(params)
+        if last[0] != shapes:
+            last = shapes, {k: _label(self.rules, k, p) for k, p in params.items()}
+            self._last = last
+        return last[1]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Owner:
+    """The names of the parameters with certain labels, as a function of all parameters."""
+
+    assigned: _Labels
+    labels: tuple[str, ...]
+
+    def __call__(self, params: Params) -> tuple[str, ...]:
+        return tuple(k for k, label in self.assigned.of(params).items() if label in self.labels)
+
+
 @state
 class Partitioned:
     """The state of :func:`partition`.
@@ -103,7 +136,8 @@ def partition(rules: Rules, **transforms: Transform) -> Transform:
         **transforms: one method for each label.
 
     Returns:
-        A transform with the needs of all methods; its state is a :class:`Partitioned`. Its ``init``
+        A transform with the needs of all methods; its state is a :class:`Partitioned`. What a
+        method needs is measured for its own parameters, as if the others were constants. ``init``
         raises the errors of :func:`funcprecond.assign`.
 
     Example:
@@ -116,6 +150,7 @@ def partition(rules: Rules, **transforms: Transform) -> Transform:
 
     def init(params: Params) -> Partitioned:
         labels = assign(rules, params, list(transforms)).labels
+        assigned.of(params)
         names = tuple(
             (label, tuple(k for k in params if labels[k] == label)) for label in transforms
         )
@@ -131,13 +166,42 @@ def partition(rules: Rules, **transforms: Transform) -> Transform:
         new, direction = {}, {}
         for label, names in state.names:
             part = {k: grads[k] for k in names}
-            new[label], d = transforms[label].update(state.inner[label], part, evidence)
+            own = None if evidence is None else evidence.part(measured_for(label, state, evidence))
+            new[label], d = transforms[label].update(state.inner[label], part, own)
             direction |= d
         return Partitioned(new, state.names), {k: direction[k] for k in grads}
 
-    def needs(t: int) -> tuple:
-        return tuple(dict.fromkeys(n for x in transforms.values() for n in x.needs(t)))
+    def measured_for(label: str, state: Partitioned, evidence: Evidence) -> dict[Need, Any]:
+        found = dict(evidence.measured)
+        for need, value in evidence.measured.items():
+            if not isinstance(need, Owned) or getattr(need.owner, "assigned", None) is not assigned:
+                continue
+            del found[need]
+            if label in need.owner.labels:  # pyright: ignore[reportFunctionMemberAccess]
+                names, measured = dict(state.names)[label], need.owner(evidence.params)
+                if not {*names} <= {*measured}:
+                    msg = (
+                        f"the rules gave {list(names)} to {label!r} when opt.init was called, and "
+                        f"give it {list(measured)} now: a rule may depend on the name and the "
+                        "shape of a parameter only"
+                    )
+                    raise ValueError(msg)
+                found[need.need] = value
+        return found
 
+    def needs(t: int) -> tuple:
+        wanted: dict[Need, dict[str, None]] = {}
+        for label, transform in transforms.items():
+            for need in transform.needs(t):
+                wanted.setdefault(need, {})[label] = None
+        return tuple(
+            need
+            if is_mark(need) or len(labels) == len(transforms)
+            else Owned(need, _Owner(assigned, tuple(labels)))
+            for need, labels in wanted.items()
+        )
+
+    assigned = _Labels(rules)
     return Transform(init, update, needs)
 
 
