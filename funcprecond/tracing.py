@@ -10,8 +10,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._functorch.pyfunctorch import retrieve_current_functorch_interpreter
+from torch._C._functorch import TransformType
+from torch._functorch.pyfunctorch import (
+    retrieve_all_functorch_interpreters,
+    retrieve_current_functorch_interpreter,
+)
 from torch.autograd import forward_ad
+from torch.func import debug_unwrap
 
 from funcprecond import tree
 
@@ -53,8 +58,15 @@ def is_differentiated(tensors: Any) -> bool:
     Args:
         tensors: a tree of all arguments of the call.
     """
-    if in_transform() or forward_ad._current_level >= 0:
+    if forward_ad._current_level >= 0:
         return True
+    if in_transform():
+        if torch.compiler.is_compiling():
+            return True
+        levels = retrieve_all_functorch_interpreters()
+        if any(level.key() != TransformType.Vmap for level in levels):
+            return True
+        tensors = tree.map(lambda x: debug_unwrap(x) if isinstance(x, Tensor) else x, tensors)
     return torch.is_grad_enabled() and _requires_grad(tensors)
 
 

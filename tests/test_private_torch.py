@@ -33,6 +33,12 @@ PRIVATE = {
     "torch._functorch.pyfunctorch.retrieve_current_functorch_interpreter": (
         "count the levels of nested transforms by torch.func.debug_unwrap"
     ),
+    "torch._functorch.pyfunctorch.retrieve_all_functorch_interpreters": (
+        "treat every transform as one that differentiates, in tracing.is_differentiated"
+    ),
+    "torch._C._functorch.TransformType.Vmap": (
+        "treat every transform as one that differentiates, in tracing.is_differentiated"
+    ),
     "torch.autograd.forward_ad._current_level": (
         "count the levels with a wrapper of torch.autograd.forward_ad.dual_level, or take "
         "forward_ad.unpack_dual(x).tangent is not None of the arguments"

@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 
 from funcprecond.autodiff.evaluation import Evaluation
+from funcprecond.autodiff.linear_map import linear_map
 from funcprecond.layers.layer_call import LayerCall
 from funcprecond.layers.place import Place
 from funcprecond.linalg.precision import wide
@@ -55,6 +56,14 @@ class FisherRows:
         Returns:
             Shaped like the parameters. Costs 0.5 to 0.9 gradients per cotangent.
         """
+
+        def product(given):
+            return [*self._product(dict(zip(vector, given, strict=True))).values()]
+
+        found = linear_map(product, product, [*vector.values()])
+        return dict(zip(vector, found, strict=True))
+
+    def _product(self, vector: Params) -> Params:
         leaves = {k: v.detach().requires_grad_() for k, v in vector.items()}
         edges, dtypes = [], []
 

@@ -9,10 +9,12 @@ from torch.autograd.graph import get_gradient_edge
 
 from funcprecond import tree
 from funcprecond.autodiff.graph_check import Unchanged, check_graph, check_recording
+from funcprecond.autodiff.linear_map import linear_map
 from funcprecond.autodiff.once import opened_once, renamed
 from funcprecond.autodiff.rules.backward import Spared
 from funcprecond.autodiff.symbolic_zeros import SymbolicZeros
 from funcprecond.problems import check_outputs, detach
+from funcprecond.tracing import is_differentiated
 from funcprecond.tree import Params
 
 __all__ = ["GraphRun"]
@@ -93,8 +95,18 @@ class GraphRun:
 
     def pull(self, cotangents, keep, names=None):
         leaves = {k: self.leaves[k] for k in (self.leaves if names is None else names)}
-        pulled = self._pull(cotangents, [*leaves.values()], keep=keep)
-        return dict(zip(leaves, pulled, strict=True))
+        given = tree.floating(cotangents)
+        keep = keep or is_differentiated(given)
+
+        def product(given):
+            return self._pull(given, [*leaves.values()], keep=keep)
+
+        def adjoint(vector):
+            chosen = dict(zip(leaves, vector, strict=True))
+            whole = {k: chosen.get(k, torch.zeros_like(x)) for k, x in self.leaves.items()}
+            return tree.floating(self.jvp(None, whole, True))
+
+        return dict(zip(leaves, linear_map(product, adjoint, given), strict=True))
 
     def pull_layers(self, cotangents, keep, chosen=None):
         if chosen is None:
@@ -115,14 +127,30 @@ class GraphRun:
             with self._spared.switched_on():
                 grads = self._gradient(self.loss, None, [*self.leaves.values()], create_graph=True)
             self._graph_of_grads = dict(zip(self.leaves, grads, strict=True))
-        return self._through(self._graph_of_grads, vector, self.leaves, keep)
+        graph, given = self._graph_of_grads, [vector[k] for k in self.leaves]
+        keep = keep or is_differentiated(given)
+
+        def product(given):
+            v = dict(zip(self.leaves, given, strict=True))
+            return [*self._through(graph, v, self.leaves, keep).values()]
+
+        return dict(zip(self.leaves, linear_map(product, product, given), strict=True))
 
     def jvp(self, evaluation, vector, keep):
+        given = [vector[k] for k in self.leaves]
+        keep = keep or is_differentiated(given)
         seed, pulled = self._transposed
         if not keep:
             del self._transposed
-        result = self._through(pulled, vector, dict(enumerate(seed)), keep)
-        return tree.with_floating(self.outputs, result.values())
+
+        def product(given):
+            v = dict(zip(self.leaves, given, strict=True))
+            return [*self._through(pulled, v, dict(enumerate(seed)), keep).values()]
+
+        def adjoint(cotangents):
+            return [*self.pull(cotangents, True).values()]
+
+        return tree.with_floating(self.outputs, linear_map(product, adjoint, given))
 
     @opened_once
     def _transposed(self):
