@@ -15,6 +15,7 @@ __all__ = [
     "apply",
     "chain",
     "check_fit",
+    "check_present",
     "counter",
     "fitted",
     "gradient_only",
@@ -86,6 +87,7 @@ def check_fit(shapes: dict[str, Any], grads: Params) -> None:
     given = shapes_of(grads)
     if shapes == given:
         return
+    check_present(grads)
     missing, unknown = sorted(given.keys() - shapes.keys()), sorted(shapes.keys() - given.keys())
     differing = {
         k: f"{tuple(shapes[k])}, not {tuple(x)}"
@@ -101,6 +103,16 @@ def check_fit(shapes: dict[str, Any], grads: Params) -> None:
         "the old ones, or make a new state with opt.init(params)"
     )
     raise ValueError(msg)
+
+
+def check_present(grads: Params) -> None:
+    """Raise ValueError if a gradient is None, as ``.grad`` of what the loss does not depend on."""
+    if none := sorted(k for k, x in grads.items() if x is None):
+        msg = (
+            f"the gradient of {none} is None, as that of a parameter that the loss does not depend "
+            "on: pass zeros, torch.zeros_like(param), or call opt.init and opt.update without it"
+        )
+        raise ValueError(msg)
 
 
 def stateless(function: Callable[[Params], Params]) -> Transform:

@@ -12,7 +12,7 @@ from funcprecond.losses.base import Labels
 from funcprecond.methods.card import card
 from funcprecond.representation.gram import Gram
 from funcprecond.solver.smw import SMW
-from funcprecond.transform import Transform
+from funcprecond.transform import Transform, check_present
 from funcprecond.tree import Params, state
 
 __all__ = ["SMWNGState", "smw_ng"]
@@ -80,6 +80,7 @@ def smw_ng(
         state: SMWNGState, grads: Params, evidence: Evidence | None = None
     ) -> tuple[SMWNGState, Params]:
         evidence = required(evidence, need)
+        check_present(grads)
         solver = SMW(state.damping)
         rows = Gram.from_layers(evidence[need], grads)
         inverse = solver.prepare(rows)

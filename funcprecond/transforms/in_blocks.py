@@ -2,7 +2,7 @@
 
 from funcprecond.evidence import Evidence
 from funcprecond.linalg.blocking import Blocking
-from funcprecond.transform import Transform
+from funcprecond.transform import Transform, check_present
 from funcprecond.tree import Params
 
 __all__ = ["in_blocks"]
@@ -23,6 +23,7 @@ def in_blocks(inner: Transform, blocking: Blocking) -> Transform:
     """
 
     def split(params: Params) -> Params:
+        check_present(params)
         blocks = {}
         for name, p in params.items():
             blocks |= blocking.split(name, p) if blocking.has_factors(p.shape) else {name: p}

@@ -157,3 +157,17 @@ def test_accumulate_accepts_it(name):
     params, state, _ = problems.train(toy, fp.accumulate(trained(name), 2), 4)
     assert finite((params, state))
     assert not torch.equal(params["0.weight"], toy.params["0.weight"])
+
+
+@every_method
+def test_a_gradient_that_is_none_is_refused_by_name(name):
+    toy, opt = problems.mlp(), build(name)
+    evidence = fp.observe(
+        toy.problem, toy.params, toy.batch, opt.needs(0), generator=problems.seeded(0)
+    )
+    grads = evidence.grads | {"0.bias": None}
+    state = opt.init(toy.params)
+    if not fp.tree.leaves(state):
+        pytest.skip("the method has no state that the gradient could fail to fit")
+    with pytest.raises(ValueError, match=r"gradient of \['0.bias'\] is None.*zeros_like"):
+        opt.update(state, grads, evidence)
