@@ -268,7 +268,8 @@ class GlobalState:
     """The state of the global generators, to see whether a run has drawn from them.
 
     All threads share these generators. While other threads run, a change may be theirs, and nothing
-    is concluded from it.
+    is concluded from it. Daemon threads do not count, because those of notebooks, progress bars and
+    torch's compiler run all the time and do not draw.
     """
 
     def __init__(self):
@@ -285,7 +286,7 @@ class GlobalState:
         """
         for generator, state in zip(self._generators, self._states, strict=True):
             changed = not _equal(generator.get_state(), state)
-            if changed and threading.active_count() == 1:
+            if changed and sum(not thread.daemon for thread in threading.enumerate()) == 1:
                 generator.set_state(state)
                 msg = (
                     "the model draws random numbers from torch's global generator in a part that "

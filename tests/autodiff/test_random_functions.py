@@ -338,3 +338,21 @@ def test_draws_of_other_threads_are_theirs():
     finally:
         going.set()
         thread.join()
+
+
+def test_a_hidden_draw_is_noticed_beside_the_threads_of_a_notebook():
+    problem = fp.problem(
+        lambda p, x: (x + torch.ops.aten.rand_like(x)) @ p["w"],
+        fp.losses.mse,
+        params={"w": torch.ones(3, 2)},
+    )
+    end = threading.Event()
+    thread = threading.Thread(target=end.wait, daemon=True)
+    thread.start()
+    try:
+        if sum(not t.daemon for t in threading.enumerate()) == 1:
+            with pytest.raises(RuntimeError, match="cannot be intercepted"):
+                fp.observe(problem, problem.params, (torch.ones(4, 3), torch.ones(4, 2)))
+    finally:
+        end.set()
+        thread.join()
