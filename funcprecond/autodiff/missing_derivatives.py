@@ -28,6 +28,8 @@ _STORAGE = "Tensor that doesn't have storage"
 _OTHER = ("FlexAttention does not support", "cudnn RNN backward", "once_differentiable", _STORAGE)
 # The errors of a layer that writes into a buffer that all members of a vmapped ensemble share.
 _SHARED = re.compile("which will be updated in place, were not batched|vmap: inplace arithmetic")
+# The error of a model that calls torch.autograd.grad under a transform.
+_INSIDE = "Tensor.requires_grad_()"
 # The advice for a part of the operation's name, or of torch's message.
 _WAYS = {
     "cudnn": "run it within torch.backends.cudnn.flags(enabled=False)",
@@ -62,6 +64,13 @@ def explained(method: Method) -> Method:
         except RuntimeError as error:
             if _SHARED.search(str(error)) and in_transform():
                 raise RuntimeError(_of_buffers(error)) from error
+            if _INSIDE in str(error) and in_transform():
+                msg = (
+                    f"{_raised_in(error) or 'the model'} takes derivatives of its own with "
+                    "torch.autograd, which cannot run under vmap, grad or jvp: use "
+                    "torch.func.grad, vjp or jvp in its forward"
+                )
+                raise RuntimeError(msg) from error
             missing = _MISSING.search(str(error))
             known = missing is not None or any(part in str(error) for part in _OTHER)
             if not known or error.__cause__ is not None:

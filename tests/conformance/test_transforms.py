@@ -97,6 +97,28 @@ def test_buffers_that_all_members_share_are_refused():
         torch.vmap(step)(stack(starts), stack(states))
 
 
+class Slope(nn.Module):
+    """The derivative of a network in its input, by torch.autograd."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(3, 3)
+
+    def forward(self, x):
+        with torch.enable_grad():
+            x = x.detach().requires_grad_()
+            return torch.autograd.grad(self.layer(x).tanh().sum(), x, create_graph=True)[0]
+
+
+def test_a_model_that_needs_torch_func_for_its_own_derivatives_says_so():
+    problem = fp.problem(Slope().double(), fp.losses.mse)
+    step = fp.make_step(problem, fp.sgd())
+    batch = problems.normal((4, 3)), problems.normal((4, 3), 1)
+    step(problem.params, (), batch, 0)
+    with pytest.raises(RuntimeError, match=r"\(Slope\) takes derivatives.*torch\.func\.grad"):
+        torch.vmap(lambda p: step(p, (), batch, 0)[0])(stack([problem.params] * 2))
+
+
 @pytest.mark.compile
 @every_method
 def test_a_compiled_step_has_one_graph_a_set_of_needs_and_equals_eager(name, monkeypatch):
