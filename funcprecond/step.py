@@ -84,11 +84,12 @@ def make_step(
     def prepare(
         params: Params, state: Any, needs: tuple, batch: Any, noise: Noise, buffers: Buffers
     ):
-        # A compiled run cannot compare values, so the examples are found beforehand.
-        if any(n.layers for n in needs):
-            seen = Evaluation(
-                problem, params, batch, buffers=buffers, masks=noise.masks, layers=True
-            )
+        # An eager run refuses what a compiled one does not notice, such as random numbers without
+        # noise, and finds the examples, for which a compiled one cannot compare values.
+        layers, twice = any(n.layers for n in needs), any(n.twice for n in needs)
+        known = {"buffers": buffers, "masks": noise.masks, "layers": layers, "twice": twice}
+        seen = Evaluation(problem, params, batch, **known)
+        if layers:
             _ = seen.examples
 
     run = _driver(body, compile, donate, (problem.params, problem.buffers), prepare)
