@@ -9,7 +9,10 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 
-__all__ = ["RANGES", "Range", "at_least", "below", "checked", "one_of"]
+__all__ = ["RANGES", "Range", "at_least", "below", "checked", "listed", "one_of"]
+
+# The number of names in a message, where there are more.
+SHOWN = 3
 
 
 def one_of(choices: Iterable[Any], **arguments: Any) -> None:
@@ -34,6 +37,29 @@ def one_of(choices: Iterable[Any], **arguments: Any) -> None:
             listed = " or ".join([", ".join(names[:-1]), names[-1]] if names[1:] else names)
             msg = f"{name} must be {listed}, not {value!r}"
             raise ValueError(msg)
+
+
+def listed(names: Iterable[Any]) -> str:
+    """List names in a message, shortened to the first three if there are more than four.
+
+    Args:
+        names: the names, such as those of parameters.
+
+    Returns:
+        The list in words.
+
+    Example:
+        >>> listed(["fc.weight", "fc.bias"])
+        "['fc.weight', 'fc.bias']"
+        >>> listed(f"layers.{i}.weight" for i in range(100))
+        "['layers.0.weight', 'layers.1.weight', 'layers.2.weight'] and 97 others"
+        >>> listed([])
+        'none'
+    """
+    names = list(names)
+    if len(names) <= SHOWN + 1:
+        return str(names) if names else "none"
+    return f"{names[:SHOWN]} and {len(names) - SHOWN} others"
 
 
 def at_least(low: float, **arguments: Any) -> None:

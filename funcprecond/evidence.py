@@ -18,7 +18,7 @@ from funcprecond.autodiff.origin import Origin, recorded
 from funcprecond.autodiff.recorder import Recorder
 from funcprecond.need import Need, NotDue, is_mark
 from funcprecond.problems import Problem
-from funcprecond.tracing import is_traced
+from funcprecond.tracing import in_transform, is_traced
 from funcprecond.tree import Buffers, Params, state, static
 
 __all__ = [
@@ -46,7 +46,8 @@ class Evidence:
     Attributes:
         params: the parameters at which the batch was evaluated.
         loss: the loss, a 0-d tensor.
-        outputs: the outputs of the model.
+        outputs: the outputs of the model. Under a transform, which returns tensors only, ``()``
+            stands for whatever is none.
         grads: the gradient of the loss, shaped like ``params``.
         buffers: the model's buffers after this batch; pass them to the next :func:`observe`.
         measured: the value of each need. A value that is a function, such as that of
@@ -284,7 +285,7 @@ def observe(
     evidence = Evidence(
         params=params,
         loss=evaluation.loss,
-        outputs=evaluation.outputs,
+        outputs=_returned(evaluation.outputs),
         grads=grads,
         buffers=evaluation.buffers,
         measured={n: n.measure(evaluation, noise.needs.get(n, ())) for n in needs},
@@ -293,6 +294,13 @@ def observe(
     if buffers is None and problem.buffers:
         remind_of_buffers(problem, evaluation.buffers)
     return evidence
+
+
+def _returned(outputs: Any) -> Any:
+    """The outputs, where a transform returns tensors only, without anything else among them."""
+    if isinstance(outputs, Tensor) or not in_transform():
+        return outputs
+    return tree.map(lambda x: x if isinstance(x, Tensor) else (), outputs)
 
 
 def remind_of_buffers(problem: Problem, buffers: Buffers) -> None:

@@ -15,9 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from funcprecond.checks import listed
 from funcprecond.tree import Buffers, Params
 
-__all__ = ["FunctionalModule", "path_of"]
+__all__ = ["FunctionalModule", "check_names", "path_of"]
 
 # An attribute with more items than this is not searched for modules and parameters.
 SEARCHED = 256
@@ -67,8 +68,8 @@ class FunctionalModule:
             KeyError: ``params`` or ``buffers`` have other names than the module had at first, or
                 the module has changed since then.
         """
-        _fit("params", params, self.params)
-        _fit("buffers", buffers, self.buffers)
+        check_names("params", params, self.params)
+        check_names("buffers", buffers, self.buffers)
         # Layers write into the buffers that they receive, so they receive clones. The clones are
         # made here so that a transform around this function covers them.
         fresh = {k: b.clone() for k, b in buffers.items()}
@@ -88,8 +89,8 @@ class FunctionalModule:
         missing = (self.params | self.buffers) - replica.names
         new = replica.new
         if missing or new:
-            what = [f"{sorted(missing)} no longer exist"] if missing else []
-            what += [f"{sorted(new)} are new, or were frozen then"] if new else []
+            what = [f"{listed(sorted(missing))} no longer exist"] if missing else []
+            what += [f"{listed(sorted(new))} are new, or were frozen then"] if new else []
             msg = (
                 f"the module has changed since fp.problem was called: {' and '.join(what)}. Make a "
                 "new problem of the module, and new states"
@@ -229,12 +230,22 @@ _CONTAINERS: dict[type, Callable[[Any, list], Any]] = {
 }
 
 
-def _fit(what: str, given: Mapping[str, Tensor], names: frozenset[str]) -> None:
+def check_names(what: str, given: Mapping[str, Tensor], names: frozenset[str]) -> None:
+    """Raise KeyError unless ``given`` has exactly these names.
+
+    Args:
+        what: "params" or "buffers", for the message.
+        given: the tensors, by name.
+        names: the names that the model has.
+
+    Raises:
+        KeyError: a name is missing or unknown.
+    """
     if given.keys() != names:
-        missing, unknown = names - given.keys(), given.keys() - names
+        missing, unknown = sorted(names - given.keys()), sorted(given.keys() - names)
         msg = (
-            f"{what} do not fit the model: missing {sorted(missing) or 'none'}, "
-            f"unknown {sorted(unknown) or 'none'}; pass a dict with the names of problem.{what}"
+            f"{what} do not fit the model: missing {listed(missing)}, unknown {listed(unknown)}; "
+            f"pass a dict with the names of problem.{what}"
         )
         raise KeyError(msg)
 

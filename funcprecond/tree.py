@@ -6,6 +6,7 @@ functions of ``torch.utils.data`` treat a K-FAC state like any other argument. T
 that uses torch's pytree registry.
 """
 
+import collections
 import dataclasses
 from collections.abc import Iterable
 from typing import Any, TypeVar, dataclass_transform
@@ -24,6 +25,7 @@ __all__ = [
     "leaves_by_path",
     "map",
     "map_by_path",
+    "see_inside",
     "state",
     "static",
     "unflatten",
@@ -107,6 +109,93 @@ def state(cls: type[T]) -> type[T]:
         serialized_type_name=f"{cls.__module__}.{cls.__qualname__}",
     )
     return cls
+
+
+def see_inside(tree: Any) -> None:
+    """Let torch see the tensors inside the dataclasses and the dicts of other types in a tree.
+
+    Torch takes an object of an unknown class for a leaf, so that nothing would find the tensors in
+    it. Here such a class is made known to torch, as those of :func:`state` are, if it is a
+    dataclass, or a subclass of ``dict`` or ``collections.UserDict`` (as the ``BatchEncoding`` of
+    transformers is). A class becomes known at the first object that has tensors, and stays so.
+
+    Args:
+        tree: the inputs or the outputs of a model.
+
+    Example:
+        >>> import dataclasses, torch, funcprecond as fp
+        >>> @dataclasses.dataclass
+        ... class Output:
+        ...     logits: torch.Tensor
+        ...     cache: object = None
+        >>> output = Output(torch.zeros(2))
+        >>> fp.tree.see_inside(output)
+        >>> fp.tree.floating(output)
+        [tensor([0., 0.])]
+    """
+    # The plain cases first, because this is called for each run of a model.
+    if isinstance(tree, Tensor) or torch.compiler.is_compiling():
+        return
+    for leaf in leaves(tree):
+        if not isinstance(leaf, Tensor) and (parts := _parts(leaf)) is not None:
+            values = [value for part in parts for value in part.values()]
+            see_inside(values)
+            if any(isinstance(x, Tensor) for x in leaves(values)):
+                _make_known(type(leaf))
+
+
+def _parts(x: Any) -> tuple[dict, dict] | None:
+    """The items and the attributes of an object whose inside can be seen; None for any other."""
+    if isinstance(x, (type, torch.nn.Module)):
+        return None
+    attributes = getattr(x, "__dict__", {})
+    if isinstance(x, collections.UserDict):
+        return dict(x.data), {k: v for k, v in attributes.items() if k != "data"}
+    if isinstance(x, dict):
+        # The attributes of some dicts are their items.
+        return dict(x), {} if attributes is x else dict(attributes)
+    if not dataclasses.is_dataclass(x):
+        return None
+    fields = [f.name for f in dataclasses.fields(x) if hasattr(x, f.name)]
+    return {}, {**{k: getattr(x, k) for k in fields}, **attributes}
+
+
+def _make_known(cls: type) -> None:
+    """Register a class whose objects have :func:`_parts`; they are rebuilt without ``__init__``."""
+
+    def flatten(node):
+        items, attributes = _parts(node)  # pyright: ignore[reportGeneralTypeIssues]
+        own = getattr(node, "__dict__", None) is node
+        return [*items.values(), *attributes.values()], (tuple(items), tuple(attributes), own)
+
+    def unflatten(values, context):
+        keys, names, own = context
+        values = list(values)
+        node: Any = cls.__new__(cls) if issubclass(cls, dict) else object.__new__(cls)
+        items = dict(zip(keys, values[: len(keys)], strict=True))
+        if isinstance(node, collections.UserDict):
+            node.data = items
+        elif isinstance(node, dict):
+            dict.update(node, items)
+        if own:
+            node.__dict__ = node  # pyright: ignore[reportAttributeAccessIssue]
+        for name, value in zip(names, values[len(keys) :], strict=True):
+            object.__setattr__(node, name, value)
+        return node
+
+    def flatten_with_keys(node):
+        values, context = flatten(node)
+        keys = [pytree.MappingKey(k) for k in context[0]]
+        keys += [pytree.GetAttrKey(k) for k in context[1]]
+        return list(zip(keys, values, strict=True)), context
+
+    pytree.register_pytree_node(
+        cls,
+        flatten,
+        unflatten,
+        flatten_with_keys_fn=flatten_with_keys,  # pyright: ignore[reportArgumentType]
+        serialized_type_name=f"{cls.__module__}.{cls.__qualname__}",
+    )
 
 
 def floating(tree: Any) -> list[Tensor]:

@@ -236,7 +236,7 @@ def test_a_batch_is_opaque_with_a_split_of_its_own():
 @pytest.mark.parametrize("batch", [(1, 2, 3), torch.ones(2), {"x": 1}])
 def test_a_batch_that_is_no_pair_is_explained(batch):
     toy = problems.mlp()
-    with pytest.raises(TypeError, match="not a pair.*split="):
+    with pytest.raises(TypeError, match="neither a pair.*split="):
         fp.observe(toy.problem, toy.params, batch)
 
 

@@ -27,6 +27,7 @@ from funcprecond.autodiff.function_run import ForwardRun, FunctionRun
 from funcprecond.autodiff.graph_check import no_checkpoints
 from funcprecond.autodiff.graph_run import GraphRun
 from funcprecond.autodiff.missing_derivatives import explained
+from funcprecond.autodiff.no_curvature import remind_of_curvature
 from funcprecond.autodiff.once import opened_once, renamed
 from funcprecond.autodiff.recorder import Recorder
 from funcprecond.autodiff.single_examples import pull_each
@@ -104,6 +105,7 @@ class Evaluation:
         self.problem = problem
         self.params = params
         self.inputs, self.targets = problem.split(batch)
+        tree.see_inside(self.inputs)
         self.masks = tuple(masks)
         self._buffers = problem.buffers if buffers is None else buffers
         self._generator = generator
@@ -397,7 +399,11 @@ class Evaluation:
 
     def output_hessian_mv(self, pushed: Any) -> Any:
         """Multiply the Hessian of the loss in the outputs by a tree shaped like the outputs."""
-        return self.problem.loss.hessian_product(self.outputs, self.targets, pushed)
+        problem, outputs, targets = self.problem, self.outputs, self.targets
+        curved = problem.loss.hessian_product(outputs, targets, pushed)
+        if not problem.reminded["curvature"] and is_eager((outputs, targets, pushed)):
+            remind_of_curvature(problem, outputs, targets, pushed, curved)
+        return curved
 
     # ------------------------------------------------------------------------------------ internals
     def _forward(
@@ -406,6 +412,7 @@ class Evaluation:
         recorder = Recorder(params, tap, self.masks, self._generator, self._twice, **options)
         with no_checkpoints(), recorder:
             outputs, buffers = self.problem.forward(params, self._buffers, self.inputs)
+        tree.see_inside(outputs)
         self.masks = tuple(recorder.masks)
         return outputs, buffers, recorder
 

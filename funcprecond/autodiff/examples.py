@@ -22,6 +22,7 @@ from funcprecond import tree
 from funcprecond.autodiff.once import renamed
 from funcprecond.autodiff.recorder import Recorder
 from funcprecond.layers.place import Place
+from funcprecond.losses.base import require_examples
 from funcprecond.problems import Problem
 from funcprecond.tracing import is_eager, is_traced
 from funcprecond.tree import floating
@@ -106,9 +107,11 @@ def find(evaluation: Any) -> Examples:
         The places. The first call for given shapes costs a few runs of the model on two examples.
 
     Raises:
+        TypeError: no output has an axis, as where the model computes the loss itself.
         ValueError: ``in_axes`` of the problem do not fit the inputs.
     """
     problem = evaluation.problem
+    require_examples(evaluation.outputs)
     shapes = ((x.shape, x.dtype) if isinstance(x, Tensor) else type(x) for x in evaluation.leaves)
     key = (problem.options(), len(evaluation.calls), len(evaluation.masks), *shapes)
     if key in problem.remembered:

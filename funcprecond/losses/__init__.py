@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from funcprecond.losses.base import Custom, Loss
+from funcprecond.losses.language import next_tokens
 from funcprecond.losses.logistic import BCEWithLogits
 from funcprecond.losses.regression import MSE, GaussianNLL, Huber
 from funcprecond.losses.softmax import NLL, CrossEntropy
@@ -40,6 +41,7 @@ __all__ = [
     "gaussian_nll",
     "huber",
     "mse",
+    "next_tokens",
     "nll",
 ]
 

@@ -15,6 +15,7 @@ from funcprecond.linalg.precision import factor_dtype
 from funcprecond.tracing import is_eager
 
 __all__ = [
+    "INSIDE",
     "Custom",
     "Labels",
     "Loss",
@@ -25,7 +26,17 @@ __all__ = [
     "entries",
     "matched",
     "one_term",
+    "require_examples",
 ]
+
+# What to do where the loss is inside of the model.
+INSIDE = (
+    "the loss is computed inside of the model, so that nothing is known of its examples and its "
+    "predictions: it has a gradient and a Hessian, but neither a Gauss-Newton or Fisher matrix nor "
+    "per-sample gradients. Choose the predictions and compute the loss outside, "
+    "fp.problem(model, fp.losses.cross_entropy, outputs='logits'), where the targets of a language "
+    "model are fp.losses.next_tokens(input_ids)"
+)
 
 Reduction = Literal["mean", "sum"]
 Labels = Literal["mc", "empirical", "exact"]
@@ -161,7 +172,8 @@ class Loss(abc.ABC):
 def _no_likelihood(loss: Loss) -> TypeError:
     return TypeError(
         f"the likelihood of {loss!r} is not known, so labels cannot be sampled from it and it has "
-        "no exact Fisher matrix: use another loss of fp.losses, or labels='empirical'"
+        "no exact Fisher matrix: use another loss of fp.losses, or labels='empirical'. If the "
+        "model computes its own loss, choose its predictions with fp.problem(..., outputs='logits')"
     )
 
 
@@ -216,7 +228,7 @@ class Custom(Loss):
         return value
 
     def constant(self, outputs: Any, targets: Any) -> Tensor:
-        first = next(x for x in tree.floating(outputs) if x.ndim)
+        first = require_examples(outputs)
         one = first.new_ones((), dtype=factor_dtype(first))
         if self.reduction == "sum":
             return one
@@ -235,6 +247,18 @@ def _gradient(loss: Callable[[Any], Tensor], outputs: Any, targets: Any) -> Sequ
     if not value.requires_grad:
         return [torch.zeros_like(x) for x in flat]
     return torch.autograd.grad(value, flat, materialize_grads=True)
+
+
+def require_examples(outputs: Any) -> Tensor:
+    """Return the first floating-point leaf of the outputs with an axis.
+
+    Raises:
+        TypeError: there is none, as where the outputs are the loss itself.
+    """
+    for x in tree.floating(outputs):
+        if x.ndim:
+            return x
+    raise TypeError(INSIDE)
 
 
 def entries(outputs: Tensor, targets: Tensor, reduction: Reduction, value: float = 1) -> Tensor:
@@ -276,8 +300,8 @@ def check_tensors(name: str, outputs: Any, targets: Any) -> None:
         if not isinstance(x, Tensor):
             msg = (
                 f"{name}: the {what} must be one tensor, not a {type(x).__name__}: return or pass "
-                "a tensor, or pass fp.problem a function (outputs, targets) -> loss that takes "
-                "what it needs from them"
+                "a tensor, choose one with fp.problem(..., outputs='logits'), or pass fp.problem a "
+                "function (outputs, targets) -> loss that takes what it needs from them"
             )
             raise TypeError(msg)
 

@@ -283,11 +283,11 @@ def test_per_example_gradients_of_coupled_examples_are_refused(norm):
         e.pull_each(normal((5, 3)), ["0.weight"])
 
 
-@pytest.mark.parametrize(
-    "outputs", [lambda p, x: (p["w"] * x).sum(), lambda p, x: (p["w"] * x)[:0]]
-)
-def test_outputs_without_examples_are_refused(outputs, route):
-    problem = fp.problem(outputs, lambda f, y: f.sum(), params={"w": normal((3,))})
+def test_outputs_without_examples_are_refused(route):
+    def empty(p, x):
+        return (p["w"] * x)[:0]
+
+    problem = fp.problem(empty, lambda f, y: f.sum(), params={"w": normal((3,))})
     with pytest.raises(ValueError, match="axis 0 must count"):
         Evaluation(problem, problem.params, (normal((4, 3)), None))
 
