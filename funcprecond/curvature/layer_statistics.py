@@ -101,7 +101,7 @@ class LayerStatistics(Need):
         """The same measurement in parts of a few cotangents, of which one is in memory at a time.
 
         The last part frees the graph of the evaluation, from which no other gradient can be taken
-        afterwards.
+        afterwards, unless the examples can only be told apart in this graph.
         """
         cotangents = self.cotangents(evaluation, noise)
         # The gradients of a part take no more memory than the parameters. Large parts are faster,
@@ -109,13 +109,42 @@ class LayerStatistics(Need):
         size = sum(math.prod(call.shape) for call in evaluation.calls)
         room = sum(p.numel() for p in evaluation.params.values())
         last, together = len(cotangents) - 1, max(1, room // max(1, size))
+        again = self._pulls_again(evaluation)
         for start in range(0, len(cotangents), together):
             some = cotangents[start : start + together]
-            pulled = [evaluation.pull_layers(u, keep=i < last) for i, u in enumerate(some, start)]
+            pulled = [
+                evaluation.pull_layers(u, keep=again or i < last) for i, u in enumerate(some, start)
+            ]
             grads = [_stack(g) for g in zip(*pulled, strict=True)]
             del pulled
             yield self._layers(evaluation, some, grads, evaluation.constant)
             del grads  # frees the memory before the next part is computed
+
+    def _pulls_again(self, evaluation: Evaluation) -> bool:
+        """Whether parameters outside of the layers are pulled back through the same run."""
+        if self.exact:
+            return evaluation.examples.joint
+        rest = self.others != "none" and self._rest(evaluation)
+        return bool(rest) and (evaluation.examples.joint or bool(evaluation.examples.coupling))
+
+    def _rest(self, evaluation: Evaluation) -> list[str]:
+        """The parameters outside of the layers that are measured."""
+        blocks = []
+        if not (self.exact and evaluation.examples.joint):
+            blocks = evaluation.blocks(per_sample=self._apart, tied=self.tied)
+        covered = {part for name in blocks for part in split_block(name) if part}
+        names = [k for k in evaluation.params if k not in covered]
+        if self.others != "diagonal":
+            return names
+        # What this run leaves out has no measurement, which differs from a curvature of zero.
+        used = {*evaluation.unrecorded}
+        for call in evaluation.calls:
+            used |= {call.weight, call.bias} if 0 not in call.shape else set()
+        return [k for k in names if k in used]
+
+    @property
+    def _apart(self) -> bool:
+        return self.per_sample or self.sharing == "reduce"
 
     def _layers(
         self,
@@ -126,18 +155,10 @@ class LayerStatistics(Need):
     ) -> Layers:
         if self.exact:
             evaluation.examples.require_apart()
-        apart = self.per_sample or self.sharing == "reduce"
         uses = {}
         if not (self.exact and evaluation.examples.joint):
-            uses = layer_uses(evaluation, grads, per_sample=apart, tied=self.tied)
-        covered = {part for name in uses for part in split_block(name) if part}
-        names = [k for k in evaluation.params if k not in covered]
-        if self.others == "diagonal":
-            # What this run leaves out has no measurement, which differs from a curvature of zero.
-            used = {*evaluation.unrecorded}
-            for call in evaluation.calls:
-                used |= {call.weight, call.bias} if 0 not in call.shape else set()
-            names = [k for k in names if k in used]
+            uses = layer_uses(evaluation, grads, per_sample=self._apart, tied=self.tied)
+        names = self._rest(evaluation)
         if not names or self.others == "none":
             return Layers(uses, {}, scale, self.sharing)
         if cotangents is None:

@@ -1,5 +1,6 @@
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 import funcprecond as fp
@@ -122,3 +123,50 @@ def test_a_frozen_batch_norm_is_fine_and_one_in_training_is_named():
     module.eval()
     rows = rows_of(fp.per_sample_grads(problem, problem.params, batch))
     assert_close(rows, reference.per_example(problem, problem.params, batch), rtol=1e-9)
+
+
+class Graph(nn.Module):
+    """Nodes of one graph, with a gain that no layer covers."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(3, 4), nn.Linear(4, 3)
+        self.gain = nn.Parameter(torch.randn(4))
+
+    def forward(self, nodes, adjacency):
+        hidden = torch.tanh(adjacency @ self.first(nodes)) * self.gain.exp()
+        return adjacency @ self.second(hidden)
+
+
+def test_the_nodes_of_one_graph_have_the_gradients_of_their_losses_in_the_whole_graph():
+    x, y = problems.mlp().batch
+    adjacency = normal((len(x), len(x)), 3)
+    batch = ((x, adjacency), y)
+    problem = fp.problem(initialised(Graph()), fp.losses.cross_entropy, in_axes=None)
+
+    def node(p, n):
+        return F.cross_entropy(problem(p, batch[0])[n], y[n])
+
+    slopes = [torch.func.grad(lambda p, n=n: node(p, n))(problem.params) for n in range(len(x))]
+    expected = torch.stack([reference.ravel(s) for s in slopes])
+    rows = rows_of(fp.per_sample_grads(problem, problem.params, batch))
+    assert_close(rows, expected, rtol=1e-10)
+    assert_close(
+        fp.per_sample_gram(problem, problem.params, batch), expected @ expected.T, rtol=1e-10
+    )
+    norms = fp.per_sample_norms(problem, problem.params, batch)
+    assert_close(norms, expected.square().sum(1).sqrt(), rtol=1e-10)
+
+
+@pytest.mark.parametrize("in_axes", [None, "auto"])
+def test_the_factors_of_a_graph_keep_the_run_for_what_no_layer_covers(in_axes):
+    """Where the examples are coupled, their diagonal is estimated with random signs."""
+    x, y = problems.mlp().batch
+    batch = ((x, torch.eye(len(x), dtype=x.dtype) + normal((len(x), len(x)), 3)), y)
+    problem = fp.problem(initialised(Graph()), fp.losses.cross_entropy, in_axes=in_axes)
+    kfac = fp.KroneckerFactored(problem, problem.params, batch, labels="exact")
+    diagonal = kfac.diagonal()["gain"]
+    exact = reference.ggn(problem, problem.params, batch).diagonal()
+    expected = reference.unravel(exact, problem.params)["gain"]
+    assert bool((diagonal > 0).all())
+    assert 0.1 < diagonal.sum() / expected.sum() < 10
