@@ -12,6 +12,7 @@ The answer is the same for all batches of the same shapes, and is remembered wit
 
 import dataclasses
 import itertools
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -21,6 +22,7 @@ from torch import Tensor
 from funcprecond import tree
 from funcprecond.autodiff.once import renamed
 from funcprecond.autodiff.recorder import Recorder
+from funcprecond.layers.layer_call import LayerCall
 from funcprecond.layers.place import Place
 from funcprecond.losses.base import require_examples
 from funcprecond.problems import Problem
@@ -279,6 +281,7 @@ class _Attempt:
         try:
             with torch.enable_grad(), recorder:
                 outputs, _ = evaluation.problem.forward(params, evaluation._buffers, inputs)
+                outputs = recorder.finish(outputs)
         except Exception as error:
             reason = (str(error).splitlines() or [""])[0]
             self.why = (
@@ -318,11 +321,18 @@ class _Attempt:
     def _calls(self, recorder: Recorder) -> tuple[tuple[Place | None, ...], str | None]:
         """The places of the calls, and a sentence about the first one with coupled examples."""
         evaluation = self._evaluation
-        if len(recorder.calls) != len(evaluation.calls):
-            return (None,) * len(evaluation.calls), None
         places, coupled = [], None
-        whole = zip(evaluation.calls, evaluation.layer_inputs, strict=True)
-        for (call, x), part, y in zip(whole, recorder.calls, recorder.inputs, strict=True):
+        # The two runs may record the layers in another order, or some of them less often.
+        counts = Counter(map(_layer, evaluation.calls))
+        found: dict[Any, list[Any]] = {}
+        for part, y in zip(recorder.calls, recorder.inputs, strict=True):
+            found.setdefault(_layer(part), []).append((part, y))
+        pairs = {k: iter(x) for k, x in found.items() if len(x) == counts[k]}
+        for call, x in zip(evaluation.calls, evaluation.layer_inputs, strict=True):
+            if _layer(call) not in pairs:
+                places.append(None)
+                continue
+            part, y = next(pairs[_layer(call)])
             place, of_input = self._place(call.shape, part.shape), self._located(x, y)
             if of_input is False and coupled is None:
                 coupled = (
@@ -357,6 +367,10 @@ class _Attempt:
         (axis, *more), chosen = changed, len(self._chosen)
         fits = whole[axis] % self._count == 0 and whole[axis] * chosen == part[axis] * self._count
         return Place(axis, whole[axis] // self._count) if fits and not more else False
+
+
+def _layer(call: LayerCall) -> tuple[str, str | None]:
+    return call.weight, call.bias
 
 
 def _agree(x: Tensor, y: Tensor) -> bool:

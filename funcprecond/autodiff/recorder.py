@@ -1,14 +1,13 @@
 """A recorder of a model's run: which layer uses which parameter, and which random numbers it draws.
 
 One ``TorchFunctionMode`` intercepts every torch function that the model calls, whether the model is
-an ``nn.Module`` or a plain function. It recognizes parameters by identity and not by module class,
-so that every use of a weight is found, also a second one or one inside ``nn.MultiheadAttention``.
-Nothing is registered on the model.
+an ``nn.Module`` or a plain function. Nothing is registered on the model.
 
 The mode does three jobs, because they all need the same interception:
 
-* *layers*: each call that applies a weight is recorded with its input. Its output is passed to a
-  function ``tap``, so that gradients can be taken with respect to it;
+* *layers*: each call that applies a weight is recorded with its input
+  (:mod:`funcprecond.autodiff.layer_recorder`). Its output is passed to a function ``tap``, so that
+  gradients can be taken with respect to it;
 * *random numbers*: dropout masks and other random numbers are drawn beforehand or from the caller's
   generator, never from the global generator. A draw that cannot be replaced is an error;
 * *derivatives*: a run that is differentiated twice uses the derivatives of
@@ -16,7 +15,6 @@ The mode does three jobs, because they all need the same interception:
   instead of those of cuDNN.
 """
 
-import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -28,7 +26,7 @@ from torch.overrides import TorchFunctionMode
 from funcprecond import tree
 from funcprecond.autodiff import attention
 from funcprecond.autodiff.embedding import EMBEDDINGS, with_dense_gradient
-from funcprecond.autodiff.hidden_uses import Recorded, hidden_uses, sequence_number
+from funcprecond.autodiff.layer_recorder import LayerRecorder
 from funcprecond.autodiff.random_functions import (
     DRAWS,
     DROPOUTS,
@@ -42,33 +40,12 @@ from funcprecond.autodiff.random_functions import (
 )
 from funcprecond.autodiff.rules.backward import Spared
 from funcprecond.autodiff.rules.table import differentiated, replaced
-from funcprecond.layers.kinds import KINDS_OF_FUNCTION
-from funcprecond.layers.layer_call import FunctionCall, LayerCall
+from funcprecond.layers.layer_call import LayerCall
 from funcprecond.linalg import random
-from funcprecond.tracing import in_transform, transform_level
+from funcprecond.tracing import in_transform
 
 __all__ = ["Recorder"]
 
-_TRANSPOSES = {
-    torch.t,
-    torch.Tensor.t,
-    torch.Tensor.T.__get__,  # pyright: ignore[reportAttributeAccessIssue]
-    torch.Tensor.mT.__get__,  # pyright: ignore[reportAttributeAccessIssue]
-}
-# Functions that only query the properties of a tensor, which is not a use of a parameter.
-_QUESTIONS = {
-    torch.Tensor.dim,
-    torch.Tensor.size,
-    torch.Tensor.stride,
-    torch.Tensor.numel,
-    torch.Tensor.__len__,
-    torch.Tensor.is_floating_point,
-    *(
-        getattr(torch.Tensor, name).__get__
-        for name in ["dtype", "device", "shape", "ndim", "requires_grad"]
-    ),
-    *(getattr(torch.Tensor, name).__get__ for name in ["is_nested", "layout", "is_cuda"]),
-}
 _SPECIAL = {
     *DROPOUTS,
     *DRAWS,
@@ -98,12 +75,8 @@ class Recorder(TorchFunctionMode):
             the graph of the outputs are uses that were not recorded.
 
     Attributes:
-        calls: the recorded calls of layers, in order.
-        inputs: their inputs, in the same order.
         masks: all random numbers of the run.
-        unrecorded: the parameters with a use outside ``calls``, and the function that uses each.
         own_leaves: the tensors in which the model takes derivatives of its own.
-        made: in a graph run, the nodes that the recorded calls have made.
     """
 
     def __init__(
@@ -118,22 +91,16 @@ class Recorder(TorchFunctionMode):
         detached: bool = False,
     ):
         super().__init__()
-        self.tap = tap
         self.generator = generator
         self.twice = twice
         self.masks = list(masks)
-        self.calls: list[LayerCall] = []
-        self.inputs: list[Tensor] = []
-        self.unrecorded: dict[str, str] = {}
         self.own_leaves: list[Tensor] = []
-        self.made: list[Recorded] = []
-        self._spared, self._in_graph, self._detached = spared, in_graph, detached
+        self._layers = None if tap is None else LayerRecorder(params, tap, in_graph, detached)
+        self._spared = spared
         self._masks_used = 0
         self._depth, self._global_state = 0, None
         # Tensors that the model has written random results into, and the results.
         self._written: list[tuple[Tensor, Tensor]] = []
-        self._names = _Names({} if tap is None else params)
-        self._level = None if tap is None else transform_level()
 
     def __enter__(self):
         # The mode enters itself again inside of composite functions.
@@ -187,81 +154,34 @@ class Recorder(TorchFunctionMode):
                 return self._call(func, args, kwargs)
         return self._call(func, args, kwargs)
 
-    def _call(self, func, args, kwargs):
-        run = replaced(func, self._spared) if self.twice else func
-        if self.tap is None:
-            return run(*args, **kwargs)
-        return self._record(self.tap, func, run, args, kwargs)
+    @property
+    def calls(self) -> list[LayerCall]:
+        """The recorded calls of layers, in order."""
+        return [] if self._layers is None else self._layers.calls
 
-    def _record(self, tap, func, run, args, kwargs):
-        """Run the function, and record which parameters it uses and how."""
-        names = self._names
-        if func in _TRANSPOSES and (weight := names.of(args[0])):
-            first = sequence_number() if self._in_graph else 0
-            view = names.transposed(func(*args, **kwargs), weight)
-            if self._in_graph:
-                self._made({weight}, first, view)
-            return view
-        kind = KINDS_OF_FUNCTION.get(func)
-        # A transform inside the model, such as vmap or jvp, makes other nodes than the call alone.
-        if kind is not None and self._level == transform_level():
-            uses = kind.recognize(FunctionCall(func, args, kwargs), names)
-            if uses:
-                return self._recorded(tap, func, run, args, kwargs, uses)
-        if func not in _QUESTIONS:
-            self._note(func, tree.leaves((args, kwargs)), set())
-        return run(*args, **kwargs)
+    @property
+    def inputs(self) -> list[Tensor]:
+        """The inputs of the recorded calls."""
+        return [] if self._layers is None else self._layers.inputs
 
-    def _recorded(self, tap, func, run, args, kwargs, uses):
-        """Run a function that uses parameters as layers do."""
-        parts = {k for use in uses for k in (use.call.weight, use.call.bias) if k is not None}
-        # A parameter that is also an input of the layer has a use outside of the call.
-        self._note(func, (*args, *kwargs.values()), parts)
-        if self._detached:
-            args = [self._without_graph(x, parts) for x in args]
-            kwargs = {k: self._without_graph(x, parts) for k, x in kwargs.items()}
-        first = sequence_number() if self._in_graph else 0
-        out = run(*args, **kwargs)
-        if self._in_graph:
-            self._made(parts, first, out)
-        if self._in_graph and out.grad_fn is None:
-            # Nothing depends on what happens here, as under torch.no_grad.
-            return out
-        for use in uses:
-            self.calls.append(dataclasses.replace(use.call, shape=tuple(out.shape)))
-            ones = out.new_ones(()).expand(out.shape) if use.input is None else None
-            self.inputs.append(ones if use.input is None else use.input)  # pyright: ignore
-            out = tap(out)
-        return out
+    @property
+    def unrecorded(self) -> dict[str, str]:
+        """The parameters with a use outside ``calls``, and the function that uses each."""
+        return {} if self._layers is None else self._layers.unrecorded
 
     def hidden_uses(self, outputs: Sequence[Tensor]) -> dict[str, str]:
-        """The parameters that the outputs depend on other than through ``calls``, in a graph run.
+        """See :meth:`funcprecond.autodiff.layer_recorder.LayerRecorder.hidden_uses`."""
+        return {} if self._layers is None else self._layers.hidden_uses(outputs)
 
-        Args:
-            outputs: the outputs of the run.
+    def finish(self, outputs: Any) -> Any:
+        """See :meth:`funcprecond.autodiff.layer_recorder.LayerRecorder.finish`."""
+        return outputs if self._layers is None else self._layers.finish(outputs)
 
-        Returns:
-            A description of the use of each such parameter.
-        """
-        return hidden_uses(outputs, self._names.sources(), self.made)
-
-    def _made(self, names, first, output) -> None:
-        """Note that a recorded call of these parameters has made the latest nodes of the graph."""
-        if output.grad_fn is not None:
-            self.made.append(Recorded(first, sequence_number(), frozenset(names), output.grad_fn))
-
-    def _without_graph(self, x, parts):
-        name = self._names.of(x) or self._names.of_transpose(x)
-        return x.detach() if name in parts else x
-
-    def _note(self, func, used, recorded) -> None:
-        """Note the parameters among the arguments ``used`` that are not in ``recorded``."""
-        for x in used:
-            if not isinstance(x, Tensor):
-                continue
-            name = self._names.of(x) or self._names.of_transpose(x)
-            if name is not None and name not in recorded:
-                self.unrecorded[name] = getattr(func, "__name__", str(func))
+    def _call(self, func, args, kwargs):
+        run = replaced(func, self._spared) if self.twice else func
+        if self._layers is None:
+            return run(*args, **kwargs)
+        return self._layers.record(func, run, args, kwargs)
 
     def _dropout(self, func, input, p=0.5, training=True, inplace=False):
         out = dropout(func, self._mask, input, p, training)
@@ -310,28 +230,3 @@ class Recorder(TorchFunctionMode):
             )
             raise ValueError(msg)
         return found
-
-
-class _Names:
-    """The tensors of the run that are parameters or transposes of parameters."""
-
-    def __init__(self, params: Mapping[str, Tensor]):
-        self._params = params
-        self._names = {id(p): name for name, p in params.items()}
-        # The views are kept alive, because the identity of a dead tensor may be used again.
-        self._transposes: list[tuple[Tensor, str]] = []
-
-    def of(self, tensor: Any) -> str | None:
-        return self._names.get(id(tensor))
-
-    def sources(self) -> list[tuple[str, Tensor]]:
-        """All of these tensors, with the names of the parameters that they stand for."""
-        return [*self._params.items(), *((name, view) for view, name in self._transposes)]
-
-    def of_transpose(self, tensor: Any) -> str | None:
-        return next((name for view, name in self._transposes if view is tensor), None)
-
-    def transposed(self, view: Tensor, name: str) -> Tensor:
-        """Remember that a tensor is the transpose of a parameter."""
-        self._transposes.append((view, name))
-        return view

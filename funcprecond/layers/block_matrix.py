@@ -1,9 +1,9 @@
 """The parameters of a layer as one matrix, to which Kronecker factors are applied from both sides.
 
-The matrix is ``[W | b]``. Its rows are indexed by axis 0 of the weight and its columns by all other
-axes, and the bias is the last column. If axis 0 of the weight is the axis of the inputs, then the
-bias is the last row instead; the number of rows of the left factor distinguishes the two cases. The
-groups of a convolution are an axis in front.
+The matrix is ``[W | b]``. Its rows are indexed by the first axes of the weight, usually by axis 0
+alone, and its columns by all other axes, and the bias is the last column. If axis 0 of the weight
+is the axis of the inputs, then the bias is the last row instead; the number of rows of the left
+factor distinguishes the two cases. The groups of a convolution are an axis in front.
 """
 
 import torch
@@ -32,7 +32,8 @@ def join(vector: Params, like: Params, block: str, rows: int, groups: int = 1) -
     weight, bias = split_block(block)
     lead = vector[weight].ndim - like[weight].ndim
     # A bias alone is a matrix of one column.
-    matrix = vector[weight].reshape(*vector[weight].shape[: lead + 1], -1)
+    height = rows * groups if bias is None else like[weight].shape[0]
+    matrix = vector[weight].reshape(*vector[weight].shape[:lead], height, -1)
     matrix = matrix.to(torch.promote_types(matrix.dtype, torch.float32))
     if bias is not None:
         axis = -1 if rows * groups == matrix.shape[-2] else -2

@@ -4,6 +4,7 @@ The gradient of example n is ``Σ_t g_nt a_nt^T``, a sum over its positions t. N
 and products with vectors follow from the factors g and a, without forming the gradient.
 """
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -88,7 +89,7 @@ class ExampleGradients:
         """
         right = self if other is None else other
         (_, v, n, t, o), (_, w, m, s, _) = self.grads.shape, right.grads.shape
-        i = self.shape[0] if self.one_hot else self.inputs.shape[-1]
+        i = math.prod(self.shape[:-1]) if self.one_hot else self.inputs.shape[-1]
         pairwise = n * t * m * s * (1 if self.one_hot else i) + v * n * t * w * m * s * o
         forming = v * n * t + (0 if other is None else w * m * s)
         by_rows = forming * i * o + v * n * w * m * i * o
@@ -122,7 +123,7 @@ class ExampleGradients:
         """Form the rows as matrices, (V, N, J, o, i)."""
         if not self.one_hot:
             return torch.einsum("jvnto,jnti->vnjoi", self.grads, self.inputs)
-        (v, n, _, o), tokens = self.grads.shape[1:], self.shape[0]
+        (v, n, _, o), tokens = self.grads.shape[1:], math.prod(self.shape[:-1])
         rows = self.inputs[0] + tokens * torch.arange(n, device=self.inputs.device).unsqueeze(1)
         flat = self.grads.new_zeros(v, n * tokens, o)
         flat = flat.index_add(1, rows.flatten(), self.grads[0].flatten(1, 2))
@@ -131,7 +132,8 @@ class ExampleGradients:
     def matvec(self, vector: Params) -> Tensor:
         """Multiply the rows by a vector shaped like the parameters; returns (V, N)."""
         if self.one_hot:
-            mapped = vector[self.weight].to(self.grads.dtype)[self.inputs]
+            table = vector[self.weight].to(self.grads.dtype)
+            mapped = table.reshape(-1, table.shape[-1])[self.inputs]
         else:
             mapped = torch.einsum("joi,jnti->jnto", self._join(vector), self.inputs)
         return (self.grads * mapped.unsqueeze(1)).sum((0, 3, 4))
@@ -140,8 +142,9 @@ class ExampleGradients:
         """Compute ``Σ_vn weights_vn row_vn`` for weights (V, N), shaped like the parameters."""
         g = torch.einsum("jvnto,vn->jnto", self.grads, weights)
         if self.one_hot:
-            flat = g.new_zeros(self.shape)
-            return {self.weight: flat.index_add(0, self.inputs.flatten(), g.flatten(0, 2))}
+            flat = g.new_zeros(math.prod(self.shape[:-1]), self.shape[-1])
+            flat = flat.index_add(0, self.inputs.flatten(), g.flatten(0, 2))
+            return {self.weight: flat.reshape(self.shape)}
         return self._split(torch.einsum("jnto,jnti->joi", g, self.inputs))
 
     def diagonal(self) -> Params:
@@ -160,7 +163,9 @@ class ExampleGradients:
         """Join the weight and the bias to (J, o, i)."""
         w = vector[self.weight].to(self.grads.dtype)
         groups = self.inputs.shape[0]
-        matrix = w.reshape(w.shape[0], -1).unflatten(0, (groups, -1))
+        inputs = self.inputs.shape[-1] - (self.bias is not None)
+        rows = inputs if self.inputs_first else self.grads.shape[-1]
+        matrix = w.reshape(groups, rows, -1)
         matrix = matrix.mT if self.inputs_first else matrix
         if self.bias is None:
             return matrix
@@ -171,7 +176,7 @@ class ExampleGradients:
         """The inverse of :meth:`_join`."""
         found = {}
         if self.one_hot:
-            return {self.weight: matrix.reshape(matrix.shape[-2:]).mT}
+            return {self.weight: matrix.reshape(matrix.shape[-2:]).mT.reshape(self.shape)}
         if self.bias is not None:
             matrix, column = matrix[..., :-1], matrix[..., -1]
             found[self.bias] = column.reshape(-1)

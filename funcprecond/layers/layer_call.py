@@ -17,6 +17,7 @@ from typing import Any, ClassVar, Literal, NamedTuple, Protocol
 from torch import Tensor
 
 from funcprecond.layers.place import Place
+from funcprecond.layers.views import Lookup, View
 from funcprecond.tree import Params, state, static
 
 __all__ = ["FunctionCall", "LayerCall", "LayerUse", "Names", "Recognized", "Sharing"]
@@ -43,14 +44,18 @@ class FunctionCall(NamedTuple):
 
 
 class Names(Protocol):
-    """A lookup of the names of parameters, which the recorder implements."""
+    """What the tensors of a run have to do with parameters, which the recorder knows."""
 
     def of(self, tensor: Any) -> str | None:
-        """The name of a tensor that is a parameter; None for anything else."""
+        """The name of a tensor that is a parameter, in another dtype at most; or None."""
         ...
 
-    def of_transpose(self, tensor: Any) -> str | None:
-        """The name of the parameter whose transpose a tensor is; None for anything else."""
+    def view(self, tensor: Any) -> View | None:
+        """The view of a parameter that a tensor is; None for anything else."""
+        ...
+
+    def lookup(self, tensor: Any) -> Lookup | None:
+        """The rows of a table that a tensor consists of, if no layer has used them yet; or None."""
         ...
 
 

@@ -8,7 +8,7 @@ from torch.autograd import Function
 
 from funcprecond.linalg.batching import by_shape
 from funcprecond.linalg.precision import wide, wide_dtype
-from funcprecond.tracing import is_differentiated
+from funcprecond.tracing import is_differentiated, is_traced
 
 __all__ = ["eigenbases", "eigh", "separated_eigh", "thin_eigenbasis"]
 
@@ -16,18 +16,24 @@ __all__ = ["eigenbases", "eigh", "separated_eigh", "thin_eigenbasis"]
 def eigh(a: Tensor) -> tuple[Tensor, Tensor, bool]:
     """The eigenvalues and eigenvectors of ``a``, and whether the decomposition succeeded.
 
-    If it fails in the dtype of ``a``, it is repeated on the :func:`wide` matrices. If that fails
-    too, the eigenvalues are ones and the eigenvectors are zeros.
+    LAPACK may fail in float32 on a matrix with many zeros or equal eigenvalues, with an error or
+    with results that are not finite. The decomposition is then repeated on the :func:`wide`
+    matrices. If that fails too, the eigenvalues are ones and the eigenvectors are zeros.
     """
-    try:
-        return *torch.linalg.eigh(a), True
-    except torch.linalg.LinAlgError:
-        pass
-    try:
-        values, vectors = torch.linalg.eigh(wide(a))
-        return values.to(a.dtype), vectors.to(a.dtype), True
-    except torch.linalg.LinAlgError:
-        return torch.ones_like(a[..., 0]), torch.zeros_like(a), False
+    for matrix in (a, wide(a)):
+        try:
+            values, vectors = torch.linalg.eigh(matrix)
+        except torch.linalg.LinAlgError:
+            continue
+        if is_traced() or bool(values.isfinite().all() & vectors.isfinite().all()):
+            return values.to(a.dtype), vectors.to(a.dtype), True
+    return torch.ones_like(a[..., 0]), torch.zeros_like(a), False
+
+
+def _finite_eigh(a: Tensor) -> tuple[Tensor, Tensor]:
+    """The eigenvalues and eigenvectors of ``a``; NaN if the decomposition fails."""
+    values, vectors, succeeded = eigh(a)
+    return (values, vectors) if succeeded else (values * torch.nan, vectors * torch.nan)
 
 
 def separated_eigh(a: Tensor, rounding: float) -> tuple[Tensor, Tensor]:
@@ -46,14 +52,14 @@ def separated_eigh(a: Tensor, rounding: float) -> tuple[Tensor, Tensor]:
         rounding: eigenvalues count as equal up to this fraction of the largest magnitude.
     """
     if not is_differentiated(a):
-        return torch.linalg.eigh(a)
+        return _finite_eigh(a)
     return _SeparatedEigh.apply(a, rounding)  # pyright: ignore[reportReturnType]
 
 
 class _SeparatedEigh(Function):
     @staticmethod
     def forward(a, rounding):
-        return torch.linalg.eigh(a)
+        return _finite_eigh(a)
 
     @staticmethod
     def setup_context(ctx: Any, inputs, output):
@@ -126,7 +132,7 @@ def thin_eigenbasis(rows: Tensor) -> tuple[Tensor, Tensor]:
     else:
         # Products of float32 numbers are exact in float64, so the Gram matrix loses little.
         x = wide(rows)
-        values, q = torch.linalg.eigh(x @ x.mT)
+        values, q, _ = eigh(x @ x.mT)
         values = values.clamp_min(0.0)
         vectors = x.mT @ q
         vectors = vectors / torch.where(values > 0, values, 1.0).sqrt().unsqueeze(-2)

@@ -365,21 +365,26 @@ class KroneckerIO:
         groups = max(x.shape[lead] if x.ndim == lead + 3 else 1 for x in (left, right))
         rows, columns = left.shape[-1], right.shape[-1]
         # The bias is a column, or a row of a layer whose first axis is that of its inputs.
-        extra = groups * rows - shape[0]
-        fits = groups * rows * columns == count and extra in (0, split_block(block)[1] is not None)
+        has_bias = split_block(block)[1] is not None
+        fits = groups * rows * columns == count
+        fits = fits and (not has_bias or groups * rows - shape[0] in (0, 1))
         return f"{groups} matrices of shape {(rows, columns)}", fits
 
     def _input_factor(self, uses: Uses, bias: bool, sharing: Sharing) -> Tensor:
         call: AffineCall = uses[0].call  # pyright: ignore[reportAssignmentType]
         if self._is_long(call.fan_in(uses[0].inputs) + bias, call):
-            return call.input_diagonal(uses, bias, sharing)
-        return call.input_factor(uses, bias, sharing, thin=self.thin)
+            return self._cast(call.input_diagonal(uses, bias, sharing))
+        return self._cast(call.input_factor(uses, bias, sharing, thin=self.thin))
 
     def _output_factor(self, uses: Uses, sharing: Sharing, scale: Tensor) -> Tensor:
         call: AffineCall = uses[0].call  # pyright: ignore[reportAssignmentType]
         if self._is_long(call.fan_out, call):
-            return call.output_diagonal(uses, sharing, scale)
-        return call.output_factor(uses, sharing, scale, thin=self.thin)
+            return self._cast(call.output_diagonal(uses, sharing, scale))
+        return self._cast(call.output_factor(uses, sharing, scale, thin=self.thin))
+
+    def _cast(self, factor: Tensor) -> Tensor:
+        """The factor in the dtype of the parameters, which a layer may have cast to a smaller one."""
+        return factor.to(torch.promote_types(factor.dtype, self.normalizer.dtype))
 
     def _is_long(self, length: int, call: AffineCall) -> bool:
         return 0 < self.max_dim < length and call.groups == 1

@@ -147,8 +147,8 @@ def _few_rows(grads: Params, block: str, rows: Layers | None) -> LayerUse | None
     (use,) = uses
     if not isinstance(use.call, AffineCall) or not use.call.rows_are_given:
         return None
-    weight, bias = split_block(block)
-    o, i = grads[weight].shape[0], grads[weight].shape[1] + (bias is not None)
+    bias = split_block(block)[1]
+    o, i = use.grads.shape[-1], use.inputs.shape[-1] + (bias is not None)
     count = use.inputs.shape[:-1].numel()
     cheaper = count * (o * o + i * i + o * i) < o * i * (o + i)
     return use if cheaper else None

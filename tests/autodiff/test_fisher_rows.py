@@ -83,7 +83,8 @@ PLAIN = {
     "used twice": (lambda p, x: torch.tanh(x @ p["w"] + p["b"]) @ p["w"] + p["b"], True),
     "examples centred": (lambda p, x: (x @ p["w"] - (x @ p["w"]).mean(0)) + p["b"], False),
     "no single example": (lambda p, x: (x @ p["w"]) / x.std(0).nan_to_num(1) + p["b"], False),
-    "multiplied": (lambda p, x: x @ p["w"] * p["b"], False),
+    "multiplied": (lambda p, x: x @ p["w"] * p["b"], True),
+    "divided": (lambda p, x: x @ p["w"] / p["b"], False),
     "not used": (lambda p, x: x @ p["w"], True),
     "on the parameters alone": (lambda p, x: x @ (p["w"] + p["b"]), False),
 }

@@ -6,8 +6,10 @@ from typing import Any
 from funcprecond.layers.kinds.added import Added
 from funcprecond.layers.kinds.bias import Bias
 from funcprecond.layers.kinds.bilinear import Bilinear
+from funcprecond.layers.kinds.contraction import Contraction
 from funcprecond.layers.kinds.convolution import Convolution
 from funcprecond.layers.kinds.embedding import Embedding
+from funcprecond.layers.kinds.expert import Expert
 from funcprecond.layers.kinds.linear import Linear
 from funcprecond.layers.kinds.scale import Scale
 from funcprecond.layers.kinds.transposed_convolution import TransposedConvolution
@@ -17,6 +19,8 @@ __all__ = ["KINDS", "KINDS_OF_FUNCTION"]
 
 KINDS: tuple[type[LayerCall], ...] = (
     Linear,
+    Contraction,
+    Expert,
     Bilinear,
     Convolution,
     TransposedConvolution,

@@ -1,41 +1,74 @@
-"""Parameters that are added to a tensor: ``x + p`` outside of any layer, such as positions.
+"""Parameters that are added to a tensor, ``x + p``: biases, positions, and any other.
 
-Such a use is recorded so that products with a Fisher matrix do not have to run the model. It has no
-block of its own, unless the parameter is a bias (:mod:`funcprecond.layers.kinds.bias`).
+A bias is an affine layer with the input 1 (:mod:`funcprecond.layers.kinds.bias`). A table with a
+row for each position is an embedding of the positions. Of any other parameter, the gradient of an
+example is the sum of the output gradients over the axes that the parameter does not have.
 """
 
 import dataclasses
-from typing import ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from funcprecond.layers.kinds.bias import Bias
-from funcprecond.layers.layer_call import FunctionCall, LayerCall, Names, Recognized
+from funcprecond.layers.kinds.embedding import Embedding
+from funcprecond.layers.kinds.scale import Scale, aligned_shape
+from funcprecond.layers.layer_call import FunctionCall, Names, Recognized
+from funcprecond.layers.views import as_lookup
 from funcprecond.tree import Params
 
 __all__ = ["Added"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Added(LayerCall):
-    """A use of a parameter that is broadcast and added."""
+class Added(Scale):
+    """A use of a parameter that is broadcast and added; its units have the input 1."""
 
-    functions = (torch.add, torch.Tensor.add, torch.Tensor.__add__, torch.Tensor.__radd__)
-    has_block: ClassVar[bool] = False
+    functions = (torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__)
 
     @classmethod
     def recognize(cls, call: FunctionCall, names: Names) -> list[Recognized]:
         if len(call.args) != 2 or call.kwargs:
             return []
-        own = [x for x in call.args if names.of(x)]
-        if len(own) != 1:
+        if not all(isinstance(x, Tensor) for x in call.args):
             return []
-        other = call.args[0] if own[0] is call.args[1] else call.args[1]
-        if own[0].ndim == 1 and isinstance(other, Tensor) and other.shape[-1:] == own[0].shape:
-            return Bias.of(names, own[0]) if other.ndim > 1 else []
-        # The other summand is not the input, because nothing about the parameter depends on it.
-        return [Recognized(cls(weight=names.of(own[0]) or ""), own[0])]
+        own = [x for x in call.args if names.view(x) is not None]
+        if len(own) > 1:
+            return []
+        shape = torch.broadcast_shapes(*(x.shape for x in call.args))
+        if own:
+            return cls.of(own[0], shape, names)
+        # Rows of a table that all examples share are recorded where they meet the examples.
+        shared = [x for x in call.args if names.lookup(x) is not None and x.shape != shape]
+        return [_of_rows(names.lookup(x), shape) for x in shared if x.shape[-1] == shape[-1]]
+
+    @classmethod
+    def of(cls, added: Any, shape: torch.Size, names: Names) -> list[Recognized]:
+        """The use of a parameter that is added to a tensor, where the sum has the given shape."""
+        view = names.view(added)
+        if view is None or not view.is_linear:
+            return []
+        aligned = aligned_shape(added)
+        units = [k for k, n in enumerate(aligned) if n != 1]
+        if len(aligned) >= len(shape) and 1 not in aligned:
+            return []
+        if len(units) == 1 and view.is_whole and units[0] in (len(aligned) - 1, 0):
+            is_last = units[0] == len(aligned) - 1
+            if is_last or len(aligned) == len(shape) - 1:
+                call = Bias(weight=view.name, axis=-1 if is_last else 1)
+                return [Recognized(call, None)]
+        rows = as_lookup(view, added)
+        if rows is not None and aligned[-1:] == tuple(shape[-1:]) and units:
+            return [_of_rows(rows, shape)]
+        if not view.is_whole or not view.is_in_order():
+            return []
+        return [Recognized(cls(weight=view.name, aligned=aligned), None)]
 
     def apply(self, params: Params, x: Tensor) -> Tensor:
-        return params[self.weight].expand(self.shape)
+        return params[self.weight].reshape(self.aligned).expand(self.shape)
+
+
+def _of_rows(rows, shape: torch.Size) -> Recognized:
+    call = Embedding(weight=rows.name, vocabulary=rows.rows, padding=rows.padding)
+    return Recognized(call, rows.ids.expand(shape[:-1]))

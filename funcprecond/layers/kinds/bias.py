@@ -37,7 +37,7 @@ class Bias(AffineCall):
         return [Recognized(cls(weight=name, axis=axis), None)] if name else []
 
     def apply(self, params: Params, x: Tensor) -> Tensor:
-        bias = params[self.weight]
+        bias = params[self.weight].reshape(-1)
         after = 0 if self.axis == -1 else len(self.shape) - 2
         return bias.reshape(-1, *[1] * after).expand(self.shape)
 

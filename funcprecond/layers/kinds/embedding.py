@@ -36,6 +36,7 @@ class Embedding(AffineCall):
 
     @classmethod
     def recognize(cls, call: FunctionCall, names: Names) -> list[Recognized]:
+        # The recorder follows the rows that are looked up, and asks with all arguments by position.
         table = call.argument(1, "weight")
         weight, padding = names.of(table), call.argument(2, "padding_idx")
         if not weight:
@@ -45,7 +46,7 @@ class Embedding(AffineCall):
         return [Recognized(found, call.argument(0, "input"))]
 
     def apply(self, params: Params, x: Tensor) -> Tensor:
-        rows = F.embedding(x, params[self.weight])
+        rows = F.embedding(x, params[self.weight].reshape(self.vocabulary, -1))
         return rows if self.padding is None else rows * (x != self.padding).unsqueeze(-1)
 
     def fan_in(self, x: Tensor) -> int:

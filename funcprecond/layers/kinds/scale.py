@@ -1,7 +1,7 @@
 """Element-wise scales ``z = x * w + b``, with a scale and optionally a bias for each unit.
 
-A normalization layer applies such a scale to its normalized input. A unit has so few parameters
-that its block of the curvature matrix is computed exactly.
+A normalization layer applies such a scale to its normalized input, and a gain to any tensor. A unit
+has so few parameters that its block of the curvature matrix is computed exactly.
 """
 
 import dataclasses
@@ -13,12 +13,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from funcprecond.layers.kinds.contraction import scaled
 from funcprecond.layers.layer_call import FunctionCall, LayerCall, LayerUse, Names, Recognized
 from funcprecond.layers.place import Place
 from funcprecond.linalg.precision import factor_dtype
 from funcprecond.tree import Params
 
-__all__ = ["Scale"]
+__all__ = ["Scale", "aligned_shape"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -26,36 +27,69 @@ class Scale(LayerCall):
     """A use of a scale, and optionally a bias.
 
     Attributes:
-        trailing: the number of last axes of the input that the weight has; 0 means that it has
-            axis 1, the channels.
+        aligned: the shape of the weight as it is broadcast to the last axes of the output: (d,) for
+            a scale of the last axis, (C, 1, 1) for one of the channels of images, () for a number.
     """
 
-    trailing: int = 0
+    aligned: tuple[int, ...] = ()
 
     needs_examples: ClassVar[bool] = True
-    functions = (F.layer_norm, F.rms_norm, F.group_norm, F.batch_norm, F.instance_norm)
+    functions = (
+        *(F.layer_norm, F.rms_norm, F.group_norm, F.batch_norm, F.instance_norm),
+        *(torch.mul, Tensor.mul, Tensor.__mul__, Tensor.__rmul__),
+    )
 
     @classmethod
     def recognize(cls, call: FunctionCall, names: Names) -> list[Recognized]:
+        if call.function not in _NORMS:
+            return cls._of_product(call, names)
         scale, bias, trailing, normalize = _NORMS[call.function](call)
-        weight = names.of(scale)
-        if not weight or call.argument(0, "input").ndim <= trailing:
+        weight, x = names.of(scale), call.argument(0, "input")
+        if not weight or x.ndim <= trailing:
             return []
-        found = cls(weight=weight, bias=names.of(bias), trailing=trailing)
+        shape = tuple(scale.shape) if trailing else (*scale.shape, *[1] * (x.ndim - 2))
+        found = cls(weight=weight, bias=names.of(bias), aligned=shape)
         # The normalized input is computed again, because it cannot be recovered from the output
         # where the scale is zero.
-        return [Recognized(found, normalize(call.argument(0, "input")))]
+        return [Recognized(found, normalize(x))]
+
+    @classmethod
+    def _of_product(cls, call: FunctionCall, names: Names) -> list[Recognized]:
+        """The use of a gain ``x * w``."""
+        if len(call.args) != 2 or call.kwargs:
+            return []
+        own = [x for x in call.args if names.view(x) is not None]
+        if len(own) != 1 or not all(isinstance(x, Tensor) for x in call.args):
+            return []
+        gain, x = own[0], call.args[0] if own[0] is call.args[1] else call.args[1]
+        view = names.view(gain)
+        if view is None or not view.is_whole or not view.is_in_order() or x.ndim == 0:
+            return []
+        out = torch.broadcast_shapes(x.shape, gain.shape)
+        aligned = aligned_shape(gain)
+        if len(aligned) >= len(out) and 1 not in aligned:
+            return []
+        inputs = scaled(x, view.factor)
+        return [Recognized(cls(weight=view.name, aligned=aligned), inputs.expand(out))]
 
     def apply(self, params: Params, x: Tensor) -> Tensor:
-        weight = params[self.weight]
-        bias = None if self.bias is None else params[self.bias]
-        if not self.trailing:
-            shape = (-1, *[1] * (x.ndim - 2))
-            weight, bias = weight.reshape(shape), None if bias is None else bias.reshape(shape)
-        return x * weight if bias is None else x * weight + bias
+        weight = params[self.weight].reshape(self.aligned)
+        if self.bias is None:
+            return x * weight
+        return x * weight + params[self.bias].reshape(self.aligned)
 
     def takes(self, place: Place) -> bool:
-        return place.axis == 0 or 0 < self.trailing < len(self.shape)
+        own = place.axis - (len(self.shape) - len(self.aligned))
+        return own < 0 or self.aligned[own] == 1
+
+    def by_example(self, inputs: Tensor, grads: Tensor, place: Place) -> LayerUse:
+        use = super().by_example(inputs, grads, place)
+        own = place.axis - (len(self.shape) - len(self.aligned))
+        if own < 0:
+            return use
+        # The axis of the examples, of which the weight has one entry, is the first one now.
+        aligned = (*self.aligned[:own], *self.aligned[own + 1 :])
+        return dataclasses.replace(use, call=dataclasses.replace(use.call, aligned=aligned))
 
     def rows(self, x: Tensor, lead: int) -> Tensor:
         """Reshape to (*lead, T, U), with the U units last and all other axes flattened.
@@ -64,13 +98,12 @@ class Scale(LayerCall):
             x: an input or an output gradient.
             lead: the number of leading axes to keep, the last of which has the examples.
         """
-        if self.trailing:
-            units = x.shape[x.ndim - self.trailing :].numel()
-        else:
-            units = x.shape[lead]
-            x = x.movedim(lead, -1)
+        units = [x.ndim - len(self.aligned) + k for k, n in enumerate(self.aligned) if n != 1]
+        last = [*range(x.ndim - len(units), x.ndim)]
+        x = x if units == last else x.movedim(units, last)
+        length = x.shape[x.ndim - len(units) :].numel()
         count = x.shape[lead - 1] // self.inner
-        return x.reshape(*x.shape[: lead - 1], count, -1, units)
+        return x.reshape(*x.shape[: lead - 1], count, -1, length)
 
     def unit_gradients(self, uses: Sequence[LayerUse], bias: bool) -> Tensor:
         """Compute the per-sample gradients of each unit: (V, N, U, 1), or with a bias (V, N, U, 2).
@@ -105,6 +138,14 @@ class Scale(LayerCall):
             for j, k in enumerate(names)
             if k in params
         }
+
+
+def aligned_shape(gain: Tensor) -> tuple[int, ...]:
+    """The shape of a tensor without its first axes of length 1, which broadcasting adds."""
+    shape = tuple(gain.shape)
+    while shape[:1] == (1,):
+        shape = shape[1:]
+    return shape
 
 
 # ---------------------------------------------------------------------------- normalization layers

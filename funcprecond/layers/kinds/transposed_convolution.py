@@ -71,7 +71,11 @@ class TransposedConvolution(AffineCall):
             channel_groups=call.argument(6, "groups", 1),
         )
         uses = [Recognized(found, x)]
-        return [*uses, Recognized(Scale(weight=bias), None)] if bias else uses
+        if not bias:
+            return uses
+        channels = kernel.shape[1] * found.groups
+        aligned = (channels, *[1] * dims)
+        return [*uses, Recognized(Scale(weight=bias, aligned=aligned), None)]
 
     def apply(self, params: Params, x: Tensor) -> Tensor:
         transpose = TRANSPOSED[len(self.kernel)]

@@ -1,0 +1,313 @@
+"""Records which layer uses which parameter in a run of a model.
+
+Every torch function that the model calls is shown to a :class:`LayerRecorder`. It recognizes
+parameters, and views of them, by the identity of the tensors and not by the class of a module. So
+every use of a weight is found, also a second one or one inside ``nn.MultiheadAttention``. What it
+does not know is noted as a use that was not recorded.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from funcprecond import tree
+from funcprecond.autodiff.hidden_uses import Recorded, hidden_uses, sequence_number
+from funcprecond.layers.kinds import KINDS_OF_FUNCTION
+from funcprecond.layers.kinds.embedding import Embedding
+from funcprecond.layers.layer_call import FunctionCall, LayerCall, Recognized
+from funcprecond.layers.views import (
+    CONSTANTS,
+    LOOKUPS,
+    VIEWS,
+    Lookup,
+    View,
+    has_constant,
+    looked_up,
+    viewed,
+)
+from funcprecond.tracing import transform_level
+
+__all__ = ["LayerRecorder"]
+
+# Functions that only query the properties of a tensor, or cut it out of the graph. These are no
+# uses of a parameter.
+_QUESTIONS = {
+    Tensor.dim,
+    Tensor.size,
+    Tensor.stride,
+    Tensor.numel,
+    Tensor.__len__,
+    Tensor.is_floating_point,
+    Tensor.detach,
+    *(
+        getattr(Tensor, name).__get__
+        for name in ["dtype", "device", "shape", "ndim", "requires_grad"]
+    ),
+    *(getattr(Tensor, name).__get__ for name in ["is_nested", "layout", "is_cuda"]),
+}
+
+
+class LayerRecorder:
+    """The layers of one run.
+
+    Args:
+        params: the tensors that the model receives as its parameters, by name.
+        tap: a function of the output of a layer, whose result replaces the output.
+        in_graph: whether the run is an ordinary autograd graph.
+        detached: whether the recorded calls get their parameters without a graph. What remains in
+            the graph of the outputs are uses that were not recorded.
+
+    Attributes:
+        calls: the recorded calls of layers, in order.
+        inputs: their inputs, in the same order.
+        unrecorded: the parameters with a use outside ``calls``, and the function that uses each.
+    """
+
+    def __init__(
+        self,
+        params: Mapping[str, Tensor],
+        tap: Callable[[Tensor], Tensor],
+        in_graph: bool = False,
+        detached: bool = False,
+    ):
+        self.tap = tap
+        self.calls: list[LayerCall] = []
+        self.inputs: list[Tensor] = []
+        self.unrecorded: dict[str, str] = {}
+        self._in_graph, self._detached = in_graph, detached
+        self._level = transform_level()
+        self._made: list[Recorded] = []
+        # The tensors are kept alive, because the identity of a dead tensor may be used again.
+        self._views = {id(p): (p, View.of(name, p)) for name, p in params.items()}
+        self._waiting: dict[int, _Rows] = {}
+
+    # ------------------------------------------------------------- what the kinds of layers ask
+    def of(self, tensor: Any) -> str | None:
+        """The name of a tensor that is a parameter, in another dtype at most."""
+        view = self.view(tensor)
+        return view.name if view is not None and view.is_parameter else None
+
+    def view(self, tensor: Any) -> View | None:
+        """The view that a tensor is; None for anything else."""
+        found = self._views.get(id(tensor))
+        return None if found is None else found[1]
+
+    def lookup(self, tensor: Any) -> Lookup | None:
+        """The rows of a table that a tensor consists of and that no layer has used yet."""
+        found = self._waiting.get(id(tensor))
+        return None if found is None or found.tapped is not None else found.lookup
+
+    # ------------------------------------------------------------------------------ the recording
+    def record(self, func: Callable, run: Callable, args: Sequence[Any], kwargs: dict[str, Any]):
+        """Run a function, and record which parameters it uses and how.
+
+        Args:
+            func: the function that the model calls.
+            run: the function that computes it.
+            args, kwargs: its arguments.
+
+        Returns:
+            Its result.
+        """
+        own = [*self._own(args), *self._own(kwargs.values())]
+        if not own or func in _QUESTIONS:
+            return run(*args, **kwargs)
+        # A transform inside the model, such as vmap or jvp, makes other nodes than the call alone.
+        if self._level == transform_level():
+            if len(own) == 1 and self._may_follow(func, own[0], args, kwargs):
+                return self._followed(func, run, own[0], args, kwargs)
+            kind = KINDS_OF_FUNCTION.get(func)
+            uses = kind.recognize(FunctionCall(func, args, kwargs), self) if kind else []
+            if uses:
+                return self._recorded(func, run, args, kwargs, uses)
+        return self._unknown(func, run, args, kwargs, own)
+
+    def finish(self, outputs: Any) -> Any:
+        """The outputs of the run, with rows of tables among them recorded.
+
+        Rows that no function used afterwards may have been used by something that cannot be
+        intercepted.
+        """
+        if not self._waiting:
+            return outputs
+        if any(id(x) in self._waiting for x in tree.leaves(outputs)):
+            outputs = tree.map(lambda x: self._tapped(x) if isinstance(x, Tensor) else x, outputs)
+        for rows in self._waiting.values():
+            if rows.tapped is None and not rows.is_read:
+                self.unrecorded[rows.lookup.name] = "a function that cannot be intercepted"
+        return outputs
+
+    def hidden_uses(self, outputs: Sequence[Tensor]) -> dict[str, str]:
+        """The parameters that the outputs depend on other than through ``calls``, in a graph run.
+
+        Args:
+            outputs: the outputs of the run.
+
+        Returns:
+            A description of the use of each such parameter.
+        """
+        sources = [(view.name, x) for x, view in self._views.values()]
+        sources += [(w.lookup.name, w.tensor) for w in self._waiting.values() if w.tapped is None]
+        return hidden_uses(outputs, sources, self._made)
+
+    def _own(self, arguments: Iterable[Any]) -> Iterator[Tensor]:
+        """The tensors in nested containers that are views, or rows of a table."""
+        for x in arguments:
+            if isinstance(x, (tuple, list)):
+                yield from self._own(x)
+            elif isinstance(x, dict):
+                yield from self._own(x.values())
+            elif id(x) in self._views or id(x) in self._waiting:
+                yield x
+
+    def _may_follow(self, func, source, args, kwargs) -> bool:
+        """Whether a function of a view or of rows may have such a tensor as its result."""
+        view = self.view(source)
+        if func in CONSTANTS:
+            return view is not None and has_constant(func, source, args, kwargs)
+        if func is F.embedding:
+            return len(args) > 1 and args[1] is source and view is not None
+        first = bool(args) and args[0] is source
+        return first and (func in LOOKUPS or (func in VIEWS and view is not None))
+
+    def _followed(self, func, run, source, args, kwargs):
+        """Run a function that may make a view of a view, or look up rows."""
+        view, rows = self.view(source), self.lookup(source)
+        if view is None and rows is None:
+            return self._unknown(func, run, args, kwargs, [source])
+        first = self._number()
+        inner = args
+        if self._detached:
+            inner = [x.detach() if x is source else x for x in args]
+        out = run(*inner, **kwargs)
+        found = None if view is None else viewed(func, view, source, args, kwargs, out)
+        if found is not None:
+            pairs = zip(out, found, strict=True) if isinstance(found, list) else [(out, found)]
+            for x, piece in pairs:
+                if piece is not None:
+                    self._views[id(x)] = x, piece
+                    self._note_nodes({piece.name}, first, x)
+            return out
+        found = looked_up(func, view or rows, args, kwargs, out) if func in LOOKUPS else None
+        if found is None:
+            return self._unknown(func, run, args, kwargs, [source])
+        if rows is not None:
+            self._waiting[id(source)].is_read = True
+        self._waiting[id(out)] = _Rows(out, found, first, self._number())
+        if func is F.embedding and not _is_shared(found):
+            return self._tapped(out)
+        return out
+
+    def _recorded(self, func, run, args, kwargs, uses: Sequence[Recognized]):
+        """Run a function that uses parameters as layers do."""
+        parts = {k for use in uses for k in (use.call.weight, use.call.bias) if k is not None}
+        own = [*self._own(args), *self._own(kwargs.values())]
+        # A parameter that is also an input of the layer has a use outside of the call.
+        self._note(func, own, parts)
+        args, kwargs = self._prepared(args, parts), self._prepared(kwargs, parts)
+        first = self._number()
+        out = run(*args, **kwargs)
+        self._note_nodes(parts, first, out)
+        if self._in_graph and out.grad_fn is None:
+            # Nothing depends on what happens here, as under torch.no_grad.
+            return out
+        for use in uses:
+            out = self._add(use, out)
+        return out
+
+    def _unknown(self, func, run, args, kwargs, own):
+        """Run a function that is no layer."""
+        self._note(func, own, set())
+        return run(*self._prepared(args, set()), **self._prepared(kwargs, set()))
+
+    def _add(self, use: Recognized, out: Tensor) -> Tensor:
+        """Record one use of a layer, and return its output."""
+        self.calls.append(dataclasses.replace(use.call, shape=tuple(out.shape)))
+        ones = out.new_ones(()).expand(out.shape) if use.input is None else use.input
+        self.inputs.append(ones)
+        return self.tap(out)
+
+    def _note(self, func, own, recorded) -> None:
+        """Note the parameters whose views are among ``own``, other than those in ``recorded``."""
+        for x in own:
+            view = self.view(x)
+            if view is not None and view.name not in recorded:
+                self.unrecorded[view.name] = getattr(func, "__name__", str(func))
+
+    def _prepared(self, arguments: Any, parts: set[str]) -> Any:
+        """The arguments of a function that uses ``parts`` as a layer does.
+
+        Rows of another table are used by it as any other tensor. So they are recorded first.
+        """
+        if isinstance(arguments, dict):
+            return {k: self._prepared(x, parts) for k, x in arguments.items()}
+        if type(arguments) in (tuple, list):
+            return type(arguments)([self._prepared(x, parts) for x in arguments])
+        rows = self._waiting.get(id(arguments))
+        if rows is not None:
+            if rows.lookup.name not in parts or rows.tapped is not None:
+                return self._tapped(arguments)
+            rows.is_read = True
+        view = self.view(arguments)
+        if self._detached and view is not None and view.name in parts:
+            return arguments.detach()
+        return arguments
+
+    def _tapped(self, x: Tensor) -> Tensor:
+        """Record the rows of a table that a tensor consists of; other tensors are returned."""
+        rows = self._waiting.get(id(x))
+        if rows is None:
+            return x
+        if rows.tapped is not None:
+            return rows.tapped
+        found = rows.lookup
+        if rows.is_read:
+            # The gradient in this tensor would contain those of the uses that were recorded.
+            self.unrecorded[found.name] = "several functions"
+            return x
+        call = Embedding(weight=found.name, vocabulary=found.rows, padding=found.padding)
+        if self._in_graph and x.grad_fn is not None:
+            self._made.append(Recorded(rows.first, rows.end, frozenset([found.name]), x.grad_fn))
+        if not self._in_graph or x.grad_fn is not None:
+            rows.tapped = self._add(Recognized(call, found.ids), x)
+        return x if rows.tapped is None else rows.tapped
+
+    def _number(self) -> int:
+        return sequence_number() if self._in_graph else 0
+
+    def _note_nodes(self, names: Iterable[str], first: int, out: Tensor) -> None:
+        """Note that a recorded call of these parameters has made the latest nodes of the graph."""
+        if self._in_graph and out.grad_fn is not None:
+            end = sequence_number()
+            self._made.append(Recorded(first, end, frozenset(names), out.grad_fn))
+
+
+@dataclasses.dataclass
+class _Rows:
+    """Rows of a table that were looked up.
+
+    All examples may share them, as they share the positions of a sequence. They are therefore
+    recorded where they meet the examples: at the sum or the expansion that the next function makes.
+
+    Attributes:
+        tensor: the rows.
+        lookup: which rows of which table they are.
+        first, end: the numbers of the nodes of the graph that the lookup has made.
+        is_read: whether a recorded call has used them.
+        tapped: the output of the call that records them alone; None as long as there is none.
+    """
+
+    tensor: Tensor
+    lookup: Lookup
+    first: int
+    end: int
+    is_read: bool = False
+    tapped: Tensor | None = None
+
+
+def _is_shared(rows: Lookup) -> bool:
+    """Whether all examples may share the rows that an embedding looked up."""
+    return rows.ids.ndim < 2 or rows.ids.shape[0] == 1
