@@ -7,7 +7,7 @@ does not know is noted as a use that was not recorded.
 """
 
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch.nn.functional as F
@@ -160,7 +160,7 @@ class LayerRecorder:
                 yield from self._own(x)
             elif isinstance(x, dict):
                 yield from self._own(x.values())
-            elif id(x) in self._views or id(x) in self._waiting:
+            elif isinstance(x, Tensor) and (id(x) in self._views or id(x) in self._waiting):
                 yield x
 
     def _may_follow(self, func, source, args, kwargs) -> bool:
@@ -191,7 +191,10 @@ class LayerRecorder:
                     self._views[id(x)] = x, piece
                     self._note_nodes({piece.name}, first, x)
             return out
-        found = looked_up(func, view or rows, args, kwargs, out) if func in LOOKUPS else None
+        followed = view if rows is None else rows
+        found = None
+        if func in LOOKUPS and followed is not None:
+            found = looked_up(func, followed, args, kwargs, out)
         if found is None:
             return self._unknown(func, run, args, kwargs, [source])
         if rows is not None:
@@ -207,7 +210,12 @@ class LayerRecorder:
         own = [*self._own(args), *self._own(kwargs.values())]
         # A parameter that is also an input of the layer has a use outside of the call.
         self._note(func, own, parts)
-        args, kwargs = self._prepared(args, parts), self._prepared(kwargs, parts)
+        for use in uses:
+            if use.rows is not None:
+                self._waiting[id(use.rows)].is_read = True
+        taken = {id(use.rows) for use in uses}
+        args = self._prepared(args, parts, taken)
+        kwargs = self._prepared(kwargs, parts, taken)
         first = self._number()
         out = run(*args, **kwargs)
         self._note_nodes(parts, first, out)
@@ -221,7 +229,7 @@ class LayerRecorder:
     def _unknown(self, func, run, args, kwargs, own):
         """Run a function that is no layer."""
         self._note(func, own, set())
-        return run(*self._prepared(args, set()), **self._prepared(kwargs, set()))
+        return run(*self._prepared(args, (), ()), **self._prepared(kwargs, (), ()))
 
     def _add(self, use: Recognized, out: Tensor) -> Tensor:
         """Record one use of a layer, and return its output."""
@@ -237,20 +245,18 @@ class LayerRecorder:
             if view is not None and view.name not in recorded:
                 self.unrecorded[view.name] = getattr(func, "__name__", str(func))
 
-    def _prepared(self, arguments: Any, parts: set[str]) -> Any:
-        """The arguments of a function that uses ``parts`` as a layer does.
+    def _prepared(self, arguments: Any, parts: Container[str], taken: Container[int]) -> Any:
+        """The arguments of a function that uses ``parts`` as layers do.
 
-        Rows of another table are used by it as any other tensor. So they are recorded first.
+        Rows of tables, other than those in ``taken``, are used as any other tensor is. So they are
+        recorded first.
         """
         if isinstance(arguments, dict):
-            return {k: self._prepared(x, parts) for k, x in arguments.items()}
+            return {k: self._prepared(x, parts, taken) for k, x in arguments.items()}
         if type(arguments) in (tuple, list):
-            return type(arguments)([self._prepared(x, parts) for x in arguments])
-        rows = self._waiting.get(id(arguments))
-        if rows is not None:
-            if rows.lookup.name not in parts or rows.tapped is not None:
-                return self._tapped(arguments)
-            rows.is_read = True
+            return type(arguments)([self._prepared(x, parts, taken) for x in arguments])
+        if id(arguments) in self._waiting and id(arguments) not in taken:
+            return self._tapped(arguments)
         view = self.view(arguments)
         if self._detached and view is not None and view.name in parts:
             return arguments.detach()

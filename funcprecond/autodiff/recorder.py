@@ -75,6 +75,8 @@ class Recorder(TorchFunctionMode):
             the graph of the outputs are uses that were not recorded.
 
     Attributes:
+        calls, inputs, unrecorded: the layers, see
+            :class:`funcprecond.autodiff.layer_recorder.LayerRecorder`.
         masks: all random numbers of the run.
         own_leaves: the tensors in which the model takes derivatives of its own.
     """
@@ -96,6 +98,9 @@ class Recorder(TorchFunctionMode):
         self.masks = list(masks)
         self.own_leaves: list[Tensor] = []
         self._layers = None if tap is None else LayerRecorder(params, tap, in_graph, detached)
+        self.calls: list[LayerCall] = [] if self._layers is None else self._layers.calls
+        self.inputs: list[Tensor] = [] if self._layers is None else self._layers.inputs
+        self.unrecorded: dict[str, str] = {} if self._layers is None else self._layers.unrecorded
         self._spared = spared
         self._masks_used = 0
         self._depth, self._global_state = 0, None
@@ -153,21 +158,6 @@ class Recorder(TorchFunctionMode):
             with torch.backends.cudnn.flags(enabled=False):
                 return self._call(func, args, kwargs)
         return self._call(func, args, kwargs)
-
-    @property
-    def calls(self) -> list[LayerCall]:
-        """The recorded calls of layers, in order."""
-        return [] if self._layers is None else self._layers.calls
-
-    @property
-    def inputs(self) -> list[Tensor]:
-        """The inputs of the recorded calls."""
-        return [] if self._layers is None else self._layers.inputs
-
-    @property
-    def unrecorded(self) -> dict[str, str]:
-        """The parameters with a use outside ``calls``, and the function that uses each."""
-        return {} if self._layers is None else self._layers.unrecorded
 
     def hidden_uses(self, outputs: Sequence[Tensor]) -> dict[str, str]:
         """See :meth:`funcprecond.autodiff.layer_recorder.LayerRecorder.hidden_uses`."""

@@ -65,10 +65,12 @@ class Recognized(NamedTuple):
     Attributes:
         call: the call of the layer.
         input: the input of the layer; None stands for ones in the shape of the output.
+        rows: the argument of the function that consists of rows of a table, if this is their use.
     """
 
     call: "LayerCall"
     input: Tensor | None
+    rows: Tensor | None = None
 
 
 @state

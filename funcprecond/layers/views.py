@@ -60,7 +60,7 @@ class View:
     @property
     def shape(self) -> tuple[int, ...]:
         """The shape of the view."""
-        return tuple(math.prod(self.sizes[k] for k in merged) for merged in self.axes)
+        return tuple([math.prod([self.sizes[k] for k in merged]) for merged in self.axes])
 
     @property
     def is_whole(self) -> bool:
@@ -157,7 +157,9 @@ _PRODUCTS = {*_spelled("mul", "multiply"), torch.Tensor.__mul__, torch.Tensor.__
 _QUOTIENTS = {*_spelled("div", "divide", "true_divide"), torch.Tensor.__truediv__}
 _NEGATIONS = {*_spelled("neg", "negative"), torch.Tensor.__neg__}
 _SUMS = {*_spelled("add"), torch.Tensor.__add__, torch.Tensor.__radd__}
-CONSTANTS = {*_PRODUCTS, *_QUOTIENTS, *_NEGATIONS, *_SUMS}
+_DIFFERENCES = {*_spelled("sub", "subtract"), torch.Tensor.__sub__}
+_REVERSED = {*_spelled("rsub"), torch.Tensor.__rsub__}
+CONSTANTS = {*_PRODUCTS, *_QUOTIENTS, *_NEGATIONS, *_SUMS, *_DIFFERENCES, *_REVERSED}
 """The functions that multiply by something or add it, which makes a view if it is a number."""
 VIEWS = {
     *_KEPT,
@@ -282,6 +284,11 @@ def _with_constant(func, view, tensor, args) -> View:
         return dataclasses.replace(view, factor=-view.factor)
     if func in _SUMS:
         return dataclasses.replace(view, shifted=True)
+    if func in _DIFFERENCES or func in _REVERSED:
+        negative = (func in _REVERSED) == (args[0] is tensor)
+        return dataclasses.replace(
+            view, shifted=True, factor=-view.factor if negative else view.factor
+        )
     constant = args[1] if args[0] is tensor else args[0]
     factor = view.factor / constant if func in _QUOTIENTS else view.factor * constant
     return dataclasses.replace(view, factor=factor)
@@ -380,13 +387,14 @@ def looked_up(
     """
     if func is F.embedding:
         return _embedded(source, args, kwargs)
-    if isinstance(source, View):
-        source = None if func in _KEPT_ROWS else as_lookup(source, args[0])
-    if source is None or not isinstance(out, Tensor) or not out.ndim:
+    rows = source if isinstance(source, Lookup) else None
+    if isinstance(source, View) and func not in _KEPT_ROWS:
+        rows = as_lookup(source, args[0])
+    if rows is None or not isinstance(out, Tensor) or not out.ndim:
         return None
-    ids = _ids(func, source.ids, args, kwargs, out)
+    ids = _ids(func, rows.ids, args, kwargs, out)
     fits = ids is not None and ids.shape == out.shape[:-1]
-    return dataclasses.replace(source, ids=ids) if fits else None
+    return dataclasses.replace(rows, ids=ids) if fits else None
 
 
 def as_lookup(view: View, tensor: Tensor) -> Lookup | None:

@@ -197,7 +197,8 @@ class KroneckerIO:
 
     def _comparable(self, new: "KroneckerIO") -> tuple["KroneckerIO", "KroneckerIO"]:
         """This state and a measurement, with each parameter in one form in both."""
-        if self.blocks == new.blocks and _shapes(self.left) == _shapes(new.left):
+        kinds = [tuple(map(list, (x.left, x.units, x.others))) for x in (self, new)]
+        if kinds[0] == kinds[1] and _shapes(self.left) == _shapes(new.left):
             return self, new
         forms = {k: self._form(b) for b in self.blocks for k in parameters(b)}
         seen = {k: new._form(b) for b in new.blocks for k in parameters(b)}

@@ -291,7 +291,7 @@ def test_uncovered_parameters_have_their_exact_diagonal():
     params = {"w": problems.normal((3, 3)), "scale": problems.normal((3,), 1)}
 
     def model(p, x):
-        return F.linear(x, p["w"]) * p["scale"]
+        return F.linear(x, p["w"]) / p["scale"]
 
     problem = fp.problem(model, fp.losses.cross_entropy, params=params)
     batch = (problems.normal((4, 3)), torch.tensor([0, 1, 2, 0]))

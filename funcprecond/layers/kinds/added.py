@@ -15,7 +15,7 @@ from funcprecond.layers.kinds.bias import Bias
 from funcprecond.layers.kinds.embedding import Embedding
 from funcprecond.layers.kinds.scale import Scale, aligned_shape
 from funcprecond.layers.layer_call import FunctionCall, Names, Recognized
-from funcprecond.layers.views import as_lookup
+from funcprecond.layers.views import Lookup, as_lookup
 from funcprecond.tree import Params
 
 __all__ = ["Added"]
@@ -41,7 +41,8 @@ class Added(Scale):
             return cls.of(own[0], shape, names)
         # Rows of a table that all examples share are recorded where they meet the examples.
         shared = [x for x in call.args if names.lookup(x) is not None and x.shape != shape]
-        return [_of_rows(names.lookup(x), shape) for x in shared if x.shape[-1] == shape[-1]]
+        found = [(x, names.lookup(x)) for x in shared if x.shape[-1] == shape[-1]]
+        return [_of_rows(rows, shape, x) for x, rows in found if rows is not None]
 
     @classmethod
     def of(cls, added: Any, shape: torch.Size, names: Names) -> list[Recognized]:
@@ -69,6 +70,6 @@ class Added(Scale):
         return params[self.weight].reshape(self.aligned).expand(self.shape)
 
 
-def _of_rows(rows, shape: torch.Size) -> Recognized:
+def _of_rows(rows: Lookup, shape: torch.Size, tensor: Tensor | None = None) -> Recognized:
     call = Embedding(weight=rows.name, vocabulary=rows.rows, padding=rows.padding)
-    return Recognized(call, rows.ids.expand(shape[:-1]))
+    return Recognized(call, rows.ids.expand(shape[:-1]), tensor)

@@ -57,12 +57,14 @@ class Contraction(AffineCall):
             operands = list(operands[0])
         if not isinstance(equation, str) or len(operands) != 2:
             return []
-        views = [names.view(x) for x in operands]
-        if (views[0] is None) == (views[1] is None):
+        own = [k for k, x in enumerate(operands) if names.view(x) is not None]
+        if len(own) != 1:
             return []
         axes = _axes_of(equation, [x.ndim for x in operands])
-        own = 0 if views[1] is None else 1
-        view, x = views[own], operands[1 - own]
+        own = own[0]
+        view, x = names.view(operands[own]), operands[1 - own]
+        if view is None:
+            return []
         return cls.of(view, x, axes[own], axes[1 - own], axes[2], view.factor)
 
     @classmethod
@@ -186,13 +188,13 @@ class Contraction(AffineCall):
 
     def _length(self, names: Sequence[str]) -> int:
         sizes = dict(self.sizes)
-        return math.prod(sizes[name] for name in names)
+        return math.prod([sizes[name] for name in names])
 
     def positions(self, x: Tensor, sharing: Sharing) -> int:
         if sharing == "reduce":
             return self.shape[0] // self.inner
         pairs = zip(self.shape, self.output_axes, strict=True)
-        return math.prod(n for n, axis in pairs if axis.startswith("p"))
+        return math.prod([n for n, axis in pairs if axis.startswith("p")])
 
     def takes(self, place: Place) -> bool:
         axes = (self.input_axes, self.output_axes)
