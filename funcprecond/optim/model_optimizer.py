@@ -116,8 +116,9 @@ class ModelOptimizer(MethodOptimizer):
         The block contains the forward pass of one batch or micro-batch and its loss, computed by a
         loss function or loss module of torch, by the model itself, or by :meth:`loss`. The backward
         pass may be inside or behind it. The measurements of all blocks between two steps count as
-        those of one batch with all their examples. At a step without a measurement, the block costs
-        nothing. It keeps the inputs and output gradients of the layers until the step.
+        those of one batch with all their examples; what runs outside of a block counts in the
+        gradient only. At a step without a measurement, the block costs nothing. Otherwise it keeps
+        the inputs and output gradients of the layers until the step.
 
         Yields:
             None.
@@ -136,6 +137,10 @@ class ModelOptimizer(MethodOptimizer):
             >>> loss.backward()
             >>> opt.step()
         """
+        if self._watcher is not None:
+            # A closure that step() watches may have a watch of its own.
+            yield
+            return
         needs = self._due()
         if unwatched := [n for n in needs if not is_watchable(n)]:
             msg = (

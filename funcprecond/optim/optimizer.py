@@ -215,6 +215,7 @@ class MethodOptimizer(torch.optim.Optimizer):
                 piece = self._enter(Piece(named, self._init(transform, named, ("method",))))
             elif len(own) < len(piece.params):
                 piece = self._split(piece, own, group, transform)
+            piece.follow(functools.partial(self._init, transform))
             yield piece
 
     def _enter(self, piece: Piece) -> Piece:

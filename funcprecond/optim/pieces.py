@@ -7,7 +7,6 @@ piece is split in two, and each part goes on with its own state and its own coun
 """
 
 import copy
-import dataclasses
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -21,7 +20,6 @@ from funcprecond.tree import Params
 __all__ = ["Piece", "cloned_where_shared", "packed", "part_of_state", "restored"]
 
 
-@dataclasses.dataclass(eq=False)
 class Piece:
     """The parameters that took the same steps, and their state.
 
@@ -31,9 +29,24 @@ class Piece:
         step: the number of steps that they took, which is the step at which the next needs are due.
     """
 
-    params: Params
-    state: dict[str, Any]
-    step: int = 0
+    # Trainers walk through the collections and dataclasses of a state and move their tensors. Here
+    # the state moves by itself, where the parameters have been moved.
+    def __init__(self, params: Params, state: dict[str, Any], step: int = 0):
+        self.params, self.state, self.step = params, state, step
+        self._devices = self._now()
+
+    def _now(self) -> list[torch.device]:
+        return [p.device for p in self.params.values()]
+
+    def follow(self, init: Callable[[Params, Collection[str]], dict[str, Any]]) -> None:
+        """Move the state to the devices of the parameters.
+
+        Args:
+            init: a function ``(params, roles) -> initial state``.
+        """
+        if self._devices != (now := self._now()):
+            self.state = from_dict(init(self.params, self.state), to_dict(self.state))
+            self._devices = now
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Piece":
         # A state is a tree of tensors without a graph, whose classes have no copy of their own.

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
@@ -60,6 +60,7 @@ def test_parameters_without_a_gradient_sit_out_as_in_torch(peer, steps):
 
 
 @gradient_only
+@settings(max_examples=4)
 @given(steps=presences)
 def test_every_method_treats_parameters_without_a_gradient_alike(name, steps):
     together, alone = tensors(), tensors()
@@ -187,7 +188,9 @@ def test_a_graph_of_the_gradient_is_not_kept():
     model = fresh_model()
     opt = fp.optim.Adam(model.parameters(), lr=0.01)
     loss = F.cross_entropy(model(TOY.batch[0]), TOY.batch[1])
-    loss.backward(create_graph=True)
+    grads = torch.autograd.grad(loss, list(model.parameters()), create_graph=True)
+    for p, g in zip(model.parameters(), grads, strict=True):
+        p.grad = g
     opt.step()
     states = [x for s in opt.state_dict()["state"].values() for x in s["tensors"].values()]
     assert not any(x.requires_grad for x in states)
@@ -353,6 +356,21 @@ def test_mixed_dtypes_keep_statistics_wide(name, dtype):
         if x.is_floating_point() and name != "sgd":
             assert x.dtype in (torch.float32, torch.float64), path
     assert all(torch.isfinite(p).all() for p in params)
+
+
+@pytest.mark.gpu
+def test_the_state_follows_the_parameters_to_another_device():
+    model, other = fresh_model(), fresh_model()
+    opts = [make("caspr", m) for m in (model, other)]
+    step(opts[0], model, TOY.at(0))
+    step(opts[1], other, TOY.at(0))
+    model.to("cuda")
+    step(opts[0], model, tuple(x.to("cuda") for x in TOY.at(1)))
+    step(opts[1], other, TOY.at(1))
+    model.to("cpu")
+    for x, y in zip(model.parameters(), other.parameters(), strict=True):
+        assert torch.allclose(x, y, rtol=1e-8)
+    step(opts[0], model, TOY.at(2))
 
 
 def test_reduce_lr_on_plateau_and_swa():
