@@ -228,6 +228,18 @@ def damaged(tmp_path):
     fp.load(path, of().params)
 
 
+def differentiating_loss():
+    def model(p, x):
+        x = x.detach().requires_grad_()
+        return (x @ p["w"]).tanh(), x
+
+    def loss(outputs, _):
+        return torch.autograd.grad(outputs[0].sum(), outputs[1], create_graph=True)[0].sum()
+
+    problem = fp.problem(model, loss, params={"w": torch.ones(3)})
+    fp.layer_statistics(problem, problem.params, (torch.ones(2, 3), None), labels="empirical")
+
+
 Case = tuple[Callable, type[Exception], str]
 NOISE = nn.Sequential(nn.Linear(3, 2), nn.Dropout())
 NORM = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2))
@@ -289,6 +301,9 @@ REFUSED: dict[str, list[Case]] = {
         (lambda: fp.problem(nn.LazyLinear(2), fp.losses.mse), ValueError, "on one batch first")
     ],
     "`torch.inference_mode`": [(under_inference_mode, RuntimeError, "use torch.no_grad")],
+    "a loss that differentiates the model": [
+        (differentiating_loss, TypeError, "Take these derivatives in the model")
+    ],
     "sampled or exact labels": [(labels_of_ones_own_loss, TypeError, "labels='empirical'")],
     "an update without the needs": [
         (lambda: no_needs(fp.kfac(damping=0.1)), fp.MissingEvidence, r"opt.needs\(t\)"),

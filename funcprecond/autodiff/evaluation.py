@@ -206,7 +206,12 @@ class Evaluation:
     @property
     @explained
     def layer_grads(self) -> Sequence[Tensor]:
-        """The gradient of the loss in the output of each recorded call."""
+        """The gradient of the loss in the output of each recorded call.
+
+        Raises:
+            TypeError: the loss differentiates the model, so that it uses the layers once more.
+        """
+        self._require_outputs()
         return self._run.grads[1]
 
     @opened_once
@@ -227,8 +232,10 @@ class Evaluation:
             The cotangents, each shaped like the outputs, without the factor ``c``.
 
         Raises:
-            TypeError: the loss has no known likelihood, and ``labels`` is not "empirical".
+            TypeError: the loss has no known likelihood, and ``labels`` is not "empirical"; or it
+                differentiates the model.
         """
+        self._require_outputs()
         loss, outputs, targets = self.problem.loss, self.outputs, self.targets
         if labels == "empirical":
             return [loss.empirical(outputs, targets)]
@@ -399,6 +406,7 @@ class Evaluation:
 
     def output_hessian_mv(self, pushed: Any) -> Any:
         """Multiply the Hessian of the loss in the outputs by a tree shaped like the outputs."""
+        self._require_outputs()
         problem, outputs, targets = self.problem, self.outputs, self.targets
         curved = problem.loss.hessian_product(outputs, targets, pushed)
         if not problem.reminded["curvature"] and is_eager((outputs, targets, pushed)):
@@ -406,6 +414,18 @@ class Evaluation:
         return curved
 
     # ------------------------------------------------------------------------------------ internals
+    def _require_outputs(self) -> None:
+        """Raise TypeError if the loss depends on the parameters other than through the outputs."""
+        if isinstance(self._run, GraphRun) and self._run.loss_passes_by:
+            msg = (
+                "the loss depends on the parameters in another way than through the outputs of the "
+                "model, as it does where it differentiates them with torch.autograd.grad: its "
+                "gradient and its Hessian are known, but not its Gauss-Newton and Fisher matrices, "
+                "nor what its layers and its examples contribute. Take these derivatives in the "
+                "model, return them as outputs, and let the loss be a function of them"
+            )
+            raise TypeError(msg)
+
     def _forward(
         self, params: Params, tap: Callable | None, **options: Any
     ) -> tuple[Any, Buffers, Recorder]:

@@ -9,6 +9,7 @@ from torch.autograd.graph import get_gradient_edge
 
 from funcprecond import tree
 from funcprecond.autodiff.graph_check import Unchanged, check_graph, check_recording
+from funcprecond.autodiff.hidden_uses import passes_by
 from funcprecond.autodiff.linear_map import linear_map
 from funcprecond.autodiff.once import opened_once, renamed
 from funcprecond.autodiff.rules.backward import Spared
@@ -80,6 +81,11 @@ class GraphRun:
         users = (problem.module, problem.forward, problem.loss)
         check_graph(outputs, own, users, closed=is_closed, twice=self._twice)
         problem.remember(key, True)
+
+    @opened_once
+    def loss_passes_by(self):
+        """Whether the loss is no function of the outputs alone, as where it differentiates them."""
+        return passes_by(self.loss, tree.floating(self.outputs), self.leaves.values())
 
     @opened_once
     def grads(self):

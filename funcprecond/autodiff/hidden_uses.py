@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["Recorded", "hidden_uses", "sequence_number"]
+__all__ = ["Recorded", "hidden_uses", "passes_by", "sequence_number"]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -26,13 +26,13 @@ class Recorded:
     Attributes:
         first, end: the numbers of its nodes are at least ``first`` and less than ``end``.
         names: the parameters that the call uses.
-        output: the node of its output.
+        outputs: the nodes of its outputs, usually of one.
     """
 
     first: int
     end: int
     names: frozenset[str]
-    output: Any
+    outputs: frozenset[Any]
 
 
 def sequence_number() -> int:
@@ -76,13 +76,34 @@ def hidden_uses(
                     found.setdefault(names[following], node.name())
                 continue
             entered = made_by(following._sequence_nr())
-            if entered is not None and entered is not call and following is not entered.output:
+            if entered is not None and entered is not call and following not in entered.outputs:
                 # The call is entered elsewhere than at its output, as when it is differentiated.
                 found |= {name: node.name() for name in entered.names if name not in found}
             if following not in seen:
                 seen.add(following)
                 stack.append(following)
     return found
+
+
+def passes_by(loss: Tensor, outputs: Iterable[Tensor], sources: Iterable[Tensor]) -> bool:
+    """Whether a loss depends on parameters by a path that is not through an output of the model.
+
+    Args:
+        loss: the loss.
+        outputs: the outputs of the model.
+        sources: the parameters, or the tensors that stand for them in the graph.
+    """
+    seen = {_node(x) for x in outputs}
+    ends = {node for x in sources if (node := _node(x)) is not None} - seen
+    stack = [_node(loss)]
+    while stack:
+        node = stack.pop()
+        if node in ends:
+            return True
+        if node is not None and node not in seen:
+            seen.add(node)
+            stack += [following for following, _ in node.next_functions]
+    return False
 
 
 def _node(x: Tensor) -> Any:
