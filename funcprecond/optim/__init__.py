@@ -17,6 +17,11 @@ from funcprecond.methods.card import CARDS
 from funcprecond.optim.generated import class_name, optimizer_class
 from funcprecond.optim.model_optimizer import ModelOptimizer
 from funcprecond.optim.optimizer import MethodOptimizer
+from funcprecond.optim.torchopt import (
+    GradientTransformation,
+    apply_updates,
+    gradient_transformation,
+)
 
 # A method has a card as soon as its module is imported.
 for _module in pkgutil.iter_modules(methods.__path__):
@@ -28,6 +33,7 @@ CLASSES: dict[str, type[MethodOptimizer]] = {k: optimizer_class(c) for k, c in C
 globals().update({cls.__name__: cls for cls in CLASSES.values()})
 
 __all__ = ["CLASSES", "MethodOptimizer", "ModelOptimizer", "class_name"]
+__all__ += ["GradientTransformation", "apply_updates", "gradient_transformation"]
 __all__ += [cls.__name__ for cls in CLASSES.values()]
 
 
