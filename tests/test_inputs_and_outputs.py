@@ -399,6 +399,32 @@ def test_next_tokens_refuses_what_are_no_tokens():
         fp.losses.next_tokens(torch.ones((), dtype=torch.int64))
 
 
+class Tokens(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.e, self.h = nn.Embedding(7, 4), nn.Linear(4, 7)
+
+    def forward(self, input_ids):
+        return self.h(self.e(input_ids))
+
+
+def test_labels_that_are_the_tokens_themselves_are_pointed_out():
+    ids = torch.randint(7, (3, 6), generator=seeded(0))
+    padded = ids.masked_fill(ids == 0, -100)
+    shifted = fp.losses.next_tokens(ids)
+    for labels, said in ((ids, True), (padded, True), (shifted, False), (ids * 0 - 100, False)):
+        problem = fp.problem(initialised(Tokens()), fp.losses.cross_entropy)
+        batch = {"input_ids": ids, "labels": labels}
+        with warnings.catch_warnings(record=True) as found:
+            warnings.simplefilter("always")
+            fp.observe(problem, problem.params, batch)
+            fp.observe(problem, problem.params, batch)
+        assert [str(w.message) for w in found if "next_tokens" in str(w.message)] == [
+            str(w.message) for w in found
+        ]
+        assert len(found) == said
+
+
 # -------------------------------------------------------------------------------------- write_back
 class TiedNorm(nn.Module):
     def __init__(self):

@@ -27,9 +27,9 @@ from funcprecond.autodiff.function_run import ForwardRun, FunctionRun
 from funcprecond.autodiff.graph_check import no_checkpoints
 from funcprecond.autodiff.graph_run import GraphRun
 from funcprecond.autodiff.missing_derivatives import explained
-from funcprecond.autodiff.no_curvature import remind_of_curvature
 from funcprecond.autodiff.once import opened_once, renamed
 from funcprecond.autodiff.recorder import Recorder
+from funcprecond.autodiff.reminders import remind_of_curvature, remind_of_shift
 from funcprecond.autodiff.single_examples import pull_each
 from funcprecond.layers.blocks import complete_blocks
 from funcprecond.layers.layer_call import LayerCall
@@ -111,9 +111,13 @@ class Evaluation:
         self._generator = generator
         self._layers = layers
         self._keep = keep
+        # Runs on the single examples, kept by :func:`pull_each` for other cotangents.
+        self.more_runs: dict[Any, Any] = {}
         self._blocks: dict[tuple[bool, bool], dict[str, list[tuple[int, LayerCall]]]] = {}
         eager = is_eager((params, self._buffers, batch))
         self._twice = twice or not eager
+        if eager and not problem.reminded["shift"]:
+            remind_of_shift(problem, batch)
         if not eager:
             # New views of the batch and the buffers: the recorder compares identities of tensors,
             # and a compiler would guard on these.

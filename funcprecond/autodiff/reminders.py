@@ -1,16 +1,21 @@
-"""The reminder that a Gauss-Newton matrix is zero, because the loss is linear in the outputs."""
+"""What is said once for each problem, in a warning."""
 
 import warnings
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from funcprecond import tree
+from funcprecond.checks import listed
 from funcprecond.losses.base import INSIDE, Loss
-from funcprecond.problems import Problem
+from funcprecond.problems import LABELS, Problem, as_pair
 
-__all__ = ["remind_of_curvature"]
+__all__ = ["remind_of_curvature", "remind_of_route", "remind_of_shift"]
+
+# The key of the tokens in a batch that is a mapping, by the convention of transformers.
+TOKENS = "input_ids"
 
 
 def remind_of_curvature(
@@ -59,3 +64,51 @@ def _gradients(problem: Problem, outputs: Any, targets: Any) -> list[Tensor]:
     if not sized or not value.requires_grad:
         return []
     return [g for g in torch.autograd.grad(value, sized, allow_unused=True) if g is not None]
+
+
+def remind_of_route(problem: Problem, names: Sequence[str], why: str, cost: str) -> None:
+    """Say that per-sample gradients are computed in a slower way than by ``vmap``.
+
+    Args:
+        problem: the problem.
+        names: the parameters.
+        why: why ``vmap`` is not used.
+        cost: what the other way costs.
+    """
+    problem.reminded["route"] += 1
+    if problem.reminded["route"] > 1:
+        return
+    msg = (
+        f"the per-sample gradients of {listed(names)}, which no recognised layer covers, are "
+        f"computed for one example after another, since {why}: each costs {cost}. If this is too "
+        "slow, give these parameters a method of the gradient with fp.partition"
+    )
+    warnings.warn(msg, stacklevel=2)
+
+
+def remind_of_shift(problem: Problem, batch: Any) -> None:
+    """Look once for each problem at whether the labels of a batch are the tokens themselves.
+
+    The models of transformers shift such labels before they compute their own loss. A loss outside
+    of the model does not, and would train the model to repeat its input.
+
+    Args:
+        problem: the problem.
+        batch: the batch, before it is split.
+    """
+    problem.reminded["shift"] += 1
+    if problem.split is not as_pair or not isinstance(batch, Mapping):
+        return
+    tokens, labels = batch.get(TOKENS), batch.get(LABELS)
+    if not isinstance(tokens, Tensor) or not isinstance(labels, Tensor):
+        return
+    if tokens.shape != labels.shape or labels.ndim < 2:
+        return
+    kept = labels >= 0
+    if bool(kept.any()) and bool((labels == tokens)[kept].all()):
+        msg = (
+            f"the {LABELS!r} of the batch are its {TOKENS!r}, which a model of transformers shifts "
+            "before it computes its own loss, and a loss outside of it does not: a causal language "
+            f"model needs {{..., {LABELS!r}: fp.losses.next_tokens(labels)}}"
+        )
+        warnings.warn(msg, stacklevel=2)
