@@ -10,6 +10,7 @@ import dataclasses
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -17,6 +18,7 @@ from funcprecond import tree
 from funcprecond.autodiff.hidden_uses import Recorded, hidden_uses, sequence_number
 from funcprecond.layers.kinds import KINDS_OF_FUNCTION
 from funcprecond.layers.kinds.embedding import Embedding
+from funcprecond.layers.kinds.linear import Linear
 from funcprecond.layers.layer_call import FunctionCall, LayerCall, Recognized
 from funcprecond.layers.views import (
     CONSTANTS,
@@ -64,6 +66,7 @@ class LayerRecorder:
         calls: the recorded calls of layers, in order.
         inputs: their inputs, in the same order.
         unrecorded: the parameters with a use outside ``calls``, and the function that uses each.
+        own_leaves: tensors of the recorder's own that require a gradient.
     """
 
     def __init__(
@@ -77,6 +80,7 @@ class LayerRecorder:
         self.calls: list[LayerCall] = []
         self.inputs: list[Tensor] = []
         self.unrecorded: dict[str, str] = {}
+        self.own_leaves: list[Tensor] = []
         self._in_graph, self._detached = in_graph, detached
         self._level = transform_level()
         self._made: list[Recorded] = []
@@ -125,6 +129,63 @@ class LayerRecorder:
                 return self._recorded(func, run, args, kwargs, uses)
         return self._unknown(func, run, args, kwargs, own)
 
+    # ------------------------------------------------------------------ layers written as a loop
+    def number(self) -> int:
+        """The number of the next node of the graph."""
+        return sequence_number() if self._in_graph else 0
+
+    def zeros_like(self, x: Tensor) -> Tensor:
+        """Zeros to be added to the output of a layer, with a gradient that can be asked for."""
+        zeros = torch.zeros_like(x)
+        if not self._in_graph:
+            return zeros
+        self.own_leaves.append(zeros.requires_grad_())
+        return zeros
+
+    def open(self, weight: Tensor, bias: Tensor | None, out: Tensor) -> tuple[Tensor, int | None]:
+        """Record a linear layer whose inputs are known later.
+
+        Args:
+            weight, bias: its parameters.
+            out: a tensor whose gradient is that of the output of the layer.
+
+        Returns:
+            The tensor that replaces ``out``, and the index of the call for :meth:`close`; None if
+            the weight is no parameter.
+        """
+        call = Linear(weight=self.of(weight) or "", bias=self.of(bias))
+        if not call.weight:
+            self._note(F.linear, [] if bias is None else [bias], ())
+            return out, None
+        return self._add(Recognized(call, out), out), len(self.calls) - 1
+
+    def close(
+        self,
+        index: int | None,
+        inputs: Tensor,
+        names: Iterable[str | None],
+        first: int,
+        outputs: Sequence[Tensor],
+    ) -> None:
+        """Enter the inputs of a call of :meth:`open`.
+
+        Args:
+            index: the index of the call.
+            inputs: its inputs.
+            names: the names of its parameters.
+            first: the number of the first node of the graph that the loop has made.
+            outputs: what the loop has computed.
+        """
+        if index is None:
+            return
+        self.inputs[index] = inputs
+        self._note_nodes([name for name in names if name], first, *outputs)
+
+    def prepared(self, x: Any) -> Any:
+        """A parameter of a recorded layer, without a graph if only other uses are looked for."""
+        return x.detach() if self._detached and self.view(x) is not None else x
+
+    # ------------------------------------------------------------------------------ after the run
     def finish(self, outputs: Any) -> Any:
         """The outputs of the run, with rows of tables among them recorded.
 
@@ -178,7 +239,7 @@ class LayerRecorder:
         view, rows = self.view(source), self.lookup(source)
         if view is None and rows is None:
             return self._unknown(func, run, args, kwargs, [source])
-        first = self._number()
+        first = self.number()
         inner = args
         if self._detached:
             inner = [x.detach() if x is source else x for x in args]
@@ -199,7 +260,7 @@ class LayerRecorder:
             return self._unknown(func, run, args, kwargs, [source])
         if rows is not None:
             self._waiting[id(source)].is_read = True
-        self._waiting[id(out)] = _Rows(out, found, first, self._number())
+        self._waiting[id(out)] = _Rows(out, found, first, self.number())
         if func is F.embedding and not _is_shared(found):
             return self._tapped(out)
         return out
@@ -216,7 +277,7 @@ class LayerRecorder:
         taken = {id(use.rows) for use in uses}
         args = self._prepared(args, parts, taken)
         kwargs = self._prepared(kwargs, parts, taken)
-        first = self._number()
+        first = self.number()
         out = run(*args, **kwargs)
         self._note_nodes(parts, first, out)
         if self._in_graph and out.grad_fn is None:
@@ -276,19 +337,20 @@ class LayerRecorder:
             return x
         call = Embedding(weight=found.name, vocabulary=found.rows, padding=found.padding)
         if self._in_graph and x.grad_fn is not None:
-            self._made.append(Recorded(rows.first, rows.end, frozenset([found.name]), x.grad_fn))
+            self._made.append(
+                Recorded(rows.first, rows.end, frozenset([found.name]), frozenset([x.grad_fn]))
+            )
         if not self._in_graph or x.grad_fn is not None:
             rows.tapped = self._add(Recognized(call, found.ids), x)
         return x if rows.tapped is None else rows.tapped
 
-    def _number(self) -> int:
-        return sequence_number() if self._in_graph else 0
-
-    def _note_nodes(self, names: Iterable[str], first: int, out: Tensor) -> None:
+    def _note_nodes(self, names: Iterable[str], first: int, *outputs: Tensor) -> None:
         """Note that a recorded call of these parameters has made the latest nodes of the graph."""
-        if self._in_graph and out.grad_fn is not None:
-            end = sequence_number()
-            self._made.append(Recorded(first, end, frozenset(names), out.grad_fn))
+        if not self._in_graph:
+            return
+        nodes = frozenset(x.grad_fn for x in outputs if x.grad_fn is not None)
+        if nodes:
+            self._made.append(Recorded(first, sequence_number(), frozenset(names), nodes))
 
 
 @dataclasses.dataclass

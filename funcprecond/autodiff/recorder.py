@@ -38,6 +38,7 @@ from funcprecond.autodiff.random_functions import (
     refuse,
     replaced_draw,
 )
+from funcprecond.autodiff.recurrent import CELLS, can_write_out, cell, written_out
 from funcprecond.autodiff.rules.backward import Spared
 from funcprecond.autodiff.rules.table import differentiated, replaced
 from funcprecond.layers.layer_call import LayerCall
@@ -51,6 +52,7 @@ _SPECIAL = {
     *DRAWS,
     *REPLACED,
     *RECURRENT,
+    *CELLS,
     *attention.COMPOSITES,
     *EMBEDDINGS,
     F.scaled_dot_product_attention,
@@ -96,11 +98,11 @@ class Recorder(TorchFunctionMode):
         self.generator = generator
         self.twice = twice
         self.masks = list(masks)
-        self.own_leaves: list[Tensor] = []
         self._layers = None if tap is None else LayerRecorder(params, tap, in_graph, detached)
         self.calls: list[LayerCall] = [] if self._layers is None else self._layers.calls
         self.inputs: list[Tensor] = [] if self._layers is None else self._layers.inputs
         self.unrecorded: dict[str, str] = {} if self._layers is None else self._layers.unrecorded
+        self.own_leaves: list[Tensor] = [] if self._layers is None else self._layers.own_leaves
         self._spared = spared
         self._masks_used = 0
         self._depth, self._global_state = 0, None
@@ -144,6 +146,12 @@ class Recorder(TorchFunctionMode):
             return self._drawn(func, args, kwargs)
         if func is torch.autograd.grad:
             self.own_leaves += differentiated(*args, **kwargs)
+        if func in RECURRENT and can_write_out(args):
+            draws = DRAWS[func](args, kwargs)
+            if draws or self._records(args[2]):
+                return written_out(func, self._layers, self._mask, self, *args)
+        if func in CELLS and self._records(args[2:]):
+            return self._step(CELLS[func], *args)
         if func in DRAWS and DRAWS[func](args, kwargs):
             refuse(func)
         if func in attention.COMPOSITES:
@@ -172,6 +180,19 @@ class Recorder(TorchFunctionMode):
         if self._layers is None:
             return run(*args, **kwargs)
         return self._layers.record(func, run, args, kwargs)
+
+    def _records(self, weights: Sequence[Any]) -> bool:
+        """Whether one of the weights is a parameter whose layer is recorded."""
+        layers = self._layers
+        return layers is not None and any(layers.view(w) is not None for w in weights)
+
+    def _step(self, func, input, state, w_ih, w_hh, b_ih=None, b_hh=None):
+        """One step of a recurrent layer, whose two products are recorded as linear layers."""
+        state = [state] if isinstance(state, Tensor) else list(state)
+        with self:
+            z, s = F.linear(input, w_ih, b_ih), F.linear(state[0], w_hh, b_hh)
+        found = cell(func, z, s, state)
+        return found[0] if len(found) == 1 else tuple(found)
 
     def _dropout(self, func, input, p=0.5, training=True, inplace=False):
         out = dropout(func, self._mask, input, p, training)

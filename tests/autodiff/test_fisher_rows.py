@@ -13,8 +13,6 @@ from tests.operators.test_curvature_matrices import rows
 from tests.problems import Toy, normal, seeded
 
 # No formula by layer, or outputs that depend on other examples.
-RECURRENT = {"rnn", "lstm", "lstm, stacked in both directions", "gru"}
-THROUGH_THE_MODEL = {*COUPLED, *RECURRENT}
 
 
 def by_layer(problem, batch):
@@ -35,7 +33,7 @@ def test_the_empirical_matrix_is_that_of_the_examples_rows(model):
     assert_close(reference.ravel(operator @ vector), expected, rtol=1e-9)
     assert_same(operator @ vector, operator @ vector)
     assert_close(reference.ravel(once), expected, rtol=1e-9)
-    if model in THROUGH_THE_MODEL:
+    if model in COUPLED:
         assert by_layer(problem, batch) is None
 
 

@@ -182,7 +182,7 @@ def test_a_parameter_that_is_the_input_of_a_layer_is_reported(call):
 
 @pytest.mark.parametrize(
     "module",
-    [nn.LSTM(3, 4, batch_first=True), nn.EmbeddingBag(3, 4), nn.PReLU()],
+    [nn.LSTM(3, 4, proj_size=2, batch_first=True), nn.EmbeddingBag(3, 4), nn.PReLU()],
 )
 def test_layers_without_a_formula_are_reported(module):
     module = initialised(module)
@@ -292,13 +292,67 @@ def test_randomness_that_no_generator_controls_is_refused(draw):
         draw(x)
 
 
-def test_recurrent_dropout_is_refused_and_without_it_is_fine():
+def test_dropout_inside_a_recurrent_layer_is_drawn_from_the_generator_or_refused():
     x = normal((2, 5, 3))
     lstm = nn.LSTM(3, 4, num_layers=2, dropout=0.5, batch_first=True).double()
-    with pytest.raises(RuntimeError, match="no generator controls"), Recorder({}):
+    out, recorder = run(lambda x: lstm(x)[0], x)
+    assert [mask.shape for mask in recorder.masks] == [(2, 5, 4)]
+    (mask,) = recorder.masks
+    first, second = nn.LSTM(3, 4, batch_first=True).double(), nn.LSTM(4, 4, batch_first=True)
+    weights = lstm.state_dict()
+    first.load_state_dict({k: w for k, w in weights.items() if k.endswith("l0")})
+    second = second.double()
+    second.load_state_dict({k.replace("l1", "l0"): w for k, w in weights.items() if "l1" in k})
+    assert_close(out, second(first(x)[0] * mask / 0.5)[0], rtol=1e-12)
+    with pytest.raises(ValueError, match="no generator was given"), Recorder({}):
         lstm(x)
     with Recorder({}):
         lstm.eval()(x)
+    packed = nn.utils.rnn.pack_sequence([x[0], x[1, :3]])
+    with pytest.raises(RuntimeError, match="no generator controls"), Recorder({}):
+        lstm.train()(packed)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"batch_first": True},
+        {"bias": False},
+        {"num_layers": 2, "bidirectional": True, "batch_first": True},
+    ],
+    ids=str,
+)
+def test_a_recurrent_layer_that_is_written_out_equals_torchs(kind, options, dtype):
+    module = initialised(kind(3, 4, **options), dtype=dtype)
+    params, x = dict(module.named_parameters()), normal((2, 5, 3), dtype=dtype)
+    recorder = Recorder(params, tap=lambda z: z)
+    with recorder:
+        out, last = module(x)
+    expected, expected_last = module(x)
+    tolerance = {"rtol": 1e-12 if dtype == torch.float64 else 1e-5}
+    assert_close(out, expected, **tolerance)
+    assert_close(last, expected_last, **tolerance)
+    assert not recorder.unrecorded
+    used = {k for call in recorder.calls for k in (call.weight, call.bias) if k}
+    assert used == {*params}
+
+
+@pytest.mark.parametrize("cell", [nn.LSTMCell, nn.GRUCell, nn.RNNCell])
+def test_the_cell_of_a_recurrent_layer_is_two_linear_layers(cell):
+    module = initialised(cell(3, 4))
+    params = dict(module.named_parameters())
+    recorder = Recorder(params, tap=lambda z: z)
+    x, state = normal((2, 3)), normal((2, 4), 1)
+    state = (state, normal((2, 4), 2)) if cell is nn.LSTMCell else state
+    with recorder:
+        out = module(x, state)
+    assert_close(out, module(x, state), rtol=1e-12)
+    assert [call.block for call in recorder.calls] == [
+        "weight_ih+bias_ih",
+        "weight_hh+bias_hh",
+    ]
 
 
 def test_rrelu_in_eval_mode_draws_nothing():

@@ -11,8 +11,7 @@ from tests.operators.test_curvature_matrices import with_loss
 from tests.problems import Toy, initialised, normal, seeded
 
 KINDS = ("kfac", "ekfac", "kflr", "foof")
-RECURRENT = {"rnn", "lstm", "lstm, stacked in both directions", "gru"}
-LAYERS = sorted(MODELS.keys() - {*COUPLED, *RECURRENT, "tied embedding"})
+LAYERS = sorted(MODELS.keys() - {*COUPLED, "tied embedding"})
 
 
 def make(problem, batch, kind="kfac", **options):
