@@ -6,6 +6,7 @@ outer autograd graph) may not. The functions here distinguish the two.
 """
 
 from collections.abc import Iterable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -20,7 +21,14 @@ from torch.func import debug_unwrap
 
 from funcprecond import tree
 
-__all__ = ["in_transform", "is_eager", "is_traced", "multi_tensor", "transform_level"]
+__all__ = [
+    "in_transform",
+    "is_eager",
+    "is_traced",
+    "multi_tensor",
+    "transform_level",
+    "unseen_by_modes",
+]
 
 
 def in_transform() -> bool:
@@ -96,3 +104,8 @@ def _requires_grad(tensors: Any) -> bool:
     if type(tensors) in (tuple, list):
         return any(map(_requires_grad, tensors))
     return any(isinstance(x, Tensor) and x.requires_grad for x in tree.leaves(tensors))
+
+
+def unseen_by_modes() -> AbstractContextManager:
+    """A ``with`` block whose calls no ``TorchFunctionMode`` intercepts."""
+    return torch._C.DisableTorchFunction()

@@ -5,6 +5,7 @@ import threading
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -245,7 +246,48 @@ NOISE = nn.Sequential(nn.Linear(3, 2), nn.Dropout())
 NORM = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2))
 OTHERS = "would be another matrix at each product"
 
+
 # By the beginning of the page's line.
+def watched(*losses: Callable, **options: Any) -> None:
+    layer = initialised(nn.Linear(3, 2))
+    opt = fp.optim.KFAC(layer, lr=0.1)
+    for i, loss in enumerate(losses):
+        with opt.watch():
+            value = loss(layer(BATCH[0]), BATCH[1], **options)
+        (value * (i + 2)).backward()
+    if not losses:
+        F.mse_loss(layer(BATCH[0]), BATCH[1]).backward()
+    opt.step()
+
+
+def two_losses(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    return F.mse_loss(outputs, targets) + F.mse_loss(outputs, 2 * targets)
+
+
+def by_closure(penalty: Callable | None) -> None:
+    layer = initialised(nn.Linear(3, 2))
+    opt = fp.optim.HessianFree(layer)
+    if penalty is None:
+        F.mse_loss(layer(BATCH[0]), BATCH[1]).backward()
+        opt.step()
+    else:
+        opt.step(lambda: F.mse_loss(layer(BATCH[0]), BATCH[1]) + penalty(layer))
+
+
+def sparse_gradient() -> None:
+    table = nn.Embedding(4, 2, sparse=True)
+    table(torch.tensor([1])).sum().backward()
+    fp.optim.Adam(table.parameters(), lr=0.1).step()
+
+
+def a_parameter_less() -> None:
+    layer = initialised(nn.Linear(3, 2))
+    opt = fp.optim.LBFGS(layer)
+    for _ in range(2):
+        opt.step(lambda: F.mse_loss(layer(BATCH[0]), BATCH[1]))
+        layer.bias.requires_grad_(False)
+
+
 REFUSED: dict[str, list[Case]] = {
     "examples that depend on each other": [
         (coupled, ValueError, "in_axes=None"),
@@ -344,10 +386,44 @@ REFUSED: dict[str, list[Case]] = {
     ],
     "`C @ v`": [(traced_operator, Unsupported, "matmul")],
     "a checkpoint file": [(damaged, ValueError, "intact file")],
+    "a step that measures": [(lambda: watched(), fp.MissingEvidence, r"opt\.watch\(\)")],
+    "a watch without": [
+        (lambda: watched(lambda o, t: (o - t).abs().mean()), RuntimeError, "opt.loss"),
+        (
+            lambda: watched(lambda o, t: F.mse_loss(o, t) + F.mse_loss(o, 2 * t)),
+            RuntimeError,
+            "two",
+        ),
+        (
+            lambda: watched(F.mse_loss, F.mse_loss, reduction="sum"),
+            RuntimeError,
+            "reduction='mean'",
+        ),
+    ],
+    "`opt.step()` without": [(lambda: by_closure(None), RuntimeError, r"opt\.step\(closure\)")],
+    "a closure with a penalty": [
+        (lambda: by_closure(lambda layer: layer.weight.sum()), RuntimeError, "weight_decay=")
+    ],
+    "sparse gradients": [(sparse_gradient, RuntimeError, "sparse=False")],
+    "`fp.optim.LBFGS`": [(a_parameter_less, ValueError, "make a new optimizer")],
 }
 
 
 # --------------------------------------------------------------------------- what is not noticed
+def a_micro_batch_that_was_not_watched() -> bool:
+    factors = []
+    for unwatched in (False, True):
+        layer = initialised(nn.Linear(3, 2))
+        opt = fp.optim.KFAC(layer, lr=0.1)
+        if unwatched:
+            F.mse_loss(layer(BATCH[0]), BATCH[1]).backward()
+        with opt.watch():
+            F.mse_loss(layer(BATCH[0][:2]), BATCH[1][:2]).backward()
+        opt.step()
+        factors.append(opt.state_dict()["state"][0]["tensors"])
+    return all(torch.equal(x, factors[1][k]) for k, x in factors[0].items() if "right" in k)
+
+
 def written_through_data() -> bool:
     def model(layer, x):
         x.data.mul_(2.0)
@@ -429,6 +505,7 @@ NOT_NOTICED: dict[str, list[Callable[[], bool]]] = {
     "draws in a scripted function": [draws_beside_another_thread],
     "a custom function with a constant backward": [constant_backward_under_vmap],
     "a custom backward": [constant_inputs],
+    "a micro-batch outside": [a_micro_batch_that_was_not_watched],
     "a tensor that requires a gradient": [held_out_of_sight],
 }
 

@@ -43,6 +43,9 @@ PRIVATE = {
         "count the levels with a wrapper of torch.autograd.forward_ad.dual_level, or take "
         "forward_ad.unpack_dual(x).tangent is not None of the arguments"
     ),
+    "torch._C.DisableTorchFunction": (
+        "let the modes of optim/watch.py and optim/closure.py take a flag that switches them off"
+    ),
     "torch._C._is_any_autocast_enabled": (
         "any(torch.is_autocast_enabled(kind) for kind in ('cpu', 'cuda', ...))"
     ),
@@ -78,7 +81,7 @@ PRIVATE = {
     },
     **{
         f"torch._foreach_{name}": FOREACH
-        for name in ("add_", "addcmul_", "lerp", "mul", "mul_", "reciprocal_", "sqrt")
+        for name in ("add_", "addcmul_", "lerp", "mul", "mul_", "reciprocal_", "sqrt", "sub_")
     },
     "tensor._version": (
         "compare the values with a copy in autodiff/graph_check.py, at the cost of the copy"

@@ -23,6 +23,7 @@ __all__ = [
     "ravel_wide",
     "scalar_like",
     "sub",
+    "sub_",
     "unravel",
     "where",
     "wide_dot",
@@ -41,6 +42,12 @@ def add(x: Params, y: Params, alpha: float | Tensor = 1.0) -> Params:
 def sub(x: Params, y: Params) -> Params:
     """``x - y`` for two dicts with the same keys."""
     return _foreach("sub", x, [y[k] for k in x])
+
+
+def sub_(x: Params, y: Params) -> None:
+    """``x - y`` in the memory of ``x``, for two dicts with the same keys."""
+    if x:
+        torch._foreach_sub_(list(x.values()), [y[k] for k in x])
 
 
 def mul(x: Params, factor: float | Tensor) -> Params:

@@ -21,6 +21,7 @@ from funcprecond.losses import Loss
 from funcprecond.optim.losses import RECOGNISED, recognised
 from funcprecond.optim.places import find_by_gradients
 from funcprecond.problems import Problem
+from funcprecond.tracing import unseen_by_modes
 from funcprecond.tree import Buffers, Params
 
 __all__ = ["ClosureEvaluation", "ClosureProblem"]
@@ -240,7 +241,7 @@ class _Capture(TorchFunctionMode):
         kwargs = kwargs or {}
         if func in _OF_GRADIENTS:
             # The recorder would take them for uses of the parameters.
-            with torch._C.DisableTorchFunction():
+            with unseen_by_modes():
                 run = self._backward if func is Tensor.backward else func
                 return run(*args, **kwargs)
         out = func(*args, **kwargs)
@@ -304,8 +305,9 @@ def _replaced(
                     part._parameters[key] = values[name_of[id(p)]]  # pyright: ignore
             if isinstance(part, nn.RNNBase):
                 # A recurrent layer keeps a list of its weights.
-                flat.append((part, part._flat_weights))
-                part._flat_weights = [part._parameters.get(k) for k in part._flat_weights_names]  # pyright: ignore
+                own: Any = part._flat_weights
+                flat.append((part, own))
+                part._flat_weights = [values.get(name_of.get(id(x), ""), x) for x in own]
             for key, b in () if keep_buffers else part._buffers.items():
                 if b is not None:
                     replaced.append((part._buffers, key, b))

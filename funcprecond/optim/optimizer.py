@@ -173,7 +173,7 @@ class MethodOptimizer(torch.optim.Optimizer):
         direction = treemath.cast(treemath.mul(direction, group["lr"]), params)
         written = [*params.values(), *grads.values()]
         piece.state, piece.step = cloned_where_shared(new, written), piece.step + 1
-        torch._foreach_add_(list(params.values()), [direction[k] for k in params], alpha=-1.0)
+        treemath.sub_(params, direction)
 
     @staticmethod
     def _decays(group: dict[str, Any]) -> bool:

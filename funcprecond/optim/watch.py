@@ -27,6 +27,7 @@ from funcprecond.need import Need
 from funcprecond.optim.losses import RECOGNISED, recognised
 from funcprecond.optim.places import find_by_gradients
 from funcprecond.problems import REMEMBERED, Problem
+from funcprecond.tracing import unseen_by_modes
 from funcprecond.tree import Params
 
 __all__ = ["Measured", "Watcher"]
@@ -136,7 +137,7 @@ class Watcher(TorchFunctionMode):
         batch = None, targets
         noise = {n: n.draw(problem, self.params, batch, self._generator) for n in self._needs}
         # The mode must not see what is computed here.
-        with torch._C.DisableTorchFunction(), torch.no_grad():
+        with unseen_by_modes(), torch.no_grad():
             run = WatchedRun(self, outputs, value)
             evaluation = WatchedEvaluation(problem, run, targets, self._places)
             values = {n: n.measure(evaluation, noise[n]) for n in self._needs}

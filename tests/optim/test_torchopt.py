@@ -53,7 +53,7 @@ def test_the_steps_are_those_of_torchopt(name, tree):
     opt = fp.optim.gradient_transformation(ours)
     found = run(opt, fp.optim.apply_updates, tree)
     # Torchopt corrects the bias of Adam in float32.
-    assert_close(found, run(theirs, torchopt.apply_updates, tree), 1e-5)
+    assert_close(found, run(theirs, torchopt.apply_updates, tree), 3e-5)
     # Either function adds the updates of the other.
     assert_same(found, run(opt, torchopt.apply_updates, tree))
 
