@@ -55,13 +55,7 @@ def _constants(parts: Sequence[Measured]) -> list[Tensor]:
         return [part.constant for part in parts]
     factors = []
     for part in parts:
-        if part.factor is None:
-            msg = (
-                "the loss is a sum, and the scale of the curvature is what it was multiplied by "
-                "before the backward pass, which has not happened: call loss.backward() before "
-                "opt.step(), or use a loss with reduction='mean'"
-            )
-            raise RuntimeError(msg)
+        assert part.factor is not None
         factors.append(part.factor.to(part.constant))
     found = torch.stack(factors)
     if any(part.is_half for part in parts) or bool((found > 1.001).any()):

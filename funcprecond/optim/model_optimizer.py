@@ -161,7 +161,9 @@ class ModelOptimizer(MethodOptimizer):
         params = {names[id(p)]: p for p in self._trainable()}
         own = self._loss is not None
         watcher = Watcher(params, needs, self._generator, self._places, own)
-        with self._recorded_by(watcher), no_checkpoints(), watcher:
+        # A compiled model runs eagerly here, because its layers are not seen otherwise.
+        eager = torch.compiler.set_stance("force_eager")
+        with self._recorded_by(watcher), no_checkpoints(), eager, watcher:
             yield
         if watcher.measured is not None:
             self._pending.append(watcher.measured)
@@ -281,7 +283,7 @@ class ModelOptimizer(MethodOptimizer):
         before = {k: p.grad for k, p in params.items()}
         run = ClosureProblem(closure, self.model, params, by_outputs, self._loss is not None)
         try:
-            with self._recorded_by(run):
+            with self._recorded_by(run), torch.compiler.set_stance("force_eager"):
                 evaluation = ClosureEvaluation(
                     run.problem,
                     {k: p.detach() for k, p in params.items()},
@@ -308,14 +310,16 @@ class ModelOptimizer(MethodOptimizer):
         real = _real(needs)
         if self._evaluation is not None:
             return self._evaluated(*self._evaluation, needs, params, grads)
-        pending = self._pending
+        # What was not differentiated has no part in the gradient.
+        pending = [m for m in self._pending if m.factor is not None]
         if missing := [n for n in real if not pending or any(n not in m.values for m in pending)]:
             if not is_watchable(missing[0]):
                 raise self._unmeasured(missing)
             msg = (
                 f"{type(self).__name__} measures {missing[0]} at this step, and the forward pass "
-                "was not watched: write `with opt.watch(): loss = ...` around the forward pass and "
-                "the loss of each batch, or take the step with opt.step(closure)"
+                "was not watched, or its loss was not differentiated: write `with opt.watch(): "
+                "loss = ...` around the forward pass and the loss of each batch, and call "
+                "loss.backward(), or take the step with opt.step(closure)"
             )
             raise MissingEvidence(msg)
         evidence = super()._evidence(tuple(n for n in needs if is_mark(n)), params, grads)

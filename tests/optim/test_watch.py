@@ -9,7 +9,7 @@ from torch import nn
 
 import funcprecond as fp
 from tests.equality import assert_close, assert_same
-from tests.optim.loops import TOY, assert_equal, fresh_model, functional, step
+from tests.optim.loops import TOY, assert_equal, fresh_model, functional, make, step
 from tests.problems import initialised, labelled, normal, seeded
 
 WATCHED = ("kfac", "ekfac", "kflr", "tnt")
@@ -321,6 +321,45 @@ def test_a_loss_that_is_not_recognised_is_an_error(loss, error):
     step(opt, model, TOY.at(0))
 
 
+def test_a_loss_that_is_not_differentiated_does_not_count():
+    model = fresh_model()
+    opt = fp.optim.KFAC(model, lr=0.03, damping=1e-2, labels="exact")
+    with opt.watch():
+        F.cross_entropy(model(BATCH[0]), BATCH[1])
+    F.cross_entropy(model(BATCH[0]), BATCH[1]).backward()
+    with pytest.raises(fp.MissingEvidence, match="was not differentiated"):
+        opt.step()
+    opt.zero_grad()
+    with opt.watch():
+        loss = F.cross_entropy(model(TOY.at(0)[0]), TOY.at(0)[1])
+    loss.backward()
+    opt.step()
+    assert_equal(model, functional("kfac", 1, labels="exact"))
+
+
+def test_two_optimizers_share_a_forward_pass():
+    """The two players of an adversarial network, or an encoder and a head."""
+    torch.manual_seed(0)
+    first, second = nn.Linear(3, 4).double(), nn.Linear(4, 3).double()
+    both = nn.Sequential(first, nn.Tanh(), second)
+    alone = copy.deepcopy(both)
+    opts = [fp.optim.KFAC(m, lr=0.1, damping=0.1, labels="exact") for m in (first, second)]
+    groups = [{"params": alone[i].parameters()} for i in (0, 2)]
+    single = fp.optim.KFAC(alone, params=groups, lr=0.1, damping=0.1, labels="exact")
+    for t in range(3):
+        for opt in opts:
+            opt.zero_grad()
+        with opts[0].watch(), opts[1].watch():
+            loss = F.cross_entropy(both(TOY.at(t)[0]), TOY.at(t)[1])
+        loss.backward()
+        for opt in opts:
+            opt.step()
+        step(single, alone, TOY.at(t))
+    assert_close(
+        [p.detach() for p in both.parameters()], [p.detach() for p in alone.parameters()], 1e-9
+    )
+
+
 def test_evaluation_inside_a_watch_is_not_seen():
     model = fresh_model()
     opt = fp.optim.KFAC(model, lr=0.03, damping=1e-2)
@@ -395,6 +434,18 @@ def test_a_loss_scaler_does_not_change_the_curvature():
         scaler.step(opt)
         scaler.update()
     assert_close({k: p.detach() for k, p in model.named_parameters()}, functional("kfac", 3), 1e-12)
+
+
+@pytest.mark.compile
+@pytest.mark.parametrize("name", ["kfac", "adahessian"])
+def test_a_compiled_model_is_seen(name):
+    model = fresh_model()
+    compiled = torch.compile(model, backend="eager")
+    opt = make(name, model, damping=0.01)
+    for t in range(3):
+        compiled(TOY.at(t)[0])
+        step(opt, compiled, TOY.at(t))
+    assert_equal(model, functional(name, 3, damping=0.01))
 
 
 def test_checkpoints_are_refused():
