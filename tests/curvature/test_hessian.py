@@ -1,12 +1,14 @@
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given
+from torch import nn
 
 import funcprecond as fp
 from funcprecond.curvature.hessian import HessianOperator, HessianProbes
 from tests import problems, reference, strategies
 from tests.equality import assert_close, assert_same
-from tests.problems import normal, seeded
+from tests.problems import initialised, normal, seeded
 
 
 def loss_of(toy):
@@ -127,3 +129,42 @@ def test_a_third_derivative_that_torch_gets_wrong_is_refused():
     penalty = penalised(lambda h: torch.nn.functional.layer_norm(h, (4,)))
     with pytest.raises(NotImplementedError, match="layer norm .* a third time"):
         fp.hvp(penalty, {"w": normal((4, 4), 2)}, {"w": normal((4, 4), 3)})
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_a_function_with_the_default_kernel_of_attention_is_differentiated_twice(causal):
+    params = {k: normal((2, 2, 5, 4), i) for i, k in enumerate("qkv")}
+
+    def f(p):
+        return F.scaled_dot_product_attention(p["q"], p["k"], p["v"], is_causal=causal).pow(3).sum()
+
+    def by_hand(p):
+        scores = p["q"] @ p["k"].mT / 2
+        if causal:
+            scores = scores.masked_fill(~torch.ones(5, 5).bool().tril(), -torch.inf)
+        return (scores.softmax(-1) @ p["v"]).pow(3).sum()
+
+    vectors = {k: normal((3, *p.shape), 5) for k, p in params.items()}
+    one = {k: v[0] for k, v in vectors.items()}
+    slope = torch.func.grad(by_hand)
+    expected = reference.difference(slope, params, one)
+    assert_close(fp.hvp(f, params, one), expected, rtol=1e-7)
+    many = torch.vmap(lambda v: fp.hvp(f, params, v))(vectors)
+    assert_close({k: v[0] for k, v in many.items()}, expected, rtol=1e-7)
+
+
+def test_attention_inside_of_a_layer_is_differentiated_twice_in_a_function():
+    module = initialised(nn.TransformerEncoderLayer(4, 2, 6, dropout=0.0, batch_first=True))
+    x = normal((3, 5, 4), 1)
+    params = {k: p.detach() for k, p in module.named_parameters()}
+
+    def f(p):
+        return torch.func.functional_call(module, p, x).pow(3).sum()
+
+    def slope(p):
+        leaves = {k: x.clone().requires_grad_() for k, x in p.items()}
+        return dict(zip(p, torch.autograd.grad(f(leaves), [*leaves.values()]), strict=True))
+
+    vector = {k: normal(p.shape, 2) for k, p in params.items()}
+    expected = reference.difference(slope, params, vector)
+    assert_close(fp.hvp(f, params, vector), expected, rtol=1e-6)

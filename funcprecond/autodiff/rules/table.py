@@ -12,9 +12,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
 from funcprecond import tree
+from funcprecond.autodiff.attention import COMPOSITES
 from funcprecond.autodiff.rules.backward import Spared
 from funcprecond.autodiff.rules.convolution import convolve
 from funcprecond.autodiff.rules.gelu import gelu
@@ -98,6 +100,14 @@ class DifferentiatedTwice(TorchFunctionMode):
         self.own_leaves: list[Tensor] = []
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
         if func is torch.autograd.grad:
-            self.own_leaves += differentiated(*args, **(kwargs or {}))
-        return replaced(func)(*args, **(kwargs or {}))
+            self.own_leaves += differentiated(*args, **kwargs)
+        if func in COMPOSITES:
+            with self:
+                return COMPOSITES[func](*args, **kwargs)
+        if func is F.scaled_dot_product_attention:
+            # The other kernels have no second derivative.
+            with sdpa_kernel(SDPBackend.MATH):
+                return func(*args, **kwargs)
+        return replaced(func)(*args, **kwargs)
