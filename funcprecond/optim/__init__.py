@@ -5,8 +5,35 @@ One line changes in a loop of torch, Lightning, Accelerate or the ``Trainer`` of
     opt = fp.optim.CASPR(model.parameters(), lr=0.02, weight_decay=0.01)
 
 The classes are generated from the table of methods: ``CASPR``, ``KFAC``, ``SOAP``, ``LBFGS``,
-``HessianFree``, and so on; ``fp.optim.CLASSES`` has them by the names of their builders. They
-compute what the functional loop computes, bit for bit.
+``HessianFree``, and so on; ``fp.optim.CLASSES`` has them by the names of their builders. They take
+the options of the builders, and their steps are those of the functional loop, bit for bit::
+
+    fp.chain(method, fp.momentum(momentum), fp.weight_decay(weight_decay), fp.scale(lr))
+
+*Options.* Weight decay is decoupled: it is added to the direction, and not to the gradient.
+Momentum and weight decay are off by default, except where they are a part of the method, as in
+AdamW and Muon; a method with a running mean of its own takes no further momentum. Groups of
+parameters may have any option of their own, schedulers may change each of them, and the learning
+rate may be a tensor.
+
+*Parameters without a gradient.* Where ``.grad`` is None, a parameter sits out the step, as in
+torch: neither it nor its state changes, and its intervals do not count the step. This holds for all
+methods; the history of L-BFGS is one of all parameters together, so that it refuses such a step. A
+parameter that was frozen, or is added by ``add_param_group``, begins at its first gradient.
+
+*Methods that need more than the gradient* get the model instead of its parameters. K-FAC, EKFAC,
+KFLR and TNT measure the layers in the forward pass of a loop (``with opt.watch(): loss = ...``),
+and the others evaluate a closure (``opt.step(closure)``), which every optimizer takes. They draw
+from a generator of their own, with the argument ``seed``. What no layer covers gets an estimate of
+its diagonal in a watch, instead of the exact diagonal of :func:`funcprecond.observe`.
+
+*Saving.* ``state_dict()`` has plain tensors, numbers and names, and a run that loads it goes on bit
+for bit. Copies and pickles do too. The statistics of a method are kept in float32 or wider, and
+momentum in the dtype of the parameters.
+
+*Processes.* Gradients that are averaged over processes may be used by all methods that need nothing
+else. The others are refused where several processes train, because each would measure its own
+examples.
 """
 
 import importlib

@@ -155,8 +155,7 @@ class ModelOptimizer(MethodOptimizer):
         if not needs or not torch.is_grad_enabled():
             yield
             return
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            self._check_alone(torch.distributed.get_world_size())
+        self._check_alone()
         names = self._names()
         params = {names[id(p)]: p for p in self._trainable()}
         own = self._loss is not None
@@ -170,8 +169,9 @@ class ModelOptimizer(MethodOptimizer):
         elif watcher.edges:
             raise self._no_loss(watcher.unknown)
 
-    def _check_alone(self, processes: int) -> None:
-        if processes > 1:
+    def _check_alone(self) -> None:
+        dist = torch.distributed
+        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
             msg = (
                 f"{type(self).__name__} measures the examples of its own process, and the steps of "
                 "several processes would differ: train in one process, or with a method that needs "
@@ -277,6 +277,7 @@ class ModelOptimizer(MethodOptimizer):
         return loss
 
     def _step_by_closure(self, closure: Callable[[], Any], needs: Sequence[Need]) -> Any:
+        self._check_alone()
         names = self._names()
         params = {names[id(p)]: p for p in self._trainable()}
         by_outputs = not all(isinstance(n, _OF_THE_LOSS) for n in needs)

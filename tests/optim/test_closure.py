@@ -43,6 +43,37 @@ def test_a_closure_may_go_backward(name, backward):
     assert_equal(model, functional(name, 3))
 
 
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("kfac", {"every": 2, "refresh_every": 2, "start": 0}),
+        ("adahessian", {"every": 2}),
+        ("adaptive_kfac", {"every": 2, "start": 0, "damping_every": 2, "gamma_every": 3}),
+        ("lbfgs", {"pairs": "hvp", "every": 2}),
+        ("lbfgs", {"line_search": "wolfe"}),
+        ("hessian_free", {"curvature": "hessian"}),
+        ("hessian_free", {"preconditioner": "fisher"}),
+        ("smw_ng", {"labels": "mc", "adapt": True}),
+    ],
+)
+def test_intervals_and_other_options(name, options):
+    model = fresh_model()
+    opt = make(name, model, **options)
+    for t in range(5):
+        opt.step(lambda t=t: F.cross_entropy(model(TOY.at(t)[0]), TOY.at(t)[1]))
+    assert_close(named(model), functional(name, 5, **options), 1e-9)
+
+
+def test_lbfgs_of_full_batches_needs_no_closure():
+    model = fresh_model()
+    opt = make("lbfgs", model, pairs="successive")
+    for t in range(4):
+        opt.zero_grad()
+        F.cross_entropy(model(TOY.at(t)[0]), TOY.at(t)[1]).backward()
+        opt.step()
+    assert_equal(model, functional("lbfgs", 4, pairs="successive"))
+
+
 @pytest.mark.parametrize("name", ["lbfgs", "adahessian", "smw_ng", "kfac"])
 def test_what_the_closure_does_to_the_gradient_counts(name):
     model = fresh_model()
@@ -265,3 +296,13 @@ def test_several_backward_passes_add_up():
     opt.step(closure)
     expected.step(lambda: F.cross_entropy(other(BATCH[0]), BATCH[1]))
     assert_close(named(model), named(other), 1e-9)
+
+
+@pytest.mark.parametrize("name", ["kfac", "lbfgs"])
+def test_several_processes_are_refused(name, monkeypatch):
+    model = fresh_model()
+    opt = make(name, model)
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    with pytest.raises(RuntimeError, match="train in one process"):
+        opt.step(lambda: F.cross_entropy(model(BATCH[0]), BATCH[1]))
