@@ -18,6 +18,7 @@ PACKAGES = (
     "linalg",
     "losses",
     "operators",
+    "optim",
     "representation",
     "solver",
 )

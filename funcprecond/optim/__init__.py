@@ -59,7 +59,7 @@ CLASSES: dict[str, type[MethodOptimizer]] = {k: optimizer_class(c) for k, c in C
 
 globals().update({cls.__name__: cls for cls in CLASSES.values()})
 
-__all__ = ["CLASSES", "MethodOptimizer", "ModelOptimizer", "class_name"]
+__all__ = ["MethodOptimizer", "ModelOptimizer", "class_name"]
 __all__ += ["GradientTransformation", "apply_updates", "gradient_transformation"]
 __all__ += [cls.__name__ for cls in CLASSES.values()]
 

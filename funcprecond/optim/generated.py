@@ -20,6 +20,9 @@ def class_name(card: Card) -> str:
     Args:
         card: the card.
 
+    Returns:
+        The name.
+
     Example:
         >>> from funcprecond.methods.card import CARDS
         >>> [class_name(CARDS[k]) for k in ("kfac", "adaptive_kfac", "lbfgs", "hessian_free")]
