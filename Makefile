@@ -14,8 +14,9 @@ PINS := pyproject.toml $(CONSTRAINTS)
 BIN := $(VENV)/bin
 VERSIONS ?= 2.11.0 2.13.0 2.14.1 2.15.0
 TORCH_VENV := build/torch-$(VERSION)
+ZOO := build/zoo
 
-.PHONY: help always compare test test-slow test-torch torch-faults lint format dev clean
+.PHONY: help always compare test test-slow test-torch test-zoo torch-faults lint format dev clean
 
 help:
 	@echo 'make compare     the comparison on real data; report in $(REPORT)/'
@@ -23,6 +24,7 @@ help:
 	@echo 'make test        the test suite; PYTEST="-k kfac" passes options on'
 	@echo 'make test-slow   the tests left out of it'
 	@echo 'make test-torch VERSION=2.14.1   the test suite with another torch, in build/torch-2.14.1'
+	@echo 'make test-zoo    models of transformers, timm and others, in $(ZOO); docs/zoo.md'
 	@echo 'make torch-faults   what several versions of torch get wrong: docs/torch-faults.md'
 	@echo 'make lint        ruff, pyright, and which way imports run'
 	@echo 'make format      let ruff put right what it can'
@@ -50,6 +52,15 @@ always:
 test-torch: $(if $(VERSION),$(TORCH_VENV).txt)
 	@test -n '$(VERSION)' || { echo 'say which torch: make test-torch VERSION=2.14.1'; exit 2; }
 	$(MAKE) test VENV=$(TORCH_VENV) CONSTRAINTS=$(TORCH_VENV).txt
+
+# The page is written also where tests fail, and says which.
+test-zoo:
+	$(MAKE) VENV=$(ZOO) CONSTRAINTS=tests/zoo/constraints.txt $(ZOO)/.stamp-zoo
+	rm -rf $(ZOO)-results
+	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 ZOO_RESULTS=$(ZOO)-results \
+	    $(ZOO)/bin/python -m pytest -n 2 tests/zoo $(PYTEST); status=$$?; \
+	    $(ZOO)/bin/python -m tests.zoo.table $(ZOO)-results > $(ZOO).md && \
+	    cp $(ZOO).md docs/zoo.md && exit $$status
 
 torch-faults: $(VERSIONS:%=build/torch-%.txt)
 	for v in $(VERSIONS); do $(MAKE) VENV=build/torch-$$v CONSTRAINTS=build/torch-$$v.txt \
