@@ -16,6 +16,7 @@ from funcprecond import tree
 from funcprecond.autodiff.evaluation import Evaluation
 from funcprecond.autodiff.origin import Origin, recorded
 from funcprecond.autodiff.recorder import Recorder
+from funcprecond.checks import listed
 from funcprecond.need import Need, NotDue, is_mark
 from funcprecond.problems import Problem
 from funcprecond.tracing import in_transform, is_traced
@@ -318,10 +319,10 @@ def remind_of_buffers(problem: Problem, buffers: Buffers) -> None:
     changed = [k for k, b in buffers.items() if not torch.equal(b, problem.buffers[k])]
     if changed:
         msg = (
-            f"the model updates its buffers {changed} in every run, and was run twice from the "
-            "initial ones, so that eval mode would not know what was learned: in a training loop, "
-            "pass buffers=evidence.buffers of the step before. Where the initial ones are meant, "
-            "pass buffers=problem.buffers"
+            f"the model updates its buffers {listed(changed)} in every run, and was run twice from "
+            "the initial ones, so that eval mode would not know what was learned: in a training "
+            "loop, pass buffers=evidence.buffers of the step before. Where the initial ones are "
+            "meant, pass buffers=problem.buffers"
         )
         warnings.warn(msg, stacklevel=3)
 

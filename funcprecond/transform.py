@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from funcprecond.checks import listed
 from funcprecond.linalg import treemath
 from funcprecond.need import Need
 from funcprecond.tree import Params
@@ -89,14 +90,16 @@ def check_fit(shapes: dict[str, Any], grads: Params) -> None:
         return
     check_present(grads)
     missing, unknown = sorted(given.keys() - shapes.keys()), sorted(shapes.keys() - given.keys())
-    differing = {
-        k: f"{tuple(shapes[k])}, not {tuple(x)}"
+    differing = [
+        f"{k}: {tuple(shapes[k])}, not {tuple(x)}"
         for k, x in given.items()
         if k in shapes and tuple(shapes[k]) != tuple(x)
-    }
-    faults = [f"it has no entry for {missing}"] if missing else []
-    faults += [f"it has entries for {unknown}, which the gradient lacks"] if unknown else []
-    faults += [f"it has other shapes than the gradient for {differing}"] if differing else []
+    ]
+    faults = [f"it has no entry for {listed(missing)}"] if missing else []
+    faults += [f"it has entries for {listed(unknown)}, which the gradient lacks"] if unknown else []
+    faults += (
+        [f"it has other shapes than the gradient for {listed(differing)}"] if differing else []
+    )
     msg = (
         f"the state does not fit the gradient: {'; '.join(faults)}. A state belongs to the "
         "parameters that opt.init was called with: where these have changed, pass the gradient of "
@@ -109,7 +112,7 @@ def check_present(grads: Params) -> None:
     """Raise ValueError if a gradient is None, as ``.grad`` of what the loss does not depend on."""
     if none := sorted(k for k, x in grads.items() if x is None):
         msg = (
-            f"the gradient of {none} is None, as that of a parameter that the loss does not depend "
+            f"the gradient of {listed(none)} is None, as that of a parameter that the loss does not depend "
             "on: pass zeros, torch.zeros_like(param), or call opt.init and opt.update without it"
         )
         raise ValueError(msg)
@@ -181,7 +184,7 @@ def apply(params: Params, direction: Params, rate: float | Tensor = 1.0) -> Para
     """
     missing = params.keys() - direction.keys()
     if missing:
-        msg = f"the direction has no entry for {sorted(missing)}: it must contain every parameter"
+        msg = f"the direction has no entry for {listed(sorted(missing))}: it must contain every parameter"
         raise KeyError(msg)
     return treemath.add(params, treemath.cast(direction, params), -rate)
 

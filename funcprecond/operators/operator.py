@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from funcprecond.checks import listed
 from funcprecond.linalg import treemath
 from funcprecond.linalg.solution import Solution
 from funcprecond.linalg.treemath import wide_dot
@@ -194,7 +195,7 @@ class Operator(abc.ABC):
         if unknown or not names:
             msg = (
                 "a block needs the names of one or more of the operator's parameters, "
-                f"not {list(names)} (unknown: {unknown or 'none'})"
+                f"not {listed(names)} (unknown: {listed(unknown)})"
             )
             raise ValueError(msg)
         return self._block(names)

@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from funcprecond.checks import listed
 from funcprecond.tracing import multi_tensor
 from funcprecond.tree import Params
 
@@ -35,10 +36,10 @@ def is_stack(vector: Any, like: Params) -> bool:
     """
     expected = {k: tuple(p.shape) for k, p in like.items()}
     if not isinstance(vector, Mapping) or vector.keys() != expected.keys():
-        given = sorted(vector) if isinstance(vector, Mapping) else type(vector).__name__
+        given = listed(sorted(vector)) if isinstance(vector, Mapping) else type(vector).__name__
         msg = (
-            f"a vector must be a dict of tensors with the keys {sorted(expected)}, which are the "
-            f"names of the parameters, not {given}"
+            f"a vector must be a dict of tensors with the keys {listed(sorted(expected))}, which "
+            f"are the names of the parameters, not {given}"
         )
         raise ValueError(msg)
     shapes = {k: tuple(vector[k].shape) for k in expected}
@@ -182,8 +183,8 @@ def partition_of(params: Params, by: Partition) -> dict[str, list[str]]:
         missing = sorted(params.keys() - set(names))
         twice = sorted({k for k in names if names.count(k) > 1} | (set(names) - params.keys()))
         msg = (
-            f"the blocks must contain every parameter exactly once (missing: {missing or 'none'}; "
-            f"repeated or unknown: {twice or 'none'})"
+            f"the blocks must contain every parameter exactly once (missing: {listed(missing)}; "
+            f"repeated or unknown: {listed(twice)})"
         )
         raise ValueError(msg)
     return {label: list(group) for label, group in by.items()}

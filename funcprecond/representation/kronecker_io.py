@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from funcprecond.checks import listed
 from funcprecond.layers.block_matrix import split
 from funcprecond.layers.blocks import Layers, split_block
 from funcprecond.layers.kinds.affine import AffineCall
@@ -328,8 +329,8 @@ class KroneckerIO:
         unknown, missing = sorted(covered - shapes.keys()), sorted(shapes.keys() - covered)
         if unknown or missing:
             msg = (
-                f"the saved factors belong to another model: it has {unknown or 'no parameter'} "
-                f"that this one lacks, and lacks {missing or 'none'} of this one; restore them for "
+                f"the saved factors belong to another model: it has {listed(unknown)} "
+                f"that this one lacks, and lacks {listed(missing)} of this one; restore them for "
                 "the model that they were saved for"
             )
             raise ValueError(msg)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from funcprecond.checks import listed
 from funcprecond.evidence import Evidence
 from funcprecond.need import Need, Owned, is_mark
 from funcprecond.transform import Transform, check_fit, shapes_of
@@ -181,8 +182,8 @@ def partition(rules: Rules, **transforms: Transform) -> Transform:
                 names, measured = dict(state.names)[label], need.owner(evidence.params)
                 if not {*names} <= {*measured}:
                     msg = (
-                        f"the rules gave {list(names)} to {label!r} when opt.init was called, and "
-                        f"give it {list(measured)} now: a rule may depend on the name and the "
+                        f"the rules gave {listed(names)} to {label!r} when opt.init was called, and "
+                        f"give it {listed(measured)} now: a rule may depend on the name and the "
                         "shape of a parameter only"
                     )
                     raise ValueError(msg)
