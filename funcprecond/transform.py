@@ -112,15 +112,21 @@ def check_present(grads: Params) -> None:
     """Raise ValueError if a gradient is None, as ``.grad`` of what the loss does not depend on."""
     if none := sorted(k for k, x in grads.items() if x is None):
         msg = (
-            f"the gradient of {listed(none)} is None, as that of a parameter that the loss does not depend "
-            "on: pass zeros, torch.zeros_like(param), or call opt.init and opt.update without it"
+            f"the gradient of {listed(none)} is None, as that of a parameter that the loss does "
+            "not depend on: pass zeros, torch.zeros_like(param), or call opt.init and opt.update "
+            "without it"
         )
         raise ValueError(msg)
 
 
 def stateless(function: Callable[[Params], Params]) -> Transform:
     """Make a transform without a state from a function of the gradient."""
-    return gradient_only(lambda params: (), lambda state, grads: (state, function(grads)))
+
+    def update(state: tuple, grads: Params) -> tuple[tuple, Params]:
+        check_present(grads)
+        return state, function(grads)
+
+    return gradient_only(lambda params: (), update)
 
 
 def chain(*transforms: Transform) -> Transform:
@@ -184,7 +190,10 @@ def apply(params: Params, direction: Params, rate: float | Tensor = 1.0) -> Para
     """
     missing = params.keys() - direction.keys()
     if missing:
-        msg = f"the direction has no entry for {listed(sorted(missing))}: it must contain every parameter"
+        msg = (
+            f"the direction has no entry for {listed(sorted(missing))}: it must contain every "
+            "parameter"
+        )
         raise KeyError(msg)
     return treemath.add(params, treemath.cast(direction, params), -rate)
 

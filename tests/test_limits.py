@@ -288,7 +288,24 @@ def a_parameter_less() -> None:
         layer.bias.requires_grad_(False)
 
 
+def own_loss(measure):
+    """Measures a model whose output is its loss."""
+    problem = fp.problem(Model(lambda layer, x: layer(x).square().mean()), lambda loss, _: loss)
+    found = measure(problem, problem.params, (BATCH[0], None))
+    return found @ problem.params
+
+
+def without_gradient(opt, *instead):
+    params = {"w": torch.ones(2), "b": torch.ones(2)}
+    grads: dict = {"w": torch.ones(2), **dict.fromkeys(["b"][: len(instead)], None)}
+    opt.update(opt.init(params), grads)
+
+
 REFUSED: dict[str, list[Case]] = {
+    "a loss that the model computes itself": [
+        (lambda: own_loss(fp.GGN), TypeError, "outputs='logits'"),
+        (lambda: own_loss(fp.per_sample_grads), TypeError, "outputs='logits'"),
+    ],
     "examples that depend on each other": [
         (coupled, ValueError, "in_axes=None"),
         (batch_norm, ValueError, "GroupNorm, or eval mode"),
@@ -350,6 +367,11 @@ REFUSED: dict[str, list[Case]] = {
     "an update without the needs": [
         (lambda: no_needs(fp.kfac(damping=0.1)), fp.MissingEvidence, r"opt.needs\(t\)"),
         (lambda: no_needs(fp.shampoo()), fp.MissingEvidence, r"opt.needs\(t\)"),
+    ],
+    "a gradient that is `None`": [
+        (lambda: without_gradient(fp.adam(), None), ValueError, r"torch.zeros_like\(param\)"),
+        (lambda: without_gradient(fp.clip_norm(1.0), None), ValueError, "torch.zeros_like"),
+        (lambda: without_gradient(fp.adam()), ValueError, "which the gradient lacks"),
     ],
     "a state of other parameters": [
         (lambda: another_state(fp.adam()), ValueError, r"opt.init\(params\)"),

@@ -11,7 +11,7 @@ from torch import Tensor
 from funcprecond.checks import listed
 from funcprecond.evidence import Evidence
 from funcprecond.need import Need, Owned, is_mark
-from funcprecond.transform import Transform, check_fit, shapes_of
+from funcprecond.transform import Transform, check_fit, check_present, shapes_of
 from funcprecond.tree import Params, state, static
 
 __all__ = ["Assignment", "Partitioned", "assign", "partition"]
@@ -161,6 +161,7 @@ def partition(rules: Rules, **transforms: Transform) -> Transform:
     def update(
         state: Partitioned, grads: Params, evidence: Evidence | None = None
     ) -> tuple[Partitioned, Params]:
+        check_present(grads)
         covered = [k for _, names in state.names for k in names]
         # The methods compare the shapes.
         check_fit({k: grads[k].shape if k in grads else () for k in covered}, grads)
@@ -182,9 +183,9 @@ def partition(rules: Rules, **transforms: Transform) -> Transform:
                 names, measured = dict(state.names)[label], need.owner(evidence.params)
                 if not {*names} <= {*measured}:
                     msg = (
-                        f"the rules gave {listed(names)} to {label!r} when opt.init was called, and "
-                        f"give it {listed(measured)} now: a rule may depend on the name and the "
-                        "shape of a parameter only"
+                        f"the rules gave {listed(names)} to {label!r} when opt.init was called, "
+                        f"and give it {listed(measured)} now: a rule may depend on the name and "
+                        "the shape of a parameter only"
                     )
                     raise ValueError(msg)
                 found[need.need] = value

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from funcprecond import tree
 from funcprecond.evidence import Evidence
-from funcprecond.transform import Transform, counter
+from funcprecond.transform import Transform, check_present, counter
 from funcprecond.tree import Params, state
 
 __all__ = ["Guarded", "skip_nonfinite"]
@@ -55,6 +55,7 @@ def skip_nonfinite(transform: Transform) -> Transform:
     def update(
         state: Guarded, grads: Params, evidence: Evidence | None = None
     ) -> tuple[Guarded, Params]:
+        check_present(grads)
         # Zeros replace a bad gradient, because some decompositions raise an error for NaN.
         good = _finite(grads)
         clean = {k: torch.where(good, g, torch.zeros_like(g)) for k, g in grads.items()}

@@ -7,7 +7,7 @@ from torch import Tensor
 from funcprecond.checks import checked
 from funcprecond.evidence import Evidence, required
 from funcprecond.linalg import treemath
-from funcprecond.transform import Transform
+from funcprecond.transform import Transform, check_present
 from funcprecond.tree import Params
 
 __all__ = ["weight_decay"]
@@ -46,6 +46,7 @@ def weight_decay(
     def update(
         state: tuple, grads: Params, evidence: Evidence | None = None
     ) -> tuple[tuple, Params]:
+        check_present(grads)
         params = required(evidence).params
         chosen = {k: g for k, g in grads.items() if mask is None or mask(k, params[k])}
         return state, {**grads, **treemath.add(chosen, params, coefficient)}

@@ -1,7 +1,7 @@
-"""Every layer, activation and loss of ``torch.nn``: products with the Hessian are right or refused.
+"""Every layer, activation and loss of ``torch.nn``: Hessian products are right or refused.
 
-The classes are enumerated from ``torch.nn`` itself, so that a new one cannot be missed: it fails the
-first test until it has a line here.
+The classes are enumerated from ``torch.nn`` itself, so that a new one cannot be missed: it fails
+the first test until it has a line here.
 """
 
 import inspect
