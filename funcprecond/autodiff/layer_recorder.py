@@ -81,7 +81,7 @@ class LayerRecorder:
         self.inputs: list[Tensor] = []
         self.unrecorded: dict[str, str] = {}
         self.own_leaves: list[Tensor] = []
-        self._in_graph, self._detached = in_graph, detached
+        self.in_graph, self._detached = in_graph, detached
         self._level = transform_level()
         self._made: list[Recorded] = []
         # The tensors are kept alive, because the identity of a dead tensor may be used again.
@@ -132,12 +132,12 @@ class LayerRecorder:
     # ------------------------------------------------------------------ layers written as a loop
     def number(self) -> int:
         """The number of the next node of the graph."""
-        return sequence_number() if self._in_graph else 0
+        return sequence_number() if self.in_graph else 0
 
     def zeros_like(self, x: Tensor) -> Tensor:
         """Zeros to be added to the output of a layer, with a gradient that can be asked for."""
         zeros = torch.zeros_like(x)
-        if not self._in_graph:
+        if not self.in_graph:
             return zeros
         self.own_leaves.append(zeros.requires_grad_())
         return zeros
@@ -280,7 +280,7 @@ class LayerRecorder:
         first = self.number()
         out = run(*args, **kwargs)
         self._note_nodes(parts, first, out)
-        if self._in_graph and out.grad_fn is None:
+        if self.in_graph and out.grad_fn is None:
             # Nothing depends on what happens here, as under torch.no_grad.
             return out
         for use in uses:
@@ -336,17 +336,17 @@ class LayerRecorder:
             self.unrecorded[found.name] = "several functions"
             return x
         call = Embedding(weight=found.name, vocabulary=found.rows, padding=found.padding)
-        if self._in_graph and x.grad_fn is not None:
+        if self.in_graph and x.grad_fn is not None:
             self._made.append(
                 Recorded(rows.first, rows.end, frozenset([found.name]), frozenset([x.grad_fn]))
             )
-        if not self._in_graph or x.grad_fn is not None:
+        if not self.in_graph or x.grad_fn is not None:
             rows.tapped = self._add(Recognized(call, found.ids), x)
         return x if rows.tapped is None else rows.tapped
 
     def _note_nodes(self, names: Iterable[str], first: int, *outputs: Tensor) -> None:
         """Note that a recorded call of these parameters has made the latest nodes of the graph."""
-        if not self._in_graph:
+        if not self.in_graph:
             return
         nodes = frozenset(x.grad_fn for x in outputs if x.grad_fn is not None)
         if nodes:

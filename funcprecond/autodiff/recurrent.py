@@ -18,9 +18,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
 
 from funcprecond.autodiff.layer_recorder import LayerRecorder
 from funcprecond.autodiff.random_functions import dropout
+from funcprecond.autodiff.rules.backward import asked
 
 __all__ = ["CELLS", "can_write_out", "cell", "written_out"]
 
@@ -94,14 +97,16 @@ def _direction(func, layers, mode, x, state, weights, time, backward):
     w_ih, w_hh, b_ih, b_hh = weights
     with mode:
         z = F.linear(x, w_ih, b_ih)
-    first, index, shift = 0, None, None
+    first, index, shift, states = 0, None, None, []
     if layers is not None:
         first = layers.number()
-        if func is torch.gru:
-            shift, index = layers.open(w_hh, b_hh, layers.zeros_like(z))
-        else:
-            z, index = layers.open(w_hh, b_hh, z)
+        summand = layers.zeros_like(z) if func is torch.gru else z
+        summand, index = layers.open(w_hh, b_hh, summand)
         w_hh, b_hh = layers.prepared(w_hh), layers.prepared(b_hh)
+        if layers.in_graph and not mode.twice and w_hh.requires_grad:
+            summand = _WithWeight.apply(summand, w_hh, states)
+            w_hh = w_hh.detach()
+        z, shift = (z, summand) if func is torch.gru else (summand, None)
     if b_hh is not None and func is not torch.gru:
         z, b_hh = z + b_hh, None
     steps = z.unbind(time)
@@ -111,15 +116,36 @@ def _direction(func, layers, mode, x, state, weights, time, backward):
     after: list[Any] = [None] * len(steps)
     for t in reversed(order) if backward else order:
         before[t] = state[0]
-        s = F.linear(state[0], w_hh, b_hh)
-        s = s if shifts[t] is None else s + shifts[t]
+        s, shift = F.linear(state[0], w_hh, b_hh), shifts[t]
+        s = s if shift is None else s + shift
         state = cell(func, steps[t], s, state)
         after[t] = state[0]
     out = torch.stack(after, time)
     if layers is not None:
+        states.append(torch.stack(before, time))
         names = [layers.of(w) for w in weights[1::2]]
-        layers.close(index, torch.stack(before, time), names, first, [out, *state])
+        layers.close(index, states[0], names, first, [out, *state])
     return out, state
+
+
+class _WithWeight(Function):
+    """The identity, whose pull-back is also that of the products with the recurrent weight.
+
+    The gradient in the weight is one product over all steps. Autograd would add one per step.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, z, weight, states):
+        ctx.weight, ctx.states = weight, states
+        return z.view_as(z)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g):
+        if not asked(ctx, 2)[1]:
+            return g, None, None
+        rows, states = g.flatten(0, -2), ctx.states[0].detach().flatten(0, -2)
+        return g, (rows.mT @ states).to(ctx.weight.dtype), None
 
 
 def cell(func: Callable[..., Any], z: Tensor, s: Tensor, state: Sequence[Tensor]) -> list[Tensor]:

@@ -19,6 +19,7 @@ from funcprecond.checks import listed
 from funcprecond.layers.block_matrix import split
 from funcprecond.layers.blocks import Layers, split_block
 from funcprecond.layers.kinds.affine import AffineCall
+from funcprecond.layers.kinds.linear import Linear
 from funcprecond.layers.kinds.scale import Scale
 from funcprecond.layers.layer_call import LayerUse, Sharing
 from funcprecond.linalg.gram import is_thin, square
@@ -33,6 +34,7 @@ from funcprecond.representation.average import (
     present,
     separated,
 )
+from funcprecond.tracing import is_traced
 from funcprecond.tree import Params, state, static
 
 __all__ = ["KroneckerIO"]
@@ -259,6 +261,7 @@ class KroneckerIO:
         """
         value = value.restrict(self.names)
         left, right, units = dict(self.left), dict(self.right), dict(self.units)
+        computed: dict[Any, Tensor] = {}
         for block, uses in value.uses.items():
             call = uses[0].call
             if isinstance(call, Scale):
@@ -268,7 +271,11 @@ class KroneckerIO:
                 left[block], right[block] = self._tied_factors(uses, value.sharing, value.scale)
             else:
                 side = right if call.inputs_first else left
-                new = self._output_factor(uses, value.sharing, value.scale)
+                new = _once(
+                    computed,
+                    _identity(uses, lambda use: use.grads),
+                    lambda uses=uses: self._output_factor(uses, value.sharing, value.scale),
+                )
                 side[block] = _joined(side[block], new) if block in side else new
         others = {k: d * value.scale for k, d in value.others.items()}
         others = {k: self.others[k] + d if k in self.others else d for k, d in others.items()}
@@ -285,12 +292,18 @@ class KroneckerIO:
             The new representation, with a normalizer of 1.
         """
         left, right = dict(self.left), dict(self.right)
+        computed: dict[Any, Tensor] = {}
         for block, uses in blocks.items():
             call = uses[0].call
             if isinstance(call, AffineCall) and not _are_tied(uses):
                 side = left if call.inputs_first else right
                 bias = split_block(block)[1] is not None
-                side[block] = self._input_factor(uses, bias, sharing)
+                key = _identity(uses, lambda use: use.inputs)
+                side[block] = _once(
+                    computed,
+                    key and (key, bias),
+                    lambda uses=uses, bias=bias: self._input_factor(uses, bias, sharing),
+                )
         one = torch.ones_like(self.normalizer)
         return dataclasses.replace(self, left=left, right=right, normalizer=one)
 
@@ -385,7 +398,7 @@ class KroneckerIO:
         return self._cast(call.output_factor(uses, sharing, scale, thin=self.thin))
 
     def _cast(self, factor: Tensor) -> Tensor:
-        """The factor in the dtype of the parameters, which a layer may have cast to a smaller one."""
+        """The factor in the dtype of the parameters, if a layer has cast them to a smaller one."""
         return factor.to(torch.promote_types(factor.dtype, self.normalizer.dtype))
 
     def _is_long(self, length: int, call: AffineCall) -> bool:
@@ -410,6 +423,31 @@ class KroneckerIO:
                 dataclasses.replace(self, thin=False)._input_factor(applied, False, sharing),
             ],
         )
+
+
+def _identity(uses: Uses, chosen: Callable[[LayerUse], Tensor]) -> Any:
+    """What two linear layers share if they have the same rows; None if nobody can know.
+
+    Queries, keys and values have the same inputs, and the two weights of a recurrent layer the same
+    output gradients. Their factors need to be computed once.
+    """
+    if is_traced() or any(type(use.call) is not Linear or use.call.part for use in uses):
+        return None
+    rows = [(chosen(use), use.call) for use in uses]
+    return tuple(
+        (x.data_ptr(), x.shape, x.stride(), x.dtype, call.inner, call.shape[:-1])
+        for x, call in rows
+    )
+
+
+def _once(computed: dict[Any, Tensor], key: Any, compute: Callable[[], Tensor]) -> Tensor:
+    if key in computed:
+        # A copy, because no tensor may be in a state twice.
+        return computed[key].clone()
+    found = compute()
+    if key is not None:
+        computed[key] = found
+    return found
 
 
 def parameters(block: str) -> tuple[str, ...]:
