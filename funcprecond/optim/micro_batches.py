@@ -19,16 +19,18 @@ from funcprecond.layers.kinds.affine import AffineCall
 from funcprecond.layers.layer_call import LayerUse
 from funcprecond.need import Need
 from funcprecond.optim.watch import Measured
+from funcprecond.tree import Params
 
 __all__ = ["whole"]
 
 
-def whole(parts: Sequence[Measured], need: Need) -> Any:
+def whole(parts: Sequence[Measured], need: Need, params: Params) -> Any:
     """The measurement of a need on all micro-batches of a step, as if they had been one batch.
 
     Args:
         parts: the measurements.
         need: the need.
+        params: all parameters that were measured.
 
     Returns:
         A value of the type of the need.
@@ -43,7 +45,7 @@ def whole(parts: Sequence[Measured], need: Need) -> Any:
     if isinstance(need, SampledGradient):
         return _gradients(values, constants, total, parts, need)
     assert isinstance(need, LayerStatistics)
-    return _layers(values, parts, total, need)
+    return _layers(_in_one_form(values, params), parts, total, need)
 
 
 def _constants(parts: Sequence[Measured]) -> list[Tensor]:
@@ -105,14 +107,31 @@ def _layers(
         for k, x in value.others.items():
             x = (x * share).to(x.dtype)
             others[k] = others[k] + x if k in others else x
-    names = [k for block in uses for k in split_block(block) if k] + [*others]
-    if twice := sorted({k for k in names if names.count(k) > 1}):
-        msg = (
-            f"{twice} are used in one way by some micro-batches and in another way by others, so "
-            "that their curvatures cannot be added: take a step for each micro-batch"
-        )
-        raise ValueError(msg)
     return Layers(uses, others, total, values[0].sharing)
+
+
+def _in_one_form(values: Sequence[Layers], params: Params) -> Sequence[Layers]:
+    """The measurements, with a diagonal for what only some of them have in a block of its own.
+
+    A layer may be used in another way by some micro-batches, such as an embedding by one example.
+    """
+    forms: dict[str, set[str | None]] = {}
+    for value in values:
+        for block in value.uses:
+            for name in filter(None, split_block(block)):
+                forms.setdefault(name, set()).add(block)
+        for name in value.others:
+            forms.setdefault(name, set()).add(None)
+    mixed = {name for name, found in forms.items() if len(found) > 1}
+    found = []
+    for value in values:
+        flat = {b: u for b, u in value.uses.items() if not mixed.isdisjoint(split_block(b))}
+        others = dict(value.others)
+        for uses in flat.values():
+            others |= uses[0].call.diagonal(uses, params)
+        kept = {b: u for b, u in value.uses.items() if b not in flat}
+        found.append(dataclasses.replace(value, uses=kept, others=others))
+    return found
 
 
 def _scaled(use: LayerUse, factor: Tensor) -> LayerUse:

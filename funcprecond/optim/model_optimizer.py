@@ -323,8 +323,9 @@ class ModelOptimizer(MethodOptimizer):
                 "loss.backward(), or take the step with opt.step(closure)"
             )
             raise MissingEvidence(msg)
+        every: Params = {k: p.detach() for k, p in self.model.named_parameters()}
         evidence = super()._evidence(tuple(n for n in needs if is_mark(n)), params, grads)
-        return evidence.part({**evidence.measured, **{n: whole(pending, n) for n in real}})
+        return evidence.part({**evidence.measured, **{n: whole(pending, n, every) for n in real}})
 
     def _unmeasured(self, needs: Sequence[Need]) -> RuntimeError:
         return RuntimeError(

@@ -57,12 +57,13 @@ def find_by_gradients(run: GraphRun) -> Examples:
 
 def _place(g: Tensor, count: int, chosen: int) -> Place | None:
     """Where the examples are in the output of a layer that has this gradient for one example."""
-    for axis in range(min(g.ndim, 2)):
-        if g.shape[axis] % count or (axis and g.shape[axis] != count):
-            continue
-        inner = g.shape[axis] // count
-        for place in (Place(axis, inner), Place(axis, inner, False))[: 1 + (inner > 1)]:
-            parts = place.split(g)
-            if not (bool(parts[:chosen].any()) or bool(parts[chosen + 1 :].any())):
-                return place
+    own = [Place(axis) for axis in (0, 1) if g.shape[axis : axis + 1] == (count,)]
+    merged = []
+    if g.ndim and g.shape[0] % count == 0:
+        inner = g.shape[0] // count
+        merged = [Place(0, inner), Place(0, inner, examples_first=False)]
+    for place in (*own, *merged):
+        parts = place.split(g)
+        if not (bool(parts[:chosen].any()) or bool(parts[chosen + 1 :].any())):
+            return place
     return None

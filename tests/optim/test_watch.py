@@ -482,3 +482,38 @@ def test_groups_of_a_model():
     _, direction = method.update(method.init(problem.params), evidence.grads, evidence)
     moved = {k: start[k] - p.detach() for k, p in model.named_parameters()}
     assert_close(moved, direction, 1e-9)
+
+
+@pytest.mark.parametrize("name", ["kfac", "ekfac"])
+@pytest.mark.parametrize("make", [attention, convolution, position_first])
+def test_micro_batches_of_other_models_add_up(name, make):
+    found = []
+    # The tokens of a single example could be positions that all examples share.
+    uneven = (2, 2) if make is attention else (1, 3)
+    for sizes in ((4,), uneven, (2, 2)):
+        model, inputs, loss = make()
+        targets = inputs if inputs.dtype == torch.int64 else torch.arange(4) % 3
+        opt = fp.optim.CLASSES[name](model, lr=0.1, damping=0.1, labels="exact")
+        before = {k: p.detach().clone() for k, p in model.named_parameters()}
+        batches = cut((inputs, targets), *sizes)
+        one_step(opt, model, batches, loss, [n / 4 for n in sizes])
+        found.append({k: before[k] - p.detach() for k, p in model.named_parameters()})
+    assert_close(found[1], found[0], 1e-6)
+    assert_close(found[2], found[0], 1e-6)
+
+
+def test_a_layer_that_micro_batches_use_differently_keeps_its_diagonal():
+    model, inputs, loss = attention()
+    opt = fp.optim.KFAC(model, lr=0.1, damping=0.1, labels="exact", decay=None)
+    one_step(opt, model, cut((inputs, inputs), 1, 3), loss, (0.25, 0.75))
+    kept = opt.state_dict()["state"][0]["tensors"]
+    others = {k: x for k, x in kept.items() if ".others.table.weight" in k}
+    assert others
+    rows = torch.zeros(7, 8, dtype=torch.float64)
+    other, _, _ = attention()
+    problem = fp.problem(other, fp.losses.cross_entropy)
+    for example in inputs:
+        batch = example[None], example[None]
+        exact = fp.DiagonalGGN(problem, problem.params, batch).diagonal()["table.weight"]
+        rows += exact / 4
+    assert_close(next(iter(others.values())), rows, 1e-6)
