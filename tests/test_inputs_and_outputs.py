@@ -200,6 +200,35 @@ def test_an_object_that_torch_cannot_see_inside_names_what_to_choose():
         fp.observe(problem, problem.params, BATCH)
 
 
+def log_likelihood(outputs, targets):
+    return -torch.distributions.Normal(*outputs[1:]).log_prob(targets).mean() + outputs[0].mean()
+
+
+def test_tensors_in_an_object_among_the_outputs_are_missed_by_no_matrix():
+    """An actor-critic that returns a value and a distribution."""
+
+    def pack(z):
+        return {"value": z[:, 0].square(), "policy": torch.distributions.Normal(z, z.exp())}
+
+    def chosen(outputs):
+        return outputs["value"], outputs["policy"].loc, outputs["policy"].scale
+
+    def loss(outputs, targets):
+        return log_likelihood(chosen(outputs), targets)
+
+    module, batch = initialised(Net(pack)), (BATCH[0], normal((5, 3), 4))
+    hidden = fp.problem(module, loss)
+    seen = fp.problem(module, log_likelihood, outputs=chosen)
+    args = (hidden, hidden.params, batch), (seen, seen.params, batch)
+    v = hidden.params
+    assert_close(*[fp.observe(*a).grads for a in args], rtol=1e-12)
+    assert_close(*[fp.Hessian(*a) @ v for a in args], rtol=1e-12)
+    assert all(bool(x.any()) for x in (fp.GGN(*args[1]) @ v).values())
+    for measure in (lambda *a: fp.GGN(*a) @ v, fp.per_sample_grads, fp.DiagonalGGN):
+        with pytest.raises(TypeError, match="such as a distribution.*outputs=|likelihood"):
+            measure(*args[0])
+
+
 def test_one_output_of_several_is_asked_for_by_a_loss_of_one_tensor():
     problem = fp.problem(initialised(Net(PACKED["a dataclass"])), fp.losses.cross_entropy)
     with pytest.raises(TypeError, match="not a Output.*outputs="):

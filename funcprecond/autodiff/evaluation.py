@@ -423,10 +423,12 @@ class Evaluation:
         if isinstance(self._run, GraphRun) and self._run.loss_passes_by:
             msg = (
                 "the loss depends on the parameters in another way than through the outputs of the "
-                "model, as it does where it differentiates them with torch.autograd.grad: its "
-                "gradient and its Hessian are known, but not its Gauss-Newton and Fisher matrices, "
-                "nor what its layers and its examples contribute. Take these derivatives in the "
-                "model, return them as outputs, and let the loss be a function of them"
+                "model, as it does where it differentiates them with torch.autograd.grad, or takes "
+                "tensors from an object among them, such as a distribution: its gradient and its "
+                "Hessian are known, but not its Gauss-Newton and Fisher matrices, nor what its "
+                "layers and its examples contribute. Take these derivatives in the model, return "
+                "them and all tensors as outputs (fp.problem(..., outputs=) may choose them), and "
+                "let the loss be a function of them"
             )
             raise TypeError(msg)
 
