@@ -414,7 +414,9 @@ def as_lookup(view: View, tensor: Tensor) -> Lookup | None:
     if not is_table:
         return None
     lead, per_entry = view.shape[:-1], math.prod(view.sizes[1:-1])
-    start, entries = view.part or (view.index or 0, view.sizes[0])
+    # A vector is one row.
+    whole = (0, 1) if len(view.sizes) == 1 else (view.index or 0, view.sizes[0])
+    start, entries = view.part or whole
     ids = torch.arange(math.prod(lead), device=tensor.device).reshape(lead)
     return Lookup(view.name, ids + start * per_entry, entries * per_entry)
 

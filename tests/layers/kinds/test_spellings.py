@@ -298,6 +298,9 @@ CASES = {
     "class token": Case(
         lambda p, x: torch.cat([p["c"].expand(N_of(x), -1, -1), x], 1), {"c": (1, 1, I)}
     ),
+    "class token, a vector": Case(
+        lambda p, x: torch.cat([p["c"].expand(N_of(x), 1, -1), x], 1), {"c": (I,)}
+    ),
     "class token, repeated": Case(
         lambda p, x: torch.cat([x, p["c"].repeat(N_of(x), 1, 1)], 1), {"c": (1, 1, I)}
     ),
