@@ -3,6 +3,7 @@
 import importlib.metadata
 import json
 import pathlib
+import re
 import sys
 from collections import Counter
 from typing import Any
@@ -50,7 +51,8 @@ class Notes:
         self.sentences: list[str] = []
 
     def mark(self, sentence: str) -> str:
-        sentence = " ".join(sentence.split())
+        # An address in memory is another in each run.
+        sentence = re.sub(r" at 0x[0-9a-f]+", "", " ".join(sentence.split()))
         if sentence not in self.sentences:
             self.sentences.append(sentence)
         return f"<sup>{self.sentences.index(sentence) + 1}</sup>"
@@ -71,7 +73,10 @@ def row(name: str, cells: dict[str, Any], notes: Notes) -> list[str]:
                 outside,
             ]
         elif check == "methods":
-            marks = [notes.mark(f"`{k}`: {sentence}") for k, sentence in value.items()]
+            names: dict[str, list[str]] = {}
+            for method, sentence in value.items():
+                names.setdefault(sentence, []).append(f"`{method}`")
+            marks = [notes.mark(f"{', '.join(k)}: {sentence}") for sentence, k in names.items()]
             found.append(f"{len(CARDS) - len(value)}{''.join(marks)}")
         elif value.startswith("refused: "):
             found.append("refused" + notes.mark(value.removeprefix("refused: ")))

@@ -103,10 +103,10 @@ def convnext() -> Model:
 
 
 # --------------------------------------------------------------------------------------------- timm
-def _timm(name: str, pixels: int = 32, **options: Any) -> Model:
+def _timm(name: str, diagonal: tuple[str, ...] = (), **options: Any) -> Model:
     import timm
 
-    return images(timm.create_model(name, num_classes=CLASSES, **options), pixels)
+    return images(timm.create_model(name, num_classes=CLASSES, **options), diagonal=diagonal)
 
 
 TIMM: dict[str, tuple[str, dict[str, Any]]] = {
@@ -124,6 +124,7 @@ TIMM: dict[str, tuple[str, dict[str, Any]]] = {
             "depth": 2,
             "num_heads": 2,
             "drop_path_rate": 0.2,
+            "diagonal": ("pos_embed",),
         },
     ),
     "swin": (
