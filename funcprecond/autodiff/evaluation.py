@@ -113,7 +113,7 @@ class Evaluation:
         self._keep = keep
         # Runs on the single examples, kept by :func:`pull_each` for other cotangents.
         self.more_runs: dict[Any, Any] = {}
-        self._blocks: dict[tuple[bool, bool], dict[str, list[tuple[int, LayerCall]]]] = {}
+        self._blocks: dict[tuple[bool, ...], dict[str, list[tuple[int, LayerCall]]]] = {}
         eager = is_eager((params, self._buffers, batch))
         self._twice = twice or not eager
         if eager and not problem.reminded["shift"]:
@@ -170,7 +170,7 @@ class Evaluation:
         return self._run.unrecorded
 
     def blocks(
-        self, *, per_sample: bool = False, tied: bool = False
+        self, *, per_sample: bool = False, tied: bool = False, shared: bool = True
     ) -> dict[str, list[tuple[int, LayerCall]]]:
         """Group the recorded calls by block, see :func:`funcprecond.layers.blocks.complete_blocks`.
 
@@ -181,17 +181,22 @@ class Evaluation:
             per_sample: whether to leave out the blocks with a call in whose output the examples
                 cannot be told apart.
             tied: whether to keep a block whose weight is used by embeddings and by linear layers.
+            shared: whether to keep a block with a call whose output all examples share. Its output
+                gradients are sums over the examples. Their outer products are those of the examples
+                in the mean over sampled labels, but not with other labels.
 
         Returns:
             The indices of the calls of each block, and the part of each call that belongs to it.
         """
-        key = (per_sample, tied)
+        key = (per_sample, tied, shared)
         if key not in self._blocks:
             usable = [True] * len(self.calls)
+            if not shared and self.examples.shared:
+                usable = [not x for x in self.examples.shared]
             for i, call in enumerate(self.calls):
                 if per_sample or call.needs_examples:
                     place = self.examples.calls[i]
-                    usable[i] = place is not None and call.takes(place)
+                    usable[i] &= place is not None and call.takes(place)
             self._blocks[key] = complete_blocks(self.calls, self.unrecorded, usable, tied)
         return self._blocks[key]
 

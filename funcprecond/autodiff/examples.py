@@ -51,6 +51,8 @@ class Examples:
             if the values for one example depend on other examples.
         coupling: None if the examples are apart. Otherwise why they are not.
         joint: whether the user has declared that the inputs belong to all examples together.
+        shared: for each recorded call, whether its output is the same for all examples, so that its
+            gradients are sums over the examples.
     """
 
     count: int
@@ -60,6 +62,7 @@ class Examples:
     calls: tuple[Place | None, ...]
     coupling: str | None = None
     joint: bool = False
+    shared: tuple[bool, ...] = ()
 
     def require_apart(self) -> None:
         """Raise an error if the gradients of single examples are not defined.
@@ -135,12 +138,20 @@ def _find(evaluation: Any) -> tuple[Examples, bool]:
         return _by_length(evaluation, f"{known} couples the examples of a batch"), True
     if is_traced():
         return _by_shapes(evaluation), False
-    whys = []
+    whys: list[str] = []
+    second: tuple[Examples, bool] | None = None
     for count, axes in itertools.islice(_hypotheses(evaluation), ATTEMPTS):
         attempt = _Attempt(evaluation, count, axes)
-        if attempt.found is not None:
+        if attempt.found is None:
+            whys.append(attempt.why)
+        elif any(place is not None and place.axis == 0 for place in attempt.found.outputs):
             return attempt.found, attempt.is_certain
-        whys.append(attempt.why)
+        elif second is None:
+            # Where one input counts the rows of the outputs and another one the columns, the rows
+            # are the examples.
+            second = attempt.found, attempt.is_certain
+    if second is not None:
+        return second
     return _by_length(evaluation, whys[0] if whys else "no input has an axis for them"), True
 
 
@@ -267,17 +278,28 @@ class _Attempt:
         if self.found is None and any(m is not None and m.inner > 1 for m in masks):
             self._try([m if m is None else m._replace(examples_first=False) for m in masks])
 
-    def _run(self, masks: Sequence[Tensor] | None) -> tuple[Recorder, list[Tensor]] | None:
-        """Run the model on the chosen examples, with fresh masks if there are none."""
-        evaluation = self._evaluation
+    def _run(
+        self, masks: Sequence[Any] | None, chosen: Sequence[int] | None = None
+    ) -> tuple[Recorder, list[Tensor]] | None:
+        """Run the model on some of the examples.
+
+        Args:
+            masks: the places of the examples in the masks of the whole run; None draws fresh ones.
+            chosen: the examples, by default those of this attempt.
+        """
+        evaluation, chosen = self._evaluation, self._chosen if chosen is None else chosen
+        taken = None
+        if masks is not None:
+            pairs = zip(evaluation.masks, masks, strict=True)
+            taken = tuple(x if place is None else place.take(x, chosen) for x, place in pairs)
         parts = [
-            x if place is None else place.take(x, self._chosen)
+            x if place is None else place.take(x, chosen)
             for x, place in zip(evaluation.leaves, self._inputs, strict=True)
         ]
         inputs = tree.unflatten(parts, tree.flatten(evaluation.inputs)[1])
         params = {k: p.detach() for k, p in renamed(evaluation.params).items()}
-        fresh = None if masks is not None else torch.Generator()
-        recorder = Recorder(params, lambda z: z, tuple(masks or ()), fresh)
+        fresh = torch.Generator() if taken is None else None
+        recorder = Recorder(params, lambda z: z, taken or (), fresh)
         try:
             with torch.enable_grad(), recorder:
                 outputs, _ = evaluation.problem.forward(params, evaluation._buffers, inputs)
@@ -293,21 +315,22 @@ class _Attempt:
 
     def _try(self, masks: Sequence[Any]) -> None:
         evaluation, chosen = self._evaluation, self._chosen
-        run = self._run(
-            [
-                x if place is None else place.take(x, chosen)
-                for x, place in zip(evaluation.masks, masks, strict=True)
-            ]
-        )
+        run = self._run(masks)
         if run is None:
             return
         recorder, parts = run
-        calls, first_coupled = self._calls(recorder)
+        calls, shared, first_coupled = self._calls(recorder)
         whole = floating(evaluation.outputs)
         outputs = [self._located(x, y) for x, y in zip(whole, parts, strict=False)]
         sized = [p for p, x in zip(outputs, whole, strict=False) if x.ndim]
         if len(parts) != len(whole) or False in sized or not any(sized):
             self.why = first_coupled or "the outputs of one example depend on the others"
+            return
+        classes = getattr(evaluation.problem.loss, "class_dim", None)
+        if classes is not None and any(
+            p and p.axis == classes % x.ndim for p, x in zip(outputs, whole, strict=True)
+        ):
+            self.why = "the axis of the outputs that counts them is that of the classes"
             return
         if first_coupled and not self._values:
             calls = (None,) * len(calls)
@@ -316,12 +339,30 @@ class _Attempt:
             for place, x in zip(outputs, whole, strict=True)
         )
         places = tuple(p or None for p in outputs)
-        self.found = Examples(self._count, self._inputs, tuple(masks), places, calls)
+        shared = self._confirmed(shared, masks) if any(shared) else shared
+        self.found = Examples(self._count, self._inputs, tuple(masks), places, calls, shared=shared)
 
-    def _calls(self, recorder: Recorder) -> tuple[tuple[Place | None, ...], str | None]:
-        """The places of the calls, and a sentence about the first one with coupled examples."""
+    def _confirmed(self, shared: tuple[bool, ...], masks: Sequence[Any]) -> tuple[bool, ...]:
+        """Which calls have the same input for another example, too.
+
+        An expert may get all of its tokens from one of the chosen examples.
+        """
+        others = [n for n in range(self._count) if n not in self._chosen][:1] or [self._chosen[-1]]
+        run = self._run(masks, others)
+        if run is None:
+            return (False,) * len(shared)
+        again = self._calls(run[0])[1]
+        return tuple(a and b for a, b in zip(shared, again, strict=True))
+
+    def _calls(
+        self, recorder: Recorder
+    ) -> tuple[tuple[Place | None, ...], tuple[bool, ...], str | None]:
+        """The places of the calls, which of them all examples share, and what couples examples.
+
+        The last one is a sentence about the first call with coupled examples, or None.
+        """
         evaluation = self._evaluation
-        places, coupled = [], None
+        places, shared, coupled = [], [], None
         # The two runs may record the layers in another order, or some of them less often.
         counts = Counter(map(_layer, evaluation.calls))
         found: dict[Any, list[Any]] = {}
@@ -331,9 +372,12 @@ class _Attempt:
         for call, x in zip(evaluation.calls, evaluation.layer_inputs, strict=True):
             if _layer(call) not in pairs:
                 places.append(None)
+                shared.append(False)
                 continue
             part, y = next(pairs[_layer(call)])
             place, of_input = self._place(call.shape, part.shape), self._located(x, y)
+            is_same = place is None and of_input is None and call.takes(Place(0))
+            shared.append(is_same and _agree(x, y))
             if of_input is False and coupled is None:
                 coupled = (
                     f"what the layer with the parameter {call.weight!r} receives for one example "
@@ -343,7 +387,7 @@ class _Attempt:
                 places.append(place if place and place.inner == 1 else None)
                 continue
             places.append(of_input if place and of_input and place[:2] == of_input[:2] else None)
-        return tuple(places), coupled
+        return tuple(places), tuple(shared), coupled
 
     def _located(self, whole: Tensor, part: Tensor) -> Any:
         """The place in a tensor whose values agree with those of the part; False if they do not."""

@@ -244,6 +244,8 @@ class LayerRecorder:
         if self._detached:
             inner = [x.detach() if x is source else x for x in args]
         out = run(*inner, **kwargs)
+        if out is source:
+            return out
         found = None if view is None else viewed(func, view, source, args, kwargs, out)
         if found is not None:
             pairs = zip(out, found, strict=True) if isinstance(found, list) else [(out, found)]

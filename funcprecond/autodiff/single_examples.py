@@ -119,6 +119,8 @@ def _without_route(error: BaseException, names: Sequence[str]) -> RuntimeError:
 def _used(evaluation: Any, names: Sequence[str]) -> list[str]:
     """The parameters that the outputs of the run depend on. The rows of the others are zero."""
     run = evaluation._run
+    if not hasattr(run, "leaves"):
+        return list(names)
     # The nodes are kept alive, because the identity of a dead one may be used again.
     graph = list(nodes(floating(run.outputs)))
     reached = {id(getattr(node, "variable", node)) for node in graph}

@@ -131,7 +131,7 @@ class LayerStatistics(Need):
         """The parameters outside of the layers that are measured."""
         blocks = []
         if not (self.exact and evaluation.examples.joint):
-            blocks = evaluation.blocks(per_sample=self._apart, tied=self.tied)
+            blocks = evaluation.blocks(**self._options)
         covered = {part for name in blocks for part in split_block(name) if part}
         names = [k for k in evaluation.params if k not in covered]
         if self.others != "diagonal":
@@ -143,8 +143,10 @@ class LayerStatistics(Need):
         return [k for k in names if k in used]
 
     @property
-    def _apart(self) -> bool:
-        return self.per_sample or self.sharing == "reduce"
+    def _options(self) -> dict[str, bool]:
+        """Which blocks are layers, see :meth:`funcprecond.Evaluation.blocks`."""
+        apart = self.per_sample or self.sharing == "reduce"
+        return {"per_sample": apart, "tied": self.tied, "shared": self.labels == "mc"}
 
     def _layers(
         self,
@@ -157,7 +159,7 @@ class LayerStatistics(Need):
             evaluation.examples.require_apart()
         uses = {}
         if not (self.exact and evaluation.examples.joint):
-            uses = layer_uses(evaluation, grads, per_sample=self._apart, tied=self.tied)
+            uses = layer_uses(evaluation, grads, **self._options)
         names = self._rest(evaluation)
         if not names or self.others == "none":
             return Layers(uses, {}, scale, self.sharing)
@@ -239,6 +241,7 @@ def layer_uses(
     *,
     per_sample: bool = False,
     tied: bool = False,
+    shared: bool = True,
 ) -> dict[str, tuple[LayerUse, ...]]:
     """The uses of each block whose calls were all recorded.
 
@@ -246,6 +249,7 @@ def layer_uses(
         evaluation: the batch, opened with ``layers=True``.
         grads: (V, *output shape), the output gradients of each call.
         per_sample, tied: see :class:`LayerStatistics`.
+        shared: see :meth:`funcprecond.Evaluation.blocks`.
     """
     inputs, calls = evaluation.layer_inputs, evaluation.calls
 
@@ -257,7 +261,9 @@ def layer_uses(
 
     return {
         name: tuple(use(*member) for member in members)
-        for name, members in evaluation.blocks(per_sample=per_sample, tied=tied).items()
+        for name, members in evaluation.blocks(
+            per_sample=per_sample, tied=tied, shared=shared
+        ).items()
     }
 
 
@@ -295,9 +301,18 @@ def _warn_of_diagonals(names: list[str], evaluation: Evaluation) -> None:
     """Warn of matrices whose curvature is kept as a diagonal only; Python shows each text once."""
     for name in () if torch.compiler.is_compiling() else names:
         if evaluation.params[name].ndim > 1:
-            used = evaluation.unrecorded.get(name, "layers of several kinds")
-            msg = (
-                f"parameter {name!r} is used by {used}, for which there are no layer statistics: "
-                "only the diagonal of its curvature is kept"
-            )
-            warnings.warn(msg, stacklevel=2)
+            msg = f"parameter {name!r} {_use_of(name, evaluation)}: only the diagonal of its "
+            warnings.warn(f"{msg}curvature is kept", stacklevel=2)
+
+
+def _use_of(name: str, evaluation: Evaluation) -> str:
+    """Why a parameter has no block."""
+    if name in evaluation.unrecorded:
+        function = evaluation.unrecorded[name]
+        return f"is used by {function}, for which there are no layer statistics"
+    own = [call for call in evaluation.calls if name in (call.weight, call.bias)]
+    if len({type(call) for call in own}) > 1:
+        return "is used by layers of several kinds"
+    if not all(map(own[0].combines_with, own)):
+        return "is used by one kind of layer in several ways"
+    return "is used by a layer whose rows are not those of single examples"

@@ -5,6 +5,7 @@ rearrangement of those of the case, and all curvature must be the same rearrange
 """
 
 import dataclasses
+import warnings
 from collections.abc import Callable
 
 import einops
@@ -392,3 +393,40 @@ def test_the_direction_is_that_of_the_plain_spelling(name, method):
     ours, theirs = found
     before = {"before": ours["before"]}
     assert_close(before | case.rearranged(ours), theirs, rtol=CASES[name].rtol)
+
+
+@pytest.mark.parametrize("labels", ["exact", "empirical", "mc"])
+def test_a_table_that_all_examples_share_is_a_layer_for_sampled_labels_only(labels):
+    """The bias of attention scores: what is looked up is permuted before it meets the examples."""
+
+    def model(p, x):
+        bias = p["e"][torch.arange(T * T).reshape(T, T) % 3].permute(2, 0, 1)
+        scores = torch.einsum("nti,nsi->nts", x, x).unsqueeze(1) + bias
+        return (scores.softmax(-1) @ x.unsqueeze(1)).tanh().mean((1, 2)) @ HEAD[:I]
+
+    params = {"e": normal((3, 2))}
+    problem = fp.problem(model, fp.losses.cross_entropy, params=params)
+    batch = (normal((N, T, I), 5), LABELS)
+    generator = torch.Generator().manual_seed(0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        layers = fp.layer_statistics(problem, params, batch, labels=labels, generator=generator)
+    assert list(layers.uses) == (["e"] if labels == "mc" else [])
+    assert list(layers.others) == ([] if labels == "mc" else ["e"])
+    assert_close(fp.per_sample_grads(problem, params, batch), rows_of(problem, params, batch))
+
+
+def test_the_rows_of_a_batch_of_two_towers_are_its_examples():
+    """The texts come first in the inputs, and are the classes of the images."""
+
+    def model(p, inputs):
+        texts, images = inputs
+        return F.normalize(images @ p["a"], dim=1) @ F.normalize(texts @ p["b"], dim=1).T
+
+    params = {"a": normal((3, 4)), "b": normal((2, 4), 1)}
+    problem = fp.problem(model, fp.losses.cross_entropy, params=params)
+    batch = ((normal((5, 2), 2), normal((5, 3), 3)), torch.arange(5))
+    dense = reference.ggn(problem, params, batch)
+    found = treemath.ravel(fp.DiagonalGGN(problem, params, batch).diagonal())
+    assert_close(found, dense.diagonal(), rtol=1e-9)
+    assert_close(fp.GGN(problem, params, batch).trace(), dense.trace(), rtol=1e-9)
