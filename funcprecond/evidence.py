@@ -271,6 +271,7 @@ def observe(
     needs = tuple(dict.fromkeys(needs))
     if noise is None:
         noise = Noise((), _draw(problem, params, batch, needs, generator))
+    differentiate = [n for n in needs if n.differentiates and not is_mark(n)]
     evaluation = Evaluation(
         problem,
         params,
@@ -280,16 +281,21 @@ def observe(
         generator=generator,
         layers=any(n.layers for n in needs),
         twice=any(n.twice for n in needs),
-        keep=any(n.differentiates and not is_mark(n) for n in needs),
+        keep=bool(differentiate),
+        takes_gradient=lambda call, x: any(n.takes_gradient(call, x) for n in needs),
     )
     grads = evaluation.grads
+    measured = {}
+    for need in needs:
+        evaluation.is_last = need in differentiate[-1:] and all(n.frees_run for n in differentiate)
+        measured[need] = need.measure(evaluation, noise.needs.get(need, ()))
     evidence = Evidence(
         params=params,
         loss=evaluation.loss,
         outputs=_returned(evaluation.outputs),
         grads=grads,
         buffers=evaluation.buffers,
-        measured={n: n.measure(evaluation, noise.needs.get(n, ())) for n in needs},
+        measured=measured,
         origin=recorded(grads),
     )
     if buffers is None and problem.buffers:

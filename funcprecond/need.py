@@ -8,9 +8,11 @@ from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import torch
+from torch import Tensor
 
 from funcprecond.autodiff.evaluation import Evaluation
 from funcprecond.autodiff.part import Part
+from funcprecond.layers.layer_call import LayerCall
 from funcprecond.problems import Problem
 from funcprecond.tree import Params
 
@@ -29,6 +31,8 @@ class Need:
         twice: whether the measurement takes products with the Hessian or the Jacobian.
         differentiates: whether the measurement takes derivatives other than the gradient, so that
             the graph of the run must be kept.
+        frees_run: whether the measurement takes its derivatives once and for all, so that the last
+            one of a run may free its graph.
         gives: the type of the measured value. :func:`funcprecond.compose` compares it with the type
             that a representation accepts.
     """
@@ -36,7 +40,17 @@ class Need:
     layers: ClassVar[bool] = False
     twice: ClassVar[bool] = False
     differentiates: ClassVar[bool] = True
+    frees_run: ClassVar[bool] = False
     gives: ClassVar[type] = object
+
+    def takes_gradient(self, call: LayerCall, inputs: Tensor) -> bool:
+        """Whether the measurement uses the gradient of the loss in the output of a layer.
+
+        Args:
+            call: a recorded call of the layer.
+            inputs: its input.
+        """
+        return False
 
     def draw(
         self, problem: Problem, params: Params, batch: Any, generator: torch.Generator | None
@@ -204,6 +218,14 @@ class Owned(Need):
     def differentiates(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
         """See :class:`Need`."""
         return self.need.differentiates
+
+    @property
+    def frees_run(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """See :class:`Need`."""
+        return self.need.frees_run
+
+    def takes_gradient(self, call: LayerCall, inputs: Tensor) -> bool:
+        return self.need.takes_gradient(call, inputs)
 
     def draw(
         self, problem: Problem, params: Params, batch: Any, generator: torch.Generator | None

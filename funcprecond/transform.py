@@ -122,7 +122,7 @@ def check_present(grads: Params) -> None:
 def stateless(function: Callable[[Params], Params]) -> Transform:
     """Make a transform without a state from a function of the gradient."""
 
-    def update(state: tuple, grads: Params) -> tuple[tuple, Params]:
+    def update(state, grads):
         check_present(grads)
         return state, function(grads)
 

@@ -62,9 +62,13 @@ class Evaluation:
             gradient frees the graph.
         forward_only: whether only the outputs, the buffers and the inputs of the layers will be
             requested, so that no graph for derivatives is built.
+        takes_gradient: a function ``(call, input) -> bool``: whether :attr:`layer_grads` will be
+            used for a recorded call; by default for all of them. The others are not kept.
 
     Attributes:
         problem, params: as given.
+        is_last: whether the measurement that is being taken is the last one, which may free the
+            graph.
         inputs, targets: the two parts of the batch.
         masks: all dropout masks of the run.
 
@@ -101,6 +105,7 @@ class Evaluation:
         twice: bool = False,
         keep: bool = True,
         forward_only: bool = False,
+        takes_gradient: Callable[[LayerCall, Tensor], bool] = lambda call, x: True,
     ):
         self.problem = problem
         self.params = params
@@ -111,6 +116,8 @@ class Evaluation:
         self._generator = generator
         self._layers = layers
         self._keep = keep
+        self._takes_gradient = takes_gradient
+        self.is_last = False
         # Runs on the single examples, kept by :func:`pull_each` for other cotangents.
         self.more_runs: dict[Any, Any] = {}
         self._blocks: dict[tuple[bool, ...], dict[str, list[tuple[int, LayerCall]]]] = {}

@@ -419,7 +419,7 @@ def _layer(call: LayerCall) -> tuple[str, str | None]:
 
 def _agree(x: Tensor, y: Tensor) -> bool:
     """Whether two tensors are equal up to the rounding of runs on different batches."""
-    if not x.is_floating_point():
+    if not x.is_floating_point() or not x.numel():
         return torch.equal(x, y)
     rounding = torch.finfo(x.dtype).eps ** 0.5 * float(x.abs().nan_to_num().amax())
     return torch.allclose(x, y, rtol=0, atol=rounding, equal_nan=True)

@@ -31,6 +31,7 @@ class GraphRun:
 
     def __init__(self, evaluation: Any, params: Params | None = None):
         self._twice, self._keep = evaluation._twice, evaluation._keep
+        self._takes_gradient = evaluation._takes_gradient
         check_recording()
         records_layers = evaluation._layers and params is None
         source = evaluation.params if params is None else params
@@ -89,15 +90,18 @@ class GraphRun:
 
     @opened_once
     def grads(self):
-        inputs = [*self.leaves.values(), *self.edges]
+        pairs = zip(self.calls, self.layer_inputs, strict=True)
+        chosen = [i for i, pair in enumerate(pairs) if self._takes_gradient(*pair)]
+        inputs = [*self.leaves.values(), *(self.edges[i] for i in chosen)]
         graph = self._twice and self._graph_of_grads is None
         everything = self._gradient(self.loss, None, inputs, graph, self._keep)
         n = len(self.leaves)
         grads = dict(zip(self.leaves, everything[:n], strict=True))
+        of_layers = self._placed(everything[n:], chosen)
         if not graph:
-            return grads, everything[n:]
+            return grads, of_layers
         self._graph_of_grads = grads
-        return detach(grads), [g.detach() for g in everything[n:]]
+        return detach(grads), [g.detach() for g in of_layers]
 
     def pull(self, cotangents, keep, names=None):
         leaves = {k: self.leaves[k] for k in (self.leaves if names is None else names)}
@@ -117,10 +121,14 @@ class GraphRun:
     def pull_layers(self, cotangents, keep, chosen=None):
         if chosen is None:
             return self._pull(cotangents, self.edges, keep=keep)
+        pulled = self._pull(cotangents, [self.edges[i] for i in chosen], keep=keep)
+        return self._placed(pulled, chosen)
+
+    def _placed(self, gradients: Sequence[Tensor], chosen: Sequence[int]) -> Sequence[Tensor]:
+        """A gradient for each call, which is zero and takes no memory if it is not chosen."""
         zero = next(iter(self.leaves.values())).new_zeros(())
         found = [zero.expand(call.shape) for call in self.calls]
-        pulled = self._pull(cotangents, [self.edges[i] for i in chosen], keep=keep)
-        for i, g in zip(chosen, pulled, strict=True):
+        for i, g in zip(chosen, gradients, strict=True):
             found[i] = g
         return found
 

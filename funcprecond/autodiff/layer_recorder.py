@@ -212,7 +212,8 @@ class LayerRecorder:
         """
         sources = [(view.name, x) for x, view in self._views.values()]
         sources += [(w.lookup.name, w.tensor) for w in self._waiting.values() if w.tapped is None]
-        return hidden_uses(outputs, sources, self._made)
+        # Rows of a table are noted when they are used, later than they were looked up.
+        return hidden_uses(outputs, sources, sorted(self._made, key=lambda call: call.first))
 
     def _own(self, arguments: Iterable[Any]) -> Iterator[Tensor]:
         """The tensors in nested containers that are views, or rows of a table."""

@@ -55,6 +55,11 @@ class Part:
         """See :meth:`funcprecond.Evaluation.pull`."""
         return self._whole.pull(cotangents, keep, list(self.params) if names is None else names)
 
+    @property
+    def is_last(self) -> bool:
+        """See :class:`funcprecond.Evaluation`."""
+        return self._whole.is_last
+
     def pull_layers(
         self, cotangents: Any, keep: bool = True, chosen: Sequence[int] | None = None
     ) -> Sequence[Tensor]:

@@ -70,6 +70,7 @@ class LayerStatistics(Need):
     tied: bool = False
     layers: ClassVar[bool] = True
     exact: ClassVar[bool] = False
+    frees_run: ClassVar[bool] = True
     gives: ClassVar[type] = Layers
 
     def __post_init__(self):
@@ -86,6 +87,9 @@ class LayerStatistics(Need):
         """The cotangents that are pulled back to the layers."""
         return evaluation.cotangents(self.labels, noise)
 
+    def takes_gradient(self, call: LayerCall, inputs: Tensor) -> bool:
+        return self.labels == "empirical"
+
     def measure(self, evaluation: Evaluation, noise: Any) -> Layers:
         if self.labels == "empirical":
             # The gradient of the loss exists already. Its rows are c times those of the loss terms,
@@ -93,7 +97,9 @@ class LayerStatistics(Need):
             grads = [g.unsqueeze(0) for g in evaluation.layer_grads]
             return self._layers(evaluation, None, grads, 1 / evaluation.constant)
         cotangents = self.cotangents(evaluation, noise)
-        pulled = [evaluation.pull_layers(u) for u in cotangents]
+        frees = len(cotangents) - 1 if evaluation.is_last else None
+        frees = None if frees is not None and self._pulls_again(evaluation) else frees
+        pulled = [evaluation.pull_layers(u, keep=i != frees) for i, u in enumerate(cotangents)]
         grads = [_stack(g) for g in zip(*pulled, strict=True)]
         return self._layers(evaluation, cotangents, grads, evaluation.constant)
 

@@ -35,7 +35,7 @@ def kfac(
     labels: Labels = "mc",
     samples: int = 1,
     sharing: Sharing = "expand",
-    max_dim: int = 0,
+    max_dim: int = 10000,
     decay: Decay = 0.95,
     every: int = 1,
     refresh_every: int = 10,

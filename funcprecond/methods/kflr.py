@@ -26,7 +26,7 @@ def kflr(
     damping: float | Tensor = 1e-3,
     damping_split: Literal["joint", "pi", "equal"] = "joint",
     sharing: Sharing = "expand",
-    max_dim: int = 0,
+    max_dim: int = 10000,
     decay: Decay = 0.95,
     every: int = 1,
     refresh_every: int = 10,

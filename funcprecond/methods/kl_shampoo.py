@@ -58,7 +58,7 @@ def kl_shampoo(
     epsilon: float | Tensor = 1e-6,
     merge: int = 0,
     block: int = 0,
-    max_dim: int = 0,
+    max_dim: int = 10000,
     every: int = 1,
     refresh_every: int = 10,
     start: int = 0,

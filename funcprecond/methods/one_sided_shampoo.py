@@ -34,8 +34,8 @@ def one_sided_shampoo(
     side: Literal["shortest", "first", "last"] = "shortest",
     ridge: Ridge = "inner",
     every: int = 1,
-    refresh_every: int = 1,
-    start: int = 0,
+    refresh_every: int = 10,
+    start: int = 10,
     dtype: torch.dtype | None = None,
 ) -> Transform:
     """One-sided Shampoo (Xie et al., ICML 2025, arXiv 2503.10537).

@@ -31,12 +31,12 @@ def shampoo(
     decay: Decay = "sum",
     exponent: float | None = None,
     every: int = 1,
-    refresh_every: int = 1,
-    start: int = 0,
+    refresh_every: int = 10,
+    start: int = 10,
     stagger: bool = False,
     merge: int = 0,
     block: int = 0,
-    max_dim: int = 0,
+    max_dim: int = 10000,
     dtype: torch.dtype | None = None,
     method: Method = "auto",
     state_dtype: torch.dtype | None = None,
@@ -60,13 +60,16 @@ def shampoo(
         exponent: the power of each inverse factor; None means 1 / (2 k), and 1/2 is known as
             "Shampoo squared".
         every, refresh_every, start: the intervals of the statistics and of the roots, in steps, see
-            :func:`funcprecond.compose`. If ``refresh_every`` is above 1, set ``start`` to a few
-            steps: the first statistics have the rank of one gradient, and their roots are poor.
+            :func:`funcprecond.compose`. New roots at each step, as in the paper, cost tens of
+            gradients on small batches, and statistics change little within 10 steps. The first
+            statistics have the rank of one gradient and their roots are poor, so that the roots
+            are new at each step before ``start``.
         stagger: refresh a few factors at each step instead of all of them at one step, see
             :func:`funcprecond.compose`. One factor is always decomposed in one step, so ``block``
             limits how long the slowest step takes.
         merge, block, max_dim: how parameters are cut into blocks, see
-            :class:`funcprecond.linalg.blocking.Blocking`. By default they are not cut.
+            :class:`funcprecond.linalg.blocking.Blocking`. By default they are not cut, and an axis
+            that is longer than ``max_dim``, such as that of a vocabulary, has no factor.
         dtype, method: the dtype and the algorithm of the roots, see
             :func:`funcprecond.linalg.inverse_root`.
         state_dtype, packed: the dtype in which the state is stored, and whether only one half of

@@ -7,7 +7,9 @@ inputs. Only their product has a meaning; it is in units of the loss.
 """
 
 import dataclasses
+import itertools
 import math
+import operator
 import warnings
 from collections.abc import Callable, Collection
 from typing import Any, ClassVar
@@ -379,10 +381,12 @@ class KroneckerIO:
         left, right = self.left[block], self.right[block]
         groups = max(x.shape[lead] if x.ndim == lead + 3 else 1 for x in (left, right))
         rows, columns = left.shape[-1], right.shape[-1]
-        # The bias is a column, or a row of a layer whose first axis is that of its inputs.
-        has_bias = split_block(block)[1] is not None
-        fits = groups * rows * columns == count
-        fits = fits and (not has_bias or groups * rows - shape[0] in (0, 1))
+        if split_block(block)[1] is not None:
+            # The bias is a column, or a row of a layer whose first axis is that of its inputs.
+            possible = [shape[0], shape[0] + 1]
+        else:
+            possible = itertools.accumulate((1, *shape), operator.mul)
+        fits = groups * rows * columns == count and groups * rows in possible
         return f"{groups} matrices of shape {(rows, columns)}", fits
 
     def _input_factor(self, uses: Uses, bias: bool, sharing: Sharing) -> Tensor:

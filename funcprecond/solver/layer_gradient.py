@@ -2,18 +2,20 @@
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
+from funcprecond.autodiff.evaluation import Evaluation
 from funcprecond.curvature.layer_statistics import LayerStatistics
 from funcprecond.evidence import Evidence
 from funcprecond.layers.block_matrix import join, split
 from funcprecond.layers.blocks import Layers, split_block
 from funcprecond.layers.kinds.affine import AffineCall, with_ones
-from funcprecond.layers.layer_call import LayerUse
+from funcprecond.layers.layer_call import LayerCall, LayerUse
 from funcprecond.linalg.precision import factor_dtype
+from funcprecond.losses.base import Labels
 from funcprecond.tree import Params
 
 __all__ = [
@@ -25,8 +27,36 @@ __all__ = [
     "unit_inverses",
 ]
 
-# The need for the rows of the loss's gradient, whose outer products add up to the gradient.
-GRADIENT_ROWS = LayerStatistics("empirical", others="none")
+
+@dataclasses.dataclass(frozen=True)
+class GradientRows(LayerStatistics):
+    """The rows of the loss's gradient, whose outer products add up to the gradient.
+
+    Only those of layers with few rows are kept, with which a product costs less than with the
+    gradient itself. They are computed along with the gradient.
+    """
+
+    labels: Labels = "empirical"
+    others: Literal["diagonal", "rows", "none"] = "none"
+    differentiates: ClassVar[bool] = False
+
+    def takes_gradient(self, call: LayerCall, inputs: Tensor) -> bool:
+        if not isinstance(call, AffineCall) or not call.rows_are_given:
+            return False
+        o, i = call.shape[-1], inputs.shape[-1] + (call.bias is not None)
+        return inputs.shape[:-1].numel() * (o * o + i * i + o * i) < o * i * (o + i)
+
+    def measure(self, evaluation: Evaluation, noise: Any) -> Layers:
+        layers = super().measure(evaluation, noise)
+        few = {
+            block: uses
+            for block, uses in layers.uses.items()
+            if len(uses) == 1 and self.takes_gradient(uses[0].call, uses[0].inputs)
+        }
+        return dataclasses.replace(layers, uses=few)
+
+
+GRADIENT_ROWS = GradientRows()
 
 
 class BlockShape(NamedTuple):
@@ -130,7 +160,7 @@ def unit_inverses(units: dict[str, Tensor], damping: float | Tensor) -> dict[str
 
 
 def _gradient(grads: Params, block: str, shape: BlockShape, rows: Layers | None) -> LayerGradient:
-    use = _few_rows(grads, block, rows)
+    use = _few_rows(block, rows)
     if use is None:
         return LayerGradient(None, join(grads, grads, block, shape.rows, shape.groups))
     g = use.grads.flatten(0, -2)
@@ -139,16 +169,7 @@ def _gradient(grads: Params, block: str, shape: BlockShape, rows: Layers | None)
     return LayerGradient(g.to(inputs.dtype), with_ones(inputs) if biased else inputs)
 
 
-def _few_rows(grads: Params, block: str, rows: Layers | None) -> LayerUse | None:
+def _few_rows(block: str, rows: Layers | None) -> LayerUse | None:
     """The only use of a layer, if its rows are known and solving for them costs less; else None."""
     uses = () if rows is None else rows.uses.get(block, ())
-    if len(uses) != 1:
-        return None
-    (use,) = uses
-    if not isinstance(use.call, AffineCall) or not use.call.rows_are_given:
-        return None
-    bias = split_block(block)[1]
-    o, i = use.grads.shape[-1], use.inputs.shape[-1] + (bias is not None)
-    count = use.inputs.shape[:-1].numel()
-    cheaper = count * (o * o + i * i + o * i) < o * i * (o + i)
-    return use if cheaper else None
+    return uses[0] if uses else None

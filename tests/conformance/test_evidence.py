@@ -170,8 +170,8 @@ def test_a_change_in_place_inside_a_compiled_function_counts(name):
 MISFITS = {
     "a name is missing": ({"0.bias"}, {}, r"entries for \['0.bias'\], which the gradient lacks"),
     "a name is new": (set(), {"3.extra": (2, 2)}, r"no entry for \['3.extra'\]"),
-    "a shape differs": (set(), {"0.weight": (7, 12)}, r"'0.weight': '\(20, 12\), not \(7, 12\)'"),
-    "a shape that would broadcast": (set(), {"0.bias": (1,)}, r"'0.bias': '\(20,\), not \(1,\)'"),
+    "a shape differs": (set(), {"0.weight": (7, 12)}, r"0.weight: \(20, 12\), not \(7, 12\)"),
+    "a shape that would broadcast": (set(), {"0.bias": (1,)}, r"0.bias: \(20,\), not \(1,\)"),
 }
 
 
