@@ -37,14 +37,15 @@ class Line:
 
 
 EXACT = {"labels": "exact"}
+AT_EVERY_STEP = {"refresh_every": 1, "start": 0}
 METHODS: dict[str, Line] = {
     "sgd": Line(references.identity),
     "adam": Line(references.inverse_magnitude),
     "adamw": Line(references.inverse_magnitude, {"weight_decay": 0.0}),
     "adagrad": Line(references.inverse_magnitude),
     "adagrad_full": Line(references.adagrad_full),
-    "shampoo": Line(references.shampoo),
-    "caspr": Line(references.caspr),
+    "shampoo": Line(references.shampoo, AT_EVERY_STEP),
+    "caspr": Line(references.caspr, AT_EVERY_STEP),
     "kfac": Line(references.kfac, {"damping": 1e-2}, EXACT, learns_layers=True),
     "adaptive_kfac": Line(
         "tests/methods/test_adaptive_kfac.py::test_every_step_is_the_papers",
@@ -59,7 +60,8 @@ METHODS: dict[str, Line] = {
     "muon": Line(references.orthogonal_factor, dense={"polynomial": "svd"}),
     "one_sided_shampoo": Line(
         "tests/methods/test_one_sided_shampoo.py::"
-        "test_the_direction_is_the_inverse_root_of_one_gram_matrix"
+        "test_the_direction_is_the_inverse_root_of_one_gram_matrix",
+        AT_EVERY_STEP,
     ),
     "splus": Line("tests/methods/test_splus.py::test_splus_is_the_plain_loop_step_by_step"),
     "kl_shampoo": Line(

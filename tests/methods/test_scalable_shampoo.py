@@ -23,7 +23,7 @@ MAGNITUDES = {
 @pytest.mark.parametrize("combine", ["shampoo", "caspr"])
 def test_statistics_every_few_steps_are_those_of_these_steps(combine):
     grads = [normal((4, 3), t) for t in range(8)]
-    found = path(getattr(fp, combine)(every=3), [{"w": g} for g in grads])
+    found = path(getattr(fp, combine)(every=3, refresh_every=1, start=0), [{"w": g} for g in grads])
     for t, g in enumerate(grads):
         seen = grads[: t + 1 : 3]
         expected = applied(getattr(reference, combine)(seen, EPSILON), g)
@@ -33,7 +33,7 @@ def test_statistics_every_few_steps_are_those_of_these_steps(combine):
 @pytest.mark.parametrize("build", [fp.soap, fp.splus])
 def test_statistics_every_few_steps_are_averages_of_these_steps(build):
     grads, beta = [normal((4, 3), t) for t in range(8)], 0.7
-    state = stepped(build(every=3, decay=beta), [{"w": g} for g in grads])[-1]
+    state = stepped(build(every=3, refresh_every=1, start=0, decay=beta), [{"w": g} for g in grads])[-1]
     weights = [(1 - beta) * beta ** (2 - i) for i in range(3)]
     expected = sum(w * g @ g.T for w, g in zip(weights, grads[::3], strict=True))
     assert_close(state.statistics["w"][0], expected, rtol=1e-12)
@@ -53,7 +53,7 @@ def test_the_length_is_of_any_other_method_and_the_direction_shampoos(kind):
 
 def test_until_the_warm_up_ends_steps_are_the_other_methods():
     grads = [{"w": normal((4, 3), t)} for t in range(6)]
-    found = path(fp.graft(fp.shampoo(refresh_every=2), fp.adam(), start=3), grads)
+    found = path(fp.graft(fp.shampoo(refresh_every=2, start=0), fp.adam(), start=3), grads)
     assert_close(found[:3], path(fp.adam(), grads)[:3], rtol=1e-12)
     assert not torch.allclose(found[3]["w"], path(fp.adam(), grads)[3]["w"])
 
@@ -61,7 +61,7 @@ def test_until_the_warm_up_ends_steps_are_the_other_methods():
 def test_momentum_before_and_after_a_fixed_preconditioner_agree_and_grafted_differ():
     """SS-7."""
     grads = [{"w": normal((4, 3), t)} for t in range(6)]
-    fixed = fp.shampoo(every=9, refresh_every=9)
+    fixed = fp.shampoo(every=9, refresh_every=9, start=0)
     after = fp.chain(fixed, fp.momentum(0.9, average=True))
 
     def before(grads):

@@ -125,7 +125,7 @@ def test_a_moving_average_is_the_weighted_sum_of_grams(randn):
 def test_between_refreshes_old_roots_meet_the_current_gradient(randn):
     """SS-5: stale until the refresh, fresh at it; statistics are taken all along."""
     grads = [randn(4, 3) for _ in range(7)]
-    opt = fp.shampoo(refresh_every=5)
+    opt = fp.shampoo(refresh_every=5, start=0)
     state = opt.init({"w": grads[0]})
     for t, g in enumerate(grads):
         evidence = fp.Evidence(None, None, None, None, {}, dict.fromkeys(opt.needs(t), ()))

@@ -46,7 +46,7 @@ def test_one_step_is_the_method_itself():
 
 
 def test_inner_intervals_count_groups():
-    opt = fp.accumulate(fp.shampoo(refresh_every=2), 2)
+    opt = fp.accumulate(fp.shampoo(refresh_every=2, start=0), 2)
     refreshed = [t for t in range(10) if fp.Every("refresh", 2) in opt.needs(t)]
     assert refreshed == [1, 5, 9]
 
