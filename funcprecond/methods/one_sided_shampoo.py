@@ -35,7 +35,7 @@ def one_sided_shampoo(
     ridge: Ridge = "inner",
     every: int = 1,
     refresh_every: int = 10,
-    start: int = 10,
+    start: int = 25,
     dtype: torch.dtype | None = None,
 ) -> Transform:
     """One-sided Shampoo (Xie et al., ICML 2025, arXiv 2503.10537).

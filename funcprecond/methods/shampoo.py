@@ -32,7 +32,7 @@ def shampoo(
     exponent: float | None = None,
     every: int = 1,
     refresh_every: int = 10,
-    start: int = 10,
+    start: int = 25,
     stagger: bool = False,
     merge: int = 0,
     block: int = 0,

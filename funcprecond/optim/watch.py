@@ -195,7 +195,7 @@ class WatchedEvaluation(Evaluation):
     ):
         self.problem, self.params, self.targets = problem, problem.params, targets
         self.inputs, self.masks, self._blocks, self._run = None, (), {}, run
-        self._places = places
+        self._places, self.is_last = places, False
 
     @property
     def grads(self) -> Params:
