@@ -55,6 +55,7 @@ from funcprecond.methods.muon import muon
 from funcprecond.methods.one_sided_shampoo import one_sided_shampoo
 from funcprecond.methods.sgd import sgd
 from funcprecond.methods.shampoo import shampoo
+from funcprecond.methods.skfac import skfac
 from funcprecond.methods.smw_ng import smw_ng
 from funcprecond.methods.soap import soap
 from funcprecond.methods.splus import splus
@@ -114,6 +115,7 @@ __all__ = [  # noqa: RUF022 - in groups, by use
     "one_sided_shampoo",
     "sgd",
     "shampoo",
+    "skfac",
     "smw_ng",
     "soap",
     "splus",

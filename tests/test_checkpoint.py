@@ -422,6 +422,7 @@ LAYERED = {
     "kfac with short factors": fp.kfac(max_dim=3),
     "ekfac": fp.ekfac(),
     "kflr": fp.kflr(),
+    "skfac": fp.skfac(),
     "adaptive_kfac": fp.adaptive_kfac(),
     "partition": fp.partition(
         [("embed.*", "a"), ("norm.*", "a"), ("*", "b")], a=fp.adam(), b=fp.kfac()

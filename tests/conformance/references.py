@@ -93,6 +93,18 @@ def kfac(problem, params, batch):
     return _damped(problem, params, batch, solve)
 
 
+def kfac_of_one_batch(problem, params, batch):
+    """``(B + √λ/π I)^-1 ⊗ (A + √λ π I)^-1`` with the factors of the exact Fisher matrix."""
+
+    def solve(a, b, fisher):
+        pi = (a.trace() / len(a) / (b.trace() / len(b))).sqrt()
+        right = a + DAMPING**0.5 * pi * reference.eye(len(a))
+        left = b + DAMPING**0.5 / pi * reference.eye(len(b))
+        return torch.linalg.inv(reference.kron(left, right))
+
+    return _damped(problem, params, batch, solve)
+
+
 def ekfac(problem, params, batch):
     """K-FAC's eigenbasis with the exact Fisher block's diagonal in it."""
 
