@@ -45,6 +45,7 @@ from funcprecond.methods.adam import adam, adamw
 from funcprecond.methods.adaptive_kfac import adaptive_kfac
 from funcprecond.methods.caspr import caspr
 from funcprecond.methods.ekfac import ekfac
+from funcprecond.methods.foof import foof
 from funcprecond.methods.ggt import ggt
 from funcprecond.methods.hessian_free import hessian_free
 from funcprecond.methods.kfac import kfac
@@ -105,6 +106,7 @@ __all__ = [  # noqa: RUF022 - in groups, by use
     "adaptive_kfac",
     "caspr",
     "ekfac",
+    "foof",
     "ggt",
     "hessian_free",
     "kfac",

@@ -423,6 +423,7 @@ LAYERED = {
     "ekfac": fp.ekfac(),
     "kflr": fp.kflr(),
     "skfac": fp.skfac(),
+    "foof": fp.foof(),
     "adaptive_kfac": fp.adaptive_kfac(),
     "partition": fp.partition(
         [("embed.*", "a"), ("norm.*", "a"), ("*", "b")], a=fp.adam(), b=fp.kfac()

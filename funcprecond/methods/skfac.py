@@ -19,7 +19,7 @@ __all__ = ["skfac"]
     curvature="F̂_nmc, F̂_emp",
     representation="layer, KF-io, rank reduced",
     solver="L direct, SMW inverse",
-    learning_rate=0.03,
+    learning_rate=0.01,
 )
 def skfac(
     *,

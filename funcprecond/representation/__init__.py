@@ -9,8 +9,10 @@ from funcprecond.representation.dense import Dense
 from funcprecond.representation.diagonal import Diagonal
 from funcprecond.representation.eigenbasis_moments import EigenbasisMoments
 from funcprecond.representation.gram import Gram
+from funcprecond.representation.input_moments import InputMoments
 from funcprecond.representation.kronecker_dim import KroneckerDim
 from funcprecond.representation.kronecker_io import KroneckerIO
+from funcprecond.representation.layer_factors import LayerFactors
 from funcprecond.representation.representation import Representation, WithDiagonal, WithMatrices
 from funcprecond.representation.tensor_normal import TensorNormal
 
@@ -21,8 +23,10 @@ __all__ = [
     "Diagonal",
     "EigenbasisMoments",
     "Gram",
+    "InputMoments",
     "KroneckerDim",
     "KroneckerIO",
+    "LayerFactors",
     "Representation",
     "RisingDecay",
     "TensorNormal",

@@ -10,6 +10,7 @@ from funcprecond.solver.cholesky import Cholesky
 from funcprecond.solver.divide import Divide
 from funcprecond.solver.eigen import Eigen
 from funcprecond.solver.followed_eigenbases import FollowedEigenbases
+from funcprecond.solver.input_inverse import InputInverse
 from funcprecond.solver.inverse_root import InverseRoot
 from funcprecond.solver.kronecker_sum import KroneckerSum
 from funcprecond.solver.smw import SMW
@@ -22,6 +23,7 @@ __all__ = [
     "Divide",
     "Eigen",
     "FollowedEigenbases",
+    "InputInverse",
     "InverseRoot",
     "KroneckerSum",
     "Solver",

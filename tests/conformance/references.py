@@ -116,6 +116,16 @@ def ekfac(problem, params, batch):
     return _damped(problem, params, batch, solve)
 
 
+def foof(problem, params, batch):
+    """``I ⊗ (A + damping tr(A) / dim(A) I)^-1``."""
+
+    def solve(a, b, fisher):
+        ridge = DAMPING * a.trace() / len(a) * reference.eye(len(a))
+        return reference.kron(reference.eye(len(b)), torch.linalg.inv(a + ridge))
+
+    return _damped(problem, params, batch, solve)
+
+
 def unit_norm(problem, params, batch):
     """L-BFGS without a pair: the gradient, shrunk to a 1-norm of at most 1."""
     size = reference.ravel(_gradients(problem, params, batch)).abs().sum()
