@@ -45,6 +45,8 @@ from funcprecond.methods.adam import adam, adamw
 from funcprecond.methods.adaptive_kfac import adaptive_kfac
 from funcprecond.methods.caspr import caspr
 from funcprecond.methods.ekfac import ekfac
+from funcprecond.methods.eva import eva
+from funcprecond.methods.eva_s import eva_s
 from funcprecond.methods.foof import foof
 from funcprecond.methods.ggt import ggt
 from funcprecond.methods.hessian_free import hessian_free
@@ -106,6 +108,8 @@ __all__ = [  # noqa: RUF022 - in groups, by use
     "adaptive_kfac",
     "caspr",
     "ekfac",
+    "eva",
+    "eva_s",
     "foof",
     "ggt",
     "hessian_free",

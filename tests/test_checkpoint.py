@@ -424,6 +424,7 @@ LAYERED = {
     "kflr": fp.kflr(),
     "skfac": fp.skfac(),
     "foof": fp.foof(),
+    "eva": fp.eva(),
     "adaptive_kfac": fp.adaptive_kfac(),
     "partition": fp.partition(
         [("embed.*", "a"), ("norm.*", "a"), ("*", "b")], a=fp.adam(), b=fp.kfac()

@@ -19,7 +19,7 @@ __all__ = ["foof"]
     curvature="input covariance",
     representation="layer, KF-io",
     solver="L/G direct, Cholesky inverse",
-    learning_rate=0.1,
+    learning_rate=0.00316,
 )
 def foof(
     *,

@@ -51,7 +51,8 @@ kl_shampoo
 muon
 sophia | Sophia (Liu 2023) | H, G | element | G direct, clipped division
 foof
-eva | Eva (Zhang 2023) | F̂_emp | layer, rank-one KF-io | G direct, Sherman-Morrison
+eva
+eva_s
 singd | SINGD (Lin 2024) | F̂_emp | layer, KF-io of the inverse | G iter, products only
 nystrom_cg | Nyström-preconditioned CG (Rathore 2024) | H, G | full, low-rank | L iter, CG
 sgd

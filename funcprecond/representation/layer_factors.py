@@ -8,7 +8,14 @@ from torch import Tensor
 
 from funcprecond.checks import listed
 from funcprecond.layers.blocks import split_block
-from funcprecond.representation.average import Decay, accumulate, divisor, normalizer_after, present
+from funcprecond.representation.average import (
+    Decay,
+    Present,
+    accumulate,
+    divisor,
+    normalizer_after,
+    present,
+)
 from funcprecond.tree import Params, state, static
 
 __all__ = ["LayerFactors", "parameters"]
@@ -81,7 +88,7 @@ class LayerFactors:
         kept = [k for k in self.blocks if k in found or taken.isdisjoint(parameters(k))]
         zero = next(iter(found.values())).new_zeros(())
         before = {k: self.normalizers.get(k, zero) for k in dict.fromkeys([*kept, *found])}
-        now = {k: present(before[k], decay) for k in found}
+        now: dict[str, Present] = {k: present(before[k], decay) for k in found}
         after = {k: normalizer_after(x, now[k]) if k in now else x for k, x in before.items()}
         covered = {name for block in after for name in parameters(block)}
         unused = {k: zero.clone() for k in self.names if k not in covered}

@@ -13,6 +13,7 @@ from funcprecond.solver.followed_eigenbases import FollowedEigenbases
 from funcprecond.solver.input_inverse import InputInverse
 from funcprecond.solver.inverse_root import InverseRoot
 from funcprecond.solver.kronecker_sum import KroneckerSum
+from funcprecond.solver.rank_one import RankOne
 from funcprecond.solver.smw import SMW
 from funcprecond.solver.solver import Solver
 
@@ -26,5 +27,6 @@ __all__ = [
     "InputInverse",
     "InverseRoot",
     "KroneckerSum",
+    "RankOne",
     "Solver",
 ]

@@ -124,21 +124,13 @@ class InputInverse:
                 lambda x: side(factor.left, block, x), lambda x: side(factor.right, block, x)
             )
 
-        shapes = {k: _shape(k, factor, grads) for k in factor.ridges}
-        rows = gradient_rows(grads, evidence)
-        direction = apply_blocks(grads, shapes, solve, {}, {}, self.damping, rows)
-        covered = {name for block in shapes for name in parameters(block)}
-        return {
-            k: x if k in covered else (x / (1 + self.damping)).to(x.dtype)
-            for k, x in direction.items()
+        shapes = {
+            k: BlockShape.of_side(
+                grads, k, factor.left.get(k), factor.right.get(k), max(1, ridge.numel())
+            )
+            for k, ridge in factor.ridges.items()
         }
-
-
-def _shape(block: str, factor: InputInverseFactor, grads: Params) -> BlockShape:
-    """The shape of a layer's matrix, from the size of one of its sides."""
-    matrix = factor.left[block] if block in factor.left else factor.right[block]
-    groups = matrix.shape[0] if matrix.ndim == 3 else 1
-    if block in factor.left:
-        return BlockShape(groups, matrix.shape[-1])
-    entries = sum(grads[name].numel() for name in parameters(block))
-    return BlockShape(groups, entries // (groups * matrix.shape[-1]))
+        covered = {name for block in shapes for name in parameters(block)}
+        others = {k: 1.0 for k in grads if k not in covered}
+        rows = gradient_rows(grads, evidence)
+        return apply_blocks(grads, shapes, solve, {}, others, self.damping, rows)

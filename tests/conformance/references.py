@@ -126,6 +126,35 @@ def foof(problem, params, batch):
     return _damped(problem, params, batch, solve)
 
 
+def eva(problem, params, batch):
+    """``(0.03 I + v v^T)^-1`` with v the outer product of the layer's mean rows.
+
+    The gradient of an example in the bias is its gradient at the layer's output, and the last
+    column of A is the mean of the inputs.
+    """
+    size, start = reference.ravel(params).numel(), 0
+    rows = reference.per_example(problem, params, batch)
+    matrix = torch.zeros(size, size, dtype=torch.float64)
+    for a, b, _, order in mlp_layers(problem, params, batch):
+        end = start + len(order)
+        v = torch.outer(rows[:, end - len(b) : end].mean(0), a[:, -1]).reshape(-1)
+        index = torch.tensor(order)
+        dense = 0.03 * reference.eye(len(v)) + torch.outer(v, v)
+        matrix[index.unsqueeze(1), index] = torch.linalg.inv(dense)
+        start = end
+    return matrix
+
+
+def eva_s(problem, params, batch):
+    """``(0.03 I + v v^T)^-1``, v the outer product of the gradient's means along its axes."""
+
+    def matrix(g):
+        v = torch.outer(g.mean(1), g.mean(0)).reshape(-1)
+        return torch.linalg.inv(0.03 * reference.eye(len(v)) + torch.outer(v, v))
+
+    return _blocks(problem, params, batch, matrix, lambda g: reference.eye(len(g)) / 0.03)
+
+
 def unit_norm(problem, params, batch):
     """L-BFGS without a pair: the gradient, shrunk to a 1-norm of at most 1."""
     size = reference.ravel(_gradients(problem, params, batch)).abs().sum()
