@@ -21,7 +21,7 @@ __all__ = ["eva"]
     curvature="F̂_emp",
     representation="layer, rank-one KF-io",
     solver="G direct, Sherman-Morrison",
-    learning_rate=0.001,
+    learning_rate=0.00316,
 )
 def eva(
     *,
@@ -43,24 +43,24 @@ def eva(
         d = (λ I + I ⊗ ā āᵀ)^-1 G    = (G - G ā āᵀ / (λ + ‖ā‖²)) / λ                 form="eva-f"
 
     ā and ḡ are moving averages over the steps. The labels are those of the data, because the mean
-    of g is zero for labels sampled from the model. At a minimum ḡ vanishes as well, and ``d`` is
-    then ``G / λ``: a suitable learning rate is of the order of λ times that of gradient descent. The
-    authors bound the step's length by :func:`funcprecond.kl_clip`.
+    of g is zero for labels sampled from the model. At a minimum ḡ vanishes as well, and d is then
+    ``G / λ``: a suitable learning rate is of the order of λ times that of gradient descent. The
+    authors bound the length of a step by :func:`funcprecond.kl_clip`.
 
     Args:
         damping: λ, in units of the loss; for "eva-f" in units of squared inputs.
-        form: "eva" has the vectors of both factors, "eva-f" those of FOOF
-            (:func:`funcprecond.foof`), of the inputs alone. A third one of the paper, of the means of
-            the gradient's axes, is :func:`funcprecond.eva_s`.
-        decay: the weight of the old vectors in the moving average, 0.05 as in the authors' program,
-            or None to use the newest batch alone.
+        form: "eva" has the vectors of both factors; "eva-f" has those of the inputs alone, as FOOF
+            does (:func:`funcprecond.foof`). The paper's third form, Eva-s, is
+            :func:`funcprecond.eva_s`.
+        decay: the weight of the old vectors in the moving average, 0.05 as in the authors'
+            program, or None to use the newest batch alone.
         every: the interval of the measurement of the vectors, in steps.
 
     Returns:
         A method that needs the inputs of the layers and their output gradients, of which the
         gradient consists anyway. Its state has 2 (i + o) numbers for a layer of i inputs and o
-        outputs, and a step takes about 4 i o operations. The gradients of all other parameters, such
-        as those of norm layers, are divided by λ.
+        outputs, and a step takes about 4 i o operations. The gradients of all other parameters,
+        such as those of norm layers, are divided by λ.
 
     Raises:
         ValueError: an option has a value that is not allowed.

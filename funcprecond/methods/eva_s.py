@@ -35,7 +35,7 @@ class EvaSState:
     curvature="F̂_emp^batch",
     representation="layer, rank-one KF-dim",
     solver="G direct, Sherman-Morrison",
-    learning_rate=0.003,
+    learning_rate=0.00316,
 )
 def eva_s(*, damping: float | Tensor = 0.03, decay: Decay = "sum") -> Transform:
     """Eva-s, the vectorized Shampoo (Zhang, Shi & Li, arXiv 2308.02123).

@@ -12,7 +12,7 @@ from funcprecond.representation.gram import Gram
 from funcprecond.representation.input_moments import InputMoments
 from funcprecond.representation.kronecker_dim import KroneckerDim
 from funcprecond.representation.kronecker_io import KroneckerIO
-from funcprecond.representation.layer_factors import LayerFactors
+from funcprecond.representation.layer_averages import LayerAverages
 from funcprecond.representation.mean_rows import MeanRows
 from funcprecond.representation.representation import Representation, WithDiagonal, WithMatrices
 from funcprecond.representation.tensor_normal import TensorNormal
@@ -27,7 +27,7 @@ __all__ = [
     "InputMoments",
     "KroneckerDim",
     "KroneckerIO",
-    "LayerFactors",
+    "LayerAverages",
     "MeanRows",
     "Representation",
     "RisingDecay",

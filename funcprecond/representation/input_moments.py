@@ -7,14 +7,14 @@ from torch import Tensor
 from funcprecond.layers.blocks import Layers, split_block
 from funcprecond.layers.kinds.affine import AffineCall
 from funcprecond.representation.average import Decay
-from funcprecond.representation.layer_factors import LayerFactors
+from funcprecond.representation.layer_averages import TwoSided
 from funcprecond.tree import state
 
 __all__ = ["InputMoments"]
 
 
 @state
-class InputMoments(LayerFactors):
+class InputMoments(TwoSided):
     """``A = mean a a^T`` over the rows of each layer's inputs, with 1 appended if there is a bias.
 
     The curvature of a layer is ``I ⊗ A``: A acts on the columns of ``[W | b]`` and is in ``right``,
@@ -24,8 +24,8 @@ class InputMoments(LayerFactors):
     M < i + 1. Other parameters, such as those of norm layers, have no statistic.
 
     Attributes:
-        left, right, normalizers, names, shapes: see
-            :class:`funcprecond.representation.LayerFactors`.
+        normalizers, names, shapes, left, right: see
+            :class:`funcprecond.representation.layer_averages.TwoSided`.
     """
 
     accepts: ClassVar[type] = Layers
@@ -49,4 +49,4 @@ class InputMoments(LayerFactors):
                 bias = split_block(block)[1] is not None
                 moment = call.input_factor(uses, bias, value.sharing, thin=decay is None)
                 (left if call.inputs_first else right)[block] = moment
-        return self.include(left, right, decay)
+        return self.include(decay, left=left, right=right)

@@ -8,14 +8,14 @@ from torch import Tensor
 from funcprecond.layers.blocks import Layers, split_block
 from funcprecond.layers.kinds.affine import AffineCall
 from funcprecond.representation.average import Decay
-from funcprecond.representation.layer_factors import LayerFactors
+from funcprecond.representation.layer_averages import TwoSided
 from funcprecond.tree import Params, state, static
 
 __all__ = ["MeanRows"]
 
 
 @state
-class MeanRows(LayerFactors):
+class MeanRows(TwoSided):
     """The vectors ``ā = mean [a, 1]`` and ``ḡ = √(c N) mean_n Σ_t g_nt`` of each layer.
 
     The means are over N examples with positions t; c is the reduction constant of the loss, and g
@@ -26,8 +26,8 @@ class MeanRows(LayerFactors):
     parameters, such as those of norm layers, have no vectors.
 
     Attributes:
-        left, right, normalizers, names, shapes: see
-            :class:`funcprecond.representation.LayerFactors`.
+        normalizers, names, shapes, left, right: see
+            :class:`funcprecond.representation.layer_averages.TwoSided`.
         outputs: whether there are vectors of output gradients.
     """
 
@@ -72,4 +72,4 @@ class MeanRows(LayerFactors):
                 count = call.positions(uses[0].inputs, "reduce")
                 total = call.output_sum(uses)
                 others[block] = total * (value.scale / count).sqrt().to(total.dtype)
-        return self.include(left, right, decay)
+        return self.include(decay, left=left, right=right)

@@ -16,7 +16,7 @@ from funcprecond.linalg.damped_factor import (
 )
 from funcprecond.need import Need
 from funcprecond.representation.input_moments import InputMoments
-from funcprecond.representation.layer_factors import parameters
+from funcprecond.representation.layer_averages import parameters
 from funcprecond.solver.layer_gradient import (
     GRADIENT_ROWS,
     BlockShape,

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from funcprecond.evidence import Evidence
 from funcprecond.need import Need
-from funcprecond.representation.layer_factors import parameters
+from funcprecond.representation.layer_averages import parameters
 from funcprecond.representation.mean_rows import MeanRows
 from funcprecond.solver.layer_gradient import BlockShape, LayerGradient, apply_blocks
 from funcprecond.tree import Params, state

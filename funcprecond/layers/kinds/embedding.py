@@ -95,7 +95,7 @@ class Embedding(AffineCall):
         return self.input_factor(uses, bias, sharing)
 
     def input_mean(self, uses: Sequence[LayerUse], bias: bool) -> Tensor:
-        """Compute (vocabulary,), the frequencies of the tokens, which are the mean of one-hot rows."""
+        """Compute (vocabulary,), the frequencies of the tokens: the mean of one-hot rows."""
         return self.input_factor(uses, bias, "expand")
 
     def second_moments(
