@@ -63,6 +63,7 @@ from funcprecond.methods.smw_ng import smw_ng
 from funcprecond.methods.soap import soap
 from funcprecond.methods.splus import splus
 from funcprecond.methods.tnt import tnt
+from funcprecond.methods.unit_ng import unit_ng
 from funcprecond.need import Every, Need
 from funcprecond.operators.curvature_matrices import GGN, Fisher, Hessian
 from funcprecond.operators.diagonal import DiagonalGGN
@@ -126,6 +127,7 @@ __all__ = [  # noqa: RUF022 - in groups, by use
     "soap",
     "splus",
     "tnt",
+    "unit_ng",
     # Methods of one's own, from the three stages.
     "Composed",
     "NoRepresentation",

@@ -424,6 +424,8 @@ LAYERED = {
     "kflr": fp.kflr(),
     "skfac": fp.skfac(),
     "foof": fp.foof(),
+    "unit_ng": fp.unit_ng(),
+    "unit_ng of borders": fp.unit_ng(quasi_diagonal=True),
     "eva": fp.eva(),
     "adaptive_kfac": fp.adaptive_kfac(),
     "partition": fp.partition(

@@ -37,7 +37,7 @@ tnt
 shampoo
 caspr
 one_sided_shampoo
-unit_ng | Unit-wise NG (Ollivier 2015) | F̂_nmc, F̂_emp | unit, dense | L/G direct, Cholesky inverse
+unit_ng
 adahessian
 sfn | SFN (Dauphin 2014) | |H| | element; full, low-rank | L/G direct, division; L iter, Lanczos
 esgd | Equilibrated SGD (Dauphin 2015) | |H| | element | L/G direct, division

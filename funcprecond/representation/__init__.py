@@ -16,6 +16,7 @@ from funcprecond.representation.layer_averages import LayerAverages
 from funcprecond.representation.mean_rows import MeanRows
 from funcprecond.representation.representation import Representation, WithDiagonal, WithMatrices
 from funcprecond.representation.tensor_normal import TensorNormal
+from funcprecond.representation.unit_blocks import UnitBlocks
 
 __all__ = [
     "Average",
@@ -32,6 +33,7 @@ __all__ = [
     "Representation",
     "RisingDecay",
     "TensorNormal",
+    "UnitBlocks",
     "WithDiagonal",
     "WithMatrices",
 ]

@@ -16,6 +16,7 @@ from funcprecond.solver.kronecker_sum import KroneckerSum
 from funcprecond.solver.rank_one import RankOne
 from funcprecond.solver.smw import SMW
 from funcprecond.solver.solver import Solver
+from funcprecond.solver.unit_inverse import UnitInverse
 
 __all__ = [
     "SMW",
@@ -29,4 +30,5 @@ __all__ = [
     "KroneckerSum",
     "RankOne",
     "Solver",
+    "UnitInverse",
 ]

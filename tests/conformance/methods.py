@@ -58,6 +58,7 @@ METHODS: dict[str, Line] = {
     "eva": Line(references.eva, learns_layers=True),
     "eva_s": Line(references.eva_s),
     "foof": Line(references.foof, {"damping": 1e-2}, learns_layers=True),
+    "unit_ng": Line(references.unit_ng, {"damping": 1e-2}, EXACT, learns_layers=True),
     "adahessian": Line(
         "tests/methods/test_adahessian.py::test_equals_the_formula_over_steps_with_an_interval"
     ),

@@ -155,6 +155,17 @@ def eva_s(problem, params, batch):
     return _blocks(problem, params, batch, matrix, lambda g: reference.eye(len(g)) / 0.03)
 
 
+def unit_ng(problem, params, batch):
+    """The inverse of the damped diagonal blocks of the exact Fisher matrix, one for each unit."""
+
+    def solve(a, b, fisher):
+        n = len(a)
+        blocks = [fisher[k : k + n, k : k + n] for k in range(0, len(fisher), n)]
+        return torch.block_diag(*(torch.linalg.inv(x + DAMPING * reference.eye(n)) for x in blocks))
+
+    return _damped(problem, params, batch, solve)
+
+
 def unit_norm(problem, params, batch):
     """L-BFGS without a pair: the gradient, shrunk to a 1-norm of at most 1."""
     size = reference.ravel(_gradients(problem, params, batch)).abs().sum()
