@@ -44,6 +44,7 @@ from funcprecond.methods.adahessian import adahessian
 from funcprecond.methods.adam import adam, adamw
 from funcprecond.methods.adaptive_kfac import adaptive_kfac
 from funcprecond.methods.caspr import caspr
+from funcprecond.methods.diagonal_ng import diagonal_ng
 from funcprecond.methods.ekfac import ekfac
 from funcprecond.methods.eva import eva
 from funcprecond.methods.eva_s import eva_s
@@ -108,6 +109,7 @@ __all__ = [  # noqa: RUF022 - in groups, by use
     "adamw",
     "adaptive_kfac",
     "caspr",
+    "diagonal_ng",
     "ekfac",
     "eva",
     "eva_s",

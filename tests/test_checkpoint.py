@@ -424,6 +424,7 @@ LAYERED = {
     "kflr": fp.kflr(),
     "skfac": fp.skfac(),
     "foof": fp.foof(),
+    "diagonal_ng": fp.diagonal_ng(),
     "unit_ng": fp.unit_ng(),
     "unit_ng of borders": fp.unit_ng(quasi_diagonal=True),
     "eva": fp.eva(),

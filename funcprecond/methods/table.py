@@ -38,6 +38,7 @@ shampoo
 caspr
 one_sided_shampoo
 unit_ng
+diagonal_ng
 adahessian
 sfn | SFN (Dauphin 2014) | |H| | element; full, low-rank | L/G direct, division; L iter, Lanczos
 esgd | Equilibrated SGD (Dauphin 2015) | |H| | element | L/G direct, division

@@ -19,7 +19,8 @@ __all__ = ["unit_ng"]
     curvature="F̂_nmc, F̂_emp",
     representation="unit, dense",
     solver="L/G direct, Cholesky inverse",
-    learning_rate=0.03,
+    learning_rate=0.01,
+    options={"damping": 0.03},
 )
 def unit_ng(
     *,

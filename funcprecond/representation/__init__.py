@@ -13,6 +13,7 @@ from funcprecond.representation.input_moments import InputMoments
 from funcprecond.representation.kronecker_dim import KroneckerDim
 from funcprecond.representation.kronecker_io import KroneckerIO
 from funcprecond.representation.layer_averages import LayerAverages
+from funcprecond.representation.layer_diagonal import LayerDiagonal
 from funcprecond.representation.mean_rows import MeanRows
 from funcprecond.representation.representation import Representation, WithDiagonal, WithMatrices
 from funcprecond.representation.tensor_normal import TensorNormal
@@ -29,6 +30,7 @@ __all__ = [
     "KroneckerDim",
     "KroneckerIO",
     "LayerAverages",
+    "LayerDiagonal",
     "MeanRows",
     "Representation",
     "RisingDecay",

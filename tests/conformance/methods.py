@@ -59,6 +59,7 @@ METHODS: dict[str, Line] = {
     "eva_s": Line(references.eva_s),
     "foof": Line(references.foof, {"damping": 1e-2}, learns_layers=True),
     "unit_ng": Line(references.unit_ng, {"damping": 1e-2}, EXACT, learns_layers=True),
+    "diagonal_ng": Line(references.diagonal_ng, {"damping": 1e-2}, EXACT),
     "adahessian": Line(
         "tests/methods/test_adahessian.py::test_equals_the_formula_over_steps_with_an_interval"
     ),

@@ -166,6 +166,11 @@ def unit_ng(problem, params, batch):
     return _damped(problem, params, batch, solve)
 
 
+def diagonal_ng(problem, params, batch):
+    """``diag(1 / (F + damping))`` with the diagonal of the exact Fisher matrix F."""
+    return torch.diag(1 / (reference.fisher(problem, params, batch).diagonal() + DAMPING))
+
+
 def unit_norm(problem, params, batch):
     """L-BFGS without a pair: the gradient, shrunk to a 1-norm of at most 1."""
     size = reference.ravel(_gradients(problem, params, batch)).abs().sum()
