@@ -59,6 +59,7 @@ from funcprecond.methods.muon import muon
 from funcprecond.methods.one_sided_shampoo import one_sided_shampoo
 from funcprecond.methods.sgd import sgd
 from funcprecond.methods.shampoo import shampoo
+from funcprecond.methods.singd import singd
 from funcprecond.methods.skfac import skfac
 from funcprecond.methods.smw_ng import smw_ng
 from funcprecond.methods.soap import soap
@@ -124,6 +125,7 @@ __all__ = [  # noqa: RUF022 - in groups, by use
     "one_sided_shampoo",
     "sgd",
     "shampoo",
+    "singd",
     "skfac",
     "smw_ng",
     "soap",

@@ -154,6 +154,7 @@ INVERT = frozenset(
         "foof",
         "kfac",
         "kflr",
+        "singd",
         "skfac",
         "smw_ng",
         "unit_ng",

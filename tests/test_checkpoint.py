@@ -424,6 +424,8 @@ LAYERED = {
     "kflr": fp.kflr(),
     "skfac": fp.skfac(),
     "foof": fp.foof(),
+    "singd": fp.singd(),
+    "diagonal singd": fp.singd(structure="diagonal"),
     "diagonal_ng": fp.diagonal_ng(),
     "unit_ng": fp.unit_ng(),
     "unit_ng of borders": fp.unit_ng(quasi_diagonal=True),

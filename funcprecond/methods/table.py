@@ -54,7 +54,7 @@ sophia | Sophia (Liu 2023) | H, G | element | G direct, clipped division
 foof
 eva
 eva_s
-singd | SINGD (Lin 2024) | F̂_emp | layer, KF-io of the inverse | G iter, products only
+singd
 nystrom_cg | Nyström-preconditioned CG (Rathore 2024) | H, G | full, low-rank | L iter, CG
 sgd
 """

@@ -10,6 +10,7 @@ from funcprecond.representation.diagonal import Diagonal
 from funcprecond.representation.eigenbasis_moments import EigenbasisMoments
 from funcprecond.representation.gram import Gram
 from funcprecond.representation.input_moments import InputMoments
+from funcprecond.representation.inverse_roots import InverseRoots
 from funcprecond.representation.kronecker_dim import KroneckerDim
 from funcprecond.representation.kronecker_io import KroneckerIO
 from funcprecond.representation.layer_averages import LayerAverages
@@ -27,6 +28,7 @@ __all__ = [
     "EigenbasisMoments",
     "Gram",
     "InputMoments",
+    "InverseRoots",
     "KroneckerDim",
     "KroneckerIO",
     "LayerAverages",

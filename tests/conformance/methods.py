@@ -60,6 +60,11 @@ METHODS: dict[str, Line] = {
     "foof": Line(references.foof, {"damping": 1e-2}, learns_layers=True),
     "unit_ng": Line(references.unit_ng, {"damping": 1e-2}, EXACT, learns_layers=True),
     "diagonal_ng": Line(references.diagonal_ng, {"damping": 1e-2}, EXACT),
+    "singd": Line(
+        "tests/methods/test_singd.py::test_every_step_is_that_of_the_papers_equations",
+        {"every": 1},
+        learns_layers=True,
+    ),
     "adahessian": Line(
         "tests/methods/test_adahessian.py::test_equals_the_formula_over_steps_with_an_interval"
     ),
