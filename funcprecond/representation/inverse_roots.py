@@ -82,6 +82,10 @@ class InverseRoots:
         norms = {k: u for k, u in value.uses.items() if isinstance(u[0].call, Scale)}
         layers = {k: u for k, u in value.uses.items() if k not in norms}
         rest = self.rest.accumulate(dataclasses.replace(value, uses=norms), 1 - rate)
+        if not rest.normalizers:
+            # A restored state is checked by these names.
+            zero = value.scale.new_zeros(())
+            rest = dataclasses.replace(rest, normalizers={k: zero.clone() for k in rest.names})
         factors = self._factors(dataclasses.replace(value, uses=layers, others={}))
         taken = {name for block in layers for name in parameters(block)}
         left, right, left_momentum, right_momentum = (
@@ -107,17 +111,15 @@ class InverseRoots:
         Raises:
             ValueError: a block has other parameters or another size, or a parameter has none.
         """
-        known = self.rest.covered
+        self.rest.check_restored()
         for block, c in self.left.items():
-            k, own = self.right[block], [known.get(name) for name in parameters(block)]
-            groups = c.shape[-3] if c.ndim > 2 else 1
-            sizes = {groups * c.shape[-1] * k.shape[-1], c.shape[-1] * k.shape[-1]}
-            if None in own or sum(math.prod(s) for s in own if s is not None) not in sizes:
+            shape = (c.shape[-1], self.right[block].shape[-1])
+            if self.rest.entries(block) % math.prod(shape):
+                shapes = {k: self.rest.covered[k] for k in parameters(block)}
                 msg = (
-                    f"the saved roots of {block!r} are for matrices of shape "
-                    f"{(c.shape[-1], k.shape[-1])}, but the parameters have the shapes "
-                    f"{dict(zip(parameters(block), own, strict=True))}: restore them for the model "
-                    "that they were saved for"
+                    f"the saved roots of {block!r} are for matrices of shape {shape}, but the "
+                    f"parameters have the shapes {shapes}: restore them for the model that they "
+                    "were saved for"
                 )
                 raise ValueError(msg)
 

@@ -11,7 +11,7 @@ from tests import problems, reference
 from tests.equality import assert_close, assert_same
 from tests.methods.layer_rows import layer_rows, matrix
 from tests.methods.test_skfac import CASES
-from tests.problems import Toy, initialised, normal
+from tests.problems import Toy, normal
 from tests.representation.test_gram import toy
 
 LAM, BETA, ALPHA = 0.3, 0.1, 0.6
