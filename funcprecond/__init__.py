@@ -44,7 +44,11 @@ from funcprecond.methods.adahessian import adahessian
 from funcprecond.methods.adam import adam, adamw
 from funcprecond.methods.adaptive_kfac import adaptive_kfac
 from funcprecond.methods.caspr import caspr
+from funcprecond.methods.diagonal_ng import diagonal_ng
 from funcprecond.methods.ekfac import ekfac
+from funcprecond.methods.eva import eva
+from funcprecond.methods.eva_s import eva_s
+from funcprecond.methods.foof import foof
 from funcprecond.methods.ggt import ggt
 from funcprecond.methods.hessian_free import hessian_free
 from funcprecond.methods.kfac import kfac
@@ -55,10 +59,13 @@ from funcprecond.methods.muon import muon
 from funcprecond.methods.one_sided_shampoo import one_sided_shampoo
 from funcprecond.methods.sgd import sgd
 from funcprecond.methods.shampoo import shampoo
+from funcprecond.methods.singd import singd
+from funcprecond.methods.skfac import skfac
 from funcprecond.methods.smw_ng import smw_ng
 from funcprecond.methods.soap import soap
 from funcprecond.methods.splus import splus
 from funcprecond.methods.tnt import tnt
+from funcprecond.methods.unit_ng import unit_ng
 from funcprecond.need import Every, Need
 from funcprecond.operators.curvature_matrices import GGN, Fisher, Hessian
 from funcprecond.operators.diagonal import DiagonalGGN
@@ -103,7 +110,11 @@ __all__ = [  # noqa: RUF022 - in groups, by use
     "adamw",
     "adaptive_kfac",
     "caspr",
+    "diagonal_ng",
     "ekfac",
+    "eva",
+    "eva_s",
+    "foof",
     "ggt",
     "hessian_free",
     "kfac",
@@ -114,10 +125,13 @@ __all__ = [  # noqa: RUF022 - in groups, by use
     "one_sided_shampoo",
     "sgd",
     "shampoo",
+    "singd",
+    "skfac",
     "smw_ng",
     "soap",
     "splus",
     "tnt",
+    "unit_ng",
     # Methods of one's own, from the three stages.
     "Composed",
     "NoRepresentation",

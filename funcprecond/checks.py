@@ -144,7 +144,23 @@ RANGES = {
 """The range of each hyperparameter, by its name, which means the same in all methods."""
 
 # These methods invert a curvature matrix that can be singular.
-INVERT = frozenset({"adaptive_kfac", "ekfac", "kfac", "kflr", "smw_ng"})
+INVERT = frozenset(
+    {
+        "adaptive_kfac",
+        "diagonal_ng",
+        "ekfac",
+        "eva",
+        "eva_s",
+        "foof",
+        "kfac",
+        "kflr",
+        "singd",
+        "skfac",
+        "smw_ng",
+        "unit_ng",
+    }
+)
+
 
 Build = TypeVar("Build", bound=Callable[..., Any])
 

@@ -422,6 +422,14 @@ LAYERED = {
     "kfac with short factors": fp.kfac(max_dim=3),
     "ekfac": fp.ekfac(),
     "kflr": fp.kflr(),
+    "skfac": fp.skfac(),
+    "foof": fp.foof(),
+    "singd": fp.singd(),
+    "diagonal singd": fp.singd(structure="diagonal"),
+    "diagonal_ng": fp.diagonal_ng(),
+    "unit_ng": fp.unit_ng(),
+    "unit_ng of borders": fp.unit_ng(quasi_diagonal=True),
+    "eva": fp.eva(),
     "adaptive_kfac": fp.adaptive_kfac(),
     "partition": fp.partition(
         [("embed.*", "a"), ("norm.*", "a"), ("*", "b")], a=fp.adam(), b=fp.kfac()

@@ -31,13 +31,14 @@ adaptive_kfac
 kflr
 kfra | KFRA (Botev 2017) | G, by recursion | layer, KF-io | L/G direct, Cholesky & recursion
 ekfac
-skfac | SKFAC (Tang 2021) | F̂_nmc, F̂_emp | layer, KF-io, rank reduced | L direct, SMW inverse
+skfac
 seng | ★ SENG (Yang 2021) | F̂_emp | layer, Gram | L/G direct, SMW inverse & sketching
 tnt
 shampoo
 caspr
 one_sided_shampoo
-unit_ng | Unit-wise NG (Ollivier 2015) | F̂_nmc, F̂_emp | unit, dense | L/G direct, Cholesky inverse
+unit_ng
+diagonal_ng
 adahessian
 sfn | SFN (Dauphin 2014) | |H| | element; full, low-rank | L/G direct, division; L iter, Lanczos
 esgd | Equilibrated SGD (Dauphin 2015) | |H| | element | L/G direct, division
@@ -50,9 +51,10 @@ splus
 kl_shampoo
 muon
 sophia | Sophia (Liu 2023) | H, G | element | G direct, clipped division
-foof | FOOF (Benzing 2022) | input covariance | layer, KF-io | L/G direct, Cholesky inverse
-eva | Eva (Zhang 2023) | F̂_emp | layer, rank-one KF-io | G direct, Sherman-Morrison
-singd | SINGD (Lin 2024) | F̂_emp | layer, KF-io of the inverse | G iter, products only
+foof
+eva
+eva_s
+singd
 nystrom_cg | Nyström-preconditioned CG (Rathore 2024) | H, G | full, low-rank | L iter, CG
 sgd
 """

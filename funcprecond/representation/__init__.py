@@ -9,10 +9,16 @@ from funcprecond.representation.dense import Dense
 from funcprecond.representation.diagonal import Diagonal
 from funcprecond.representation.eigenbasis_moments import EigenbasisMoments
 from funcprecond.representation.gram import Gram
+from funcprecond.representation.input_moments import InputMoments
+from funcprecond.representation.inverse_roots import InverseRoots
 from funcprecond.representation.kronecker_dim import KroneckerDim
 from funcprecond.representation.kronecker_io import KroneckerIO
+from funcprecond.representation.layer_averages import LayerAverages
+from funcprecond.representation.layer_diagonal import LayerDiagonal
+from funcprecond.representation.mean_rows import MeanRows
 from funcprecond.representation.representation import Representation, WithDiagonal, WithMatrices
 from funcprecond.representation.tensor_normal import TensorNormal
+from funcprecond.representation.unit_blocks import UnitBlocks
 
 __all__ = [
     "Average",
@@ -21,11 +27,17 @@ __all__ = [
     "Diagonal",
     "EigenbasisMoments",
     "Gram",
+    "InputMoments",
+    "InverseRoots",
     "KroneckerDim",
     "KroneckerIO",
+    "LayerAverages",
+    "LayerDiagonal",
+    "MeanRows",
     "Representation",
     "RisingDecay",
     "TensorNormal",
+    "UnitBlocks",
     "WithDiagonal",
     "WithMatrices",
 ]

@@ -10,10 +10,13 @@ from funcprecond.solver.cholesky import Cholesky
 from funcprecond.solver.divide import Divide
 from funcprecond.solver.eigen import Eigen
 from funcprecond.solver.followed_eigenbases import FollowedEigenbases
+from funcprecond.solver.input_inverse import InputInverse
 from funcprecond.solver.inverse_root import InverseRoot
 from funcprecond.solver.kronecker_sum import KroneckerSum
+from funcprecond.solver.rank_one import RankOne
 from funcprecond.solver.smw import SMW
 from funcprecond.solver.solver import Solver
+from funcprecond.solver.unit_inverse import UnitInverse
 
 __all__ = [
     "SMW",
@@ -22,7 +25,10 @@ __all__ = [
     "Divide",
     "Eigen",
     "FollowedEigenbases",
+    "InputInverse",
     "InverseRoot",
     "KroneckerSum",
+    "RankOne",
     "Solver",
+    "UnitInverse",
 ]

@@ -8,8 +8,12 @@ from torch import Tensor
 
 from funcprecond.evidence import Evidence
 from funcprecond.linalg.batching import by_shape
-from funcprecond.linalg.differentiable import cholesky_inverse
-from funcprecond.linalg.gram import is_thin
+from funcprecond.linalg.damped_factor import (
+    damped_factor,
+    mean_eigenvalue,
+    rounding,
+    solve_damped,
+)
 from funcprecond.need import Need
 from funcprecond.representation.average import divisor
 from funcprecond.representation.kronecker_io import KroneckerIO
@@ -113,9 +117,9 @@ class Cholesky:
         matrices = [*left, *right]
         pairs = [(u * gamma, p) for u, p in zip(weights, ratio, strict=True)]
         ridges = [*(g / p for g, p in pairs), *(g * p for g, p in pairs)]
-        ridges = [torch.maximum(r, _floor(x)) for x, r in zip(matrices, ridges, strict=True)]
+        ridges = [torch.maximum(r, rounding(x)) for x, r in zip(matrices, ridges, strict=True)]
         factors = by_shape(
-            lambda x, ridge, _: self._factor(x, ridge),
+            lambda x, ridge, _: damped_factor(x, ridge, self.invert),
             matrices,
             ridges,
             static=[None] * len(matrices),
@@ -152,7 +156,8 @@ class Cholesky:
             right = factor.right[block], factor.right_ridge[block]
             scale = factor.scales.get(block, factor.scale)
             return gradient.map(
-                lambda x: scale * self._solve(*left, x), lambda x: self._solve(*right, x)
+                lambda x: scale * solve_damped(*left, x, self.invert),
+                lambda x: solve_damped(*right, x, self.invert),
             )
 
         blocks = {k: BlockShape.of(left, factor.right[k]) for k, left in factor.left.items()}
@@ -166,46 +171,10 @@ class Cholesky:
             gradient_rows(grads, evidence),
         )
 
-    def _factor(self, matrices: Tensor, ridge: Tensor) -> Tensor:
-        """A stack of factors, damped, and inverted or decomposed."""
-        if matrices.ndim == ridge.ndim + 1:
-            return 1 / (matrices + ridge.unsqueeze(-1))
-        rows = matrices
-        if is_thin(rows):
-            matrices = rows @ rows.mT
-        damped = matrices.diagonal(dim1=-2, dim2=-1) + ridge.unsqueeze(-1)
-        lower, _ = torch.linalg.cholesky_ex(
-            torch.diagonal_scatter(matrices, damped, dim1=-2, dim2=-1)
-        )
-        if is_thin(rows):
-            return torch.linalg.solve_triangular(lower, rows, upper=False)
-        return cholesky_inverse(lower) if self.invert else lower
-
-    def _solve(self, factor: Tensor, ridge: Tensor, x: Tensor) -> Tensor:
-        """``x (damped factor)^-1`` for a matrix x."""
-        if factor.ndim == 1:
-            return x * factor
-        if is_thin(factor):
-            return (x - (x @ factor.mT) @ factor) / ridge[..., None, None]
-        return x @ factor if self.invert else torch.cholesky_solve(x.mT, factor).mT
-
 
 def pi(right: Tensor, left: Tensor) -> Tensor:
     """``sqrt(mean eigenvalue of right / that of left)`` for each group; 1 where either is zero."""
-    r, x = _mean_eigenvalue(right), _mean_eigenvalue(left)
+    r, x = mean_eigenvalue(right), mean_eigenvalue(left)
     both = (r > 0) & (x > 0)
     # The quotient of the roots is finite also where that of the eigenvalues overflows.
     return torch.where(both, r, 1.0).sqrt() / torch.where(both, x, 1.0).sqrt()
-
-
-def _mean_eigenvalue(matrix: Tensor) -> Tensor:
-    if is_thin(matrix):
-        return matrix.square().sum((-2, -1)) / matrix.shape[-1]
-    return (matrix if matrix.ndim == 1 else matrix.diagonal(dim1=-2, dim2=-1)).mean(-1)
-
-
-def _floor(matrix: Tensor) -> Tensor:
-    """The least ridge that keeps a matrix positive definite under rounding; 0 for a diagonal."""
-    if matrix.ndim == 1:
-        return torch.zeros_like(matrix[0])
-    return matrix.shape[-1] * torch.finfo(matrix.dtype).eps * _mean_eigenvalue(matrix)

@@ -10,6 +10,7 @@ from funcprecond.evidence import Evidence
 from funcprecond.linalg.differentiable import power
 from funcprecond.need import Need
 from funcprecond.representation.diagonal import Diagonal
+from funcprecond.representation.layer_diagonal import LayerDiagonal
 from funcprecond.tracing import multi_tensor
 from funcprecond.tree import Params
 
@@ -27,11 +28,11 @@ class Divide:
 
     damping: float | Tensor = 1e-8
     power: float = 1.0
-    accepts: ClassVar[tuple[type, ...]] = (Diagonal,)
+    accepts: ClassVar[tuple[type, ...]] = (Diagonal, LayerDiagonal)
     needs: ClassVar[tuple[Need, ...]] = ()
     staggers: ClassVar[bool] = False
 
-    def init(self, representation: Diagonal) -> Params:
+    def init(self, representation: Diagonal | LayerDiagonal) -> Params:
         """Zeros, so that a step before the first measurement divides by the damping alone.
 
         Args:
@@ -40,9 +41,9 @@ class Divide:
         Returns:
             The factor.
         """
-        return {k: torch.zeros_like(t) for k, t in representation.average.total.items()}
+        return {k: torch.zeros_like(d) for k, d in representation.diagonal().items()}
 
-    def prepare(self, representation: Diagonal, previous: Params) -> Params:
+    def prepare(self, representation: Diagonal | LayerDiagonal, previous: Params) -> Params:
         """Compute the power of the diagonal.
 
         Args:

@@ -70,6 +70,24 @@ class BlockShape(NamedTuple):
         """The shape of the matrix for two factors, each of which is square, thin or diagonal."""
         return cls(right.shape[0] if right.ndim == 3 else 1, left.shape[-1])
 
+    @classmethod
+    def of_side(
+        cls, grads: Params, block: str, left: Tensor | None, right: Tensor | None, groups: int
+    ) -> "BlockShape":
+        """The shape of the matrix of a block, of which the size of one side is known.
+
+        Args:
+            grads: the gradient.
+            block: the block, ``"weight+bias"`` or ``"weight"``.
+            left: a tensor whose last axis is as long as the rows of the matrix, or None.
+            right: if ``left`` is None, the same for its columns.
+            groups: the number of groups.
+        """
+        if left is not None:
+            return cls(groups, left.shape[-1])
+        entries = sum(grads[name].numel() for name in split_block(block) if name)
+        return cls(groups, entries // (groups * right.shape[-1]))  # pyright: ignore
+
 
 @dataclasses.dataclass(frozen=True)
 class LayerGradient:
@@ -110,7 +128,7 @@ def apply_blocks(
     blocks: Mapping[str, BlockShape],
     solve: Callable[[str, LayerGradient], LayerGradient],
     unit_inverse: dict[str, Tensor],
-    others: dict[str, Tensor],
+    others: Mapping[str, Tensor | float],
     damping: float | Tensor,
     rows: Layers | None = None,
 ) -> Params:
@@ -121,7 +139,7 @@ def apply_blocks(
         blocks: the shape of each layer's matrix, by block.
         solve: ``(block, gradient) -> direction`` for one layer.
         unit_inverse: for each norm layer, the inverses of its units' blocks, (U, 2, 2).
-        others: the curvature's diagonal for parameters that no layer covers.
+        others: the curvature's diagonal, or a number, for parameters that no layer covers.
         damping: added to that diagonal.
         rows: the layers' rows of this gradient, if they are known. They are used where that costs
             less.

@@ -53,7 +53,18 @@ METHODS: dict[str, Line] = {
         learns_layers=True,
     ),
     "kflr": Line(references.kfac, {"damping": 1e-2}, learns_layers=True),
+    "skfac": Line(references.kfac_of_one_batch, {"damping": 1e-2}, EXACT, learns_layers=True),
     "ekfac": Line(references.ekfac, {"damping": 1e-2}, EXACT, learns_layers=True),
+    "eva": Line(references.eva, learns_layers=True),
+    "eva_s": Line(references.eva_s),
+    "foof": Line(references.foof, {"damping": 1e-2}, learns_layers=True),
+    "unit_ng": Line(references.unit_ng, {"damping": 1e-2}, EXACT, learns_layers=True),
+    "diagonal_ng": Line(references.diagonal_ng, {"damping": 1e-2}, EXACT),
+    "singd": Line(
+        "tests/methods/test_singd.py::test_every_step_is_that_of_the_papers_equations",
+        {"every": 1},
+        learns_layers=True,
+    ),
     "adahessian": Line(
         "tests/methods/test_adahessian.py::test_equals_the_formula_over_steps_with_an_interval"
     ),

@@ -93,6 +93,18 @@ def kfac(problem, params, batch):
     return _damped(problem, params, batch, solve)
 
 
+def kfac_of_one_batch(problem, params, batch):
+    """``(B + √λ/π I)^-1 ⊗ (A + √λ π I)^-1`` with the factors of the exact Fisher matrix."""
+
+    def solve(a, b, fisher):
+        pi = (a.trace() / len(a) / (b.trace() / len(b))).sqrt()
+        right = a + DAMPING**0.5 * pi * reference.eye(len(a))
+        left = b + DAMPING**0.5 / pi * reference.eye(len(b))
+        return torch.linalg.inv(reference.kron(left, right))
+
+    return _damped(problem, params, batch, solve)
+
+
 def ekfac(problem, params, batch):
     """K-FAC's eigenbasis with the exact Fisher block's diagonal in it."""
 
@@ -102,6 +114,61 @@ def ekfac(problem, params, batch):
         return basis @ torch.diag(1 / (moments + DAMPING)) @ basis.T
 
     return _damped(problem, params, batch, solve)
+
+
+def foof(problem, params, batch):
+    """``I ⊗ (A + damping tr(A) / dim(A) I)^-1``."""
+
+    def solve(a, b, fisher):
+        ridge = DAMPING * a.trace() / len(a) * reference.eye(len(a))
+        return reference.kron(reference.eye(len(b)), torch.linalg.inv(a + ridge))
+
+    return _damped(problem, params, batch, solve)
+
+
+def eva(problem, params, batch):
+    """``(0.03 I + v v^T)^-1`` with v the outer product of the layer's mean rows.
+
+    The gradient of an example in the bias is its gradient at the layer's output, and the last
+    column of A is the mean of the inputs.
+    """
+    size, start = reference.ravel(params).numel(), 0
+    rows = reference.per_example(problem, params, batch)
+    matrix = torch.zeros(size, size, dtype=torch.float64)
+    for a, b, _, order in mlp_layers(problem, params, batch):
+        end = start + len(order)
+        v = torch.outer(rows[:, end - len(b) : end].mean(0), a[:, -1]).reshape(-1)
+        index = torch.tensor(order)
+        dense = 0.03 * reference.eye(len(v)) + torch.outer(v, v)
+        matrix[index.unsqueeze(1), index] = torch.linalg.inv(dense)
+        start = end
+    return matrix
+
+
+def eva_s(problem, params, batch):
+    """``(0.03 I + v v^T)^-1``, v the outer product of the gradient's means along its axes."""
+
+    def matrix(g):
+        v = torch.outer(g.mean(1), g.mean(0)).reshape(-1)
+        return torch.linalg.inv(0.03 * reference.eye(len(v)) + torch.outer(v, v))
+
+    return _blocks(problem, params, batch, matrix, lambda g: reference.eye(len(g)) / 0.03)
+
+
+def unit_ng(problem, params, batch):
+    """The inverse of the damped diagonal blocks of the exact Fisher matrix, one for each unit."""
+
+    def solve(a, b, fisher):
+        n = len(a)
+        blocks = [fisher[k : k + n, k : k + n] for k in range(0, len(fisher), n)]
+        return torch.block_diag(*(torch.linalg.inv(x + DAMPING * reference.eye(n)) for x in blocks))
+
+    return _damped(problem, params, batch, solve)
+
+
+def diagonal_ng(problem, params, batch):
+    """``diag(1 / (F + damping))`` with the diagonal of the exact Fisher matrix F."""
+    return torch.diag(1 / (reference.fisher(problem, params, batch).diagonal() + DAMPING))
 
 
 def unit_norm(problem, params, batch):

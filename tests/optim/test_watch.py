@@ -12,7 +12,7 @@ from tests.equality import assert_close, assert_same
 from tests.optim.loops import TOY, assert_equal, fresh_model, functional, make, step
 from tests.problems import initialised, labelled, normal, seeded
 
-WATCHED = ("kfac", "ekfac", "kflr", "tnt")
+WATCHED = ("kfac", "ekfac", "kflr", "skfac", "tnt")
 watched = pytest.mark.parametrize("name", WATCHED)
 # Every measurement counts as much, so that a difference in one shows.
 LAW = {"damping": 0.1}
@@ -54,6 +54,8 @@ BATCH = labelled(12, 3, 3, 5)
         ("ekfac", {"labels": "empirical"}),
         ("ekfac", {"labels": "mc", "samples": 2}),
         ("kflr", {}),
+        ("skfac", {"labels": "empirical"}),
+        ("skfac", {"labels": "mc"}),
         ("tnt", {"labels": "empirical"}),
         ("tnt", {"labels": "mc", "per_sample": True}),
     ],

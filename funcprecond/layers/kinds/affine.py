@@ -207,6 +207,33 @@ class AffineCall(LayerCall):
         parts = [g.reshape(-1, g.shape[-1]).square().sum(0) for g in rows]
         return functools.reduce(torch.add, parts) * scale
 
+    # ------------------------------------------------------------------------------- means
+    def input_mean(self, uses: Sequence[LayerUse], bias: bool) -> Tensor:
+        """Compute the mean of ``[a, 1]`` over all rows of the inputs.
+
+        Args:
+            uses: all uses of the layer.
+            bias: whether the 1 is appended.
+
+        Returns:
+            (i,), or (J, i / J) for more than one group, with i + 1 in place of i if there is a
+            bias.
+        """
+        dtype = factor_dtype(uses[0].grads)
+        total = functools.reduce(torch.add, [use.call.input_sum(use, dtype) for use in uses])
+        mean = total / sum(use.call.positions(use.inputs, "expand") for use in uses)
+        return with_ones(mean) if bias else mean
+
+    def input_sum(self, use: LayerUse, dtype: torch.dtype) -> Tensor:
+        """Compute the sum of the rows of the inputs of one use, (i,), or (J, i / J)."""
+        return self.input_rows(use.inputs).to(dtype).sum((-3, -2))
+
+    def output_sum(self, uses: Sequence[LayerUse]) -> Tensor:
+        """Compute the sum of the rows of the output gradients, (o,), or (J, o / J)."""
+        rows = [use.call.grad_rows(use.grads, use.inputs) for use in uses]
+        parts = [g.to(factor_dtype(g)).sum((-4, -3, -2)) for g in rows]
+        return functools.reduce(torch.add, parts)
+
     # ----------------------------------------------------------------------- single examples
     def second_moments(
         self,

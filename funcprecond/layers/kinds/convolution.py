@@ -108,6 +108,10 @@ class Convolution(AffineCall):
         moment = bordered(moment, sums, positions) if bias else moment
         return moment.squeeze(0) if self.groups == 1 else moment
 
+    def input_sum(self, use: LayerUse, dtype: torch.dtype) -> Tensor:
+        # Patches are linear in the image, so that those of the sum of the images are cut out once.
+        return self.cut_inputs(use.inputs.to(dtype).sum(0, keepdim=True)).sum((-3, -2))
+
     def output_moment(self, use: LayerUse, sharing: Sharing) -> Tensor | None:
         outputs, positions = self.fan_out, math.prod(self.shape[2:])
         if sharing == "reduce" or outputs > positions:

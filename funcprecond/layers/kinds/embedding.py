@@ -94,6 +94,10 @@ class Embedding(AffineCall):
     def input_diagonal(self, uses: Sequence[LayerUse], bias: bool, sharing: Sharing) -> Tensor:
         return self.input_factor(uses, bias, sharing)
 
+    def input_mean(self, uses: Sequence[LayerUse], bias: bool) -> Tensor:
+        """Compute (vocabulary,), the frequencies of the tokens: the mean of one-hot rows."""
+        return self.input_factor(uses, bias, "expand")
+
     def second_moments(
         self,
         uses: Sequence[LayerUse],
