@@ -53,6 +53,7 @@ from funcprecond.methods.kl_shampoo import kl_shampoo
 from funcprecond.methods.lbfgs import lbfgs
 from funcprecond.methods.muon import muon
 from funcprecond.methods.one_sided_shampoo import one_sided_shampoo
+from funcprecond.methods.seng import seng
 from funcprecond.methods.sgd import sgd
 from funcprecond.methods.shampoo import shampoo
 from funcprecond.methods.smw_ng import smw_ng
@@ -112,6 +113,7 @@ __all__ = [  # noqa: RUF022 - in groups, by use
     "lbfgs",
     "muon",
     "one_sided_shampoo",
+    "seng",
     "sgd",
     "shampoo",
     "smw_ng",

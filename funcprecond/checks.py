@@ -139,12 +139,13 @@ RANGES = {
     **dict.fromkeys(("decay", "momentum", "betas"), SHARE),
     **dict.fromkeys(("every", "refresh_every", "damping_every", "gamma_every"), INTERVAL),
     **dict.fromkeys(("samples", "history", "window", "max_iter", "trials", "steps"), COUNT),
+    **dict.fromkeys(("rank", "sketch"), COUNT),
     **dict.fromkeys(("start", "backtracking", "merge", "block", "max_dim"), COUNT_OR_NONE),
 }
 """The range of each hyperparameter, by its name, which means the same in all methods."""
 
 # These methods invert a curvature matrix that can be singular.
-INVERT = frozenset({"adaptive_kfac", "ekfac", "kfac", "kflr", "smw_ng"})
+INVERT = frozenset({"adaptive_kfac", "ekfac", "kfac", "kflr", "seng", "smw_ng"})
 
 Build = TypeVar("Build", bound=Callable[..., Any])
 

@@ -423,6 +423,8 @@ LAYERED = {
     "ekfac": fp.ekfac(),
     "kflr": fp.kflr(),
     "adaptive_kfac": fp.adaptive_kfac(),
+    "seng": fp.seng(),
+    "seng with a window": fp.seng(sketch=2, rank=2, window=2),
     "partition": fp.partition(
         [("embed.*", "a"), ("norm.*", "a"), ("*", "b")], a=fp.adam(), b=fp.kfac()
     ),

@@ -32,7 +32,7 @@ kflr
 kfra | KFRA (Botev 2017) | G, by recursion | layer, KF-io | L/G direct, Cholesky & recursion
 ekfac
 skfac | SKFAC (Tang 2021) | F̂_nmc, F̂_emp | layer, KF-io, rank reduced | L direct, SMW inverse
-seng | ★ SENG (Yang 2021) | F̂_emp | layer, Gram | L/G direct, SMW inverse & sketching
+seng
 tnt
 shampoo
 caspr

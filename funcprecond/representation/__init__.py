@@ -11,6 +11,7 @@ from funcprecond.representation.eigenbasis_moments import EigenbasisMoments
 from funcprecond.representation.gram import Gram
 from funcprecond.representation.kronecker_dim import KroneckerDim
 from funcprecond.representation.kronecker_io import KroneckerIO
+from funcprecond.representation.layer_gram import LayerGram
 from funcprecond.representation.representation import Representation, WithDiagonal, WithMatrices
 from funcprecond.representation.tensor_normal import TensorNormal
 
@@ -23,6 +24,7 @@ __all__ = [
     "Gram",
     "KroneckerDim",
     "KroneckerIO",
+    "LayerGram",
     "Representation",
     "RisingDecay",
     "TensorNormal",

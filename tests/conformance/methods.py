@@ -76,6 +76,7 @@ METHODS: dict[str, Line] = {
     "soap": Line(
         "tests/methods/test_soap.py::test_soap_follows_its_authors_trajectory_step_by_step"
     ),
+    "seng": Line(references.damped_empirical_layers, {"damping": 1e-2}, learns_layers=True),
     "smw_ng": Line(references.damped_empirical, {"damping": 1e-2}),
     "lbfgs": Line(references.unit_norm, {"history": 3}),
     "hessian_free": Line(

@@ -123,6 +123,15 @@ def damped_empirical(problem, params, batch):
     return torch.linalg.inv(matrix + DAMPING * reference.eye(len(matrix)))
 
 
+def damped_empirical_layers(problem, params, batch):
+    """The same with the blocks of the layers only, each a weight and a bias."""
+    rows = reference.per_example(problem, params, batch)
+    sizes = [p.numel() for p in params.values()]
+    parts = rows.split([w + b for w, b in zip(sizes[::2], sizes[1::2], strict=True)], 1)
+    matrix = torch.block_diag(*(x.T @ x / len(rows) for x in parts))
+    return torch.linalg.inv(matrix + DAMPING * reference.eye(len(matrix)))
+
+
 def orthogonal_factor(problem, params, batch):
     """Muon's first step with momentum 0.95 and Nesterov: ``(G G^T)^(-1/2) G`` on its own scale."""
     share = (1 - 0.95) * (1 + 0.95)
