@@ -51,6 +51,7 @@ from funcprecond.methods.kfac import kfac
 from funcprecond.methods.kflr import kflr
 from funcprecond.methods.kl_shampoo import kl_shampoo
 from funcprecond.methods.lbfgs import lbfgs
+from funcprecond.methods.mfac import mfac
 from funcprecond.methods.muon import muon
 from funcprecond.methods.one_sided_shampoo import one_sided_shampoo
 from funcprecond.methods.seng import seng
@@ -60,6 +61,7 @@ from funcprecond.methods.smw_ng import smw_ng
 from funcprecond.methods.soap import soap
 from funcprecond.methods.splus import splus
 from funcprecond.methods.tnt import tnt
+from funcprecond.methods.tonga import tonga
 from funcprecond.need import Every, Need
 from funcprecond.operators.curvature_matrices import GGN, Fisher, Hessian
 from funcprecond.operators.diagonal import DiagonalGGN
@@ -111,6 +113,7 @@ __all__ = [  # noqa: RUF022 - in groups, by use
     "kflr",
     "kl_shampoo",
     "lbfgs",
+    "mfac",
     "muon",
     "one_sided_shampoo",
     "seng",
@@ -119,6 +122,7 @@ __all__ = [  # noqa: RUF022 - in groups, by use
     "smw_ng",
     "soap",
     "splus",
+    "tonga",
     "tnt",
     # Methods of one's own, from the three stages.
     "Composed",

@@ -145,7 +145,7 @@ RANGES = {
 """The range of each hyperparameter, by its name, which means the same in all methods."""
 
 # These methods invert a curvature matrix that can be singular.
-INVERT = frozenset({"adaptive_kfac", "ekfac", "kfac", "kflr", "seng", "smw_ng"})
+INVERT = frozenset({"adaptive_kfac", "ekfac", "kfac", "kflr", "mfac", "seng", "smw_ng", "tonga"})
 
 Build = TypeVar("Build", bound=Callable[..., Any])
 

@@ -36,7 +36,7 @@ class SENGState:
     curvature="F̂_emp",
     representation="layer, Gram",
     solver="L/G direct, SMW inverse & sketching",
-    learning_rate=0.1,
+    learning_rate=0.01,
     starred=True,
 )
 def seng(

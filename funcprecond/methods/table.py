@@ -20,8 +20,8 @@ ksd | KSD (Vinyals & Povey 2011) | H, G | full, matrix-free | L iter, Krylov sub
 lbfgs
 smw_gn | SMW-GN (Ren & Goldfarb 2019) | G | full, Gram | L direct, SMW inverse
 smw_ng
-tonga | TONGA (Le Roux 2008) | F̂_emp | full or unit, Gram | G direct, SMW & eigendecomposition
-mfac | M-FAC (Frantar 2021) | F̂_emp^batch | full, Gram | G direct, SMW solve
+tonga
+mfac
 ggt
 fang | FANG (Grosse & Salakhutdinov 2015) | F̂_nmc | full, sparse | L/G direct, incomplete Cholesky
 psgd_kron | ★ PSGD (KF) (Li 2018) | |H| | layer, KF-io | G iter, triangular solve & SGD

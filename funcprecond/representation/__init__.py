@@ -8,6 +8,7 @@ from funcprecond.representation.average import Average, Decay, RisingDecay
 from funcprecond.representation.dense import Dense
 from funcprecond.representation.diagonal import Diagonal
 from funcprecond.representation.eigenbasis_moments import EigenbasisMoments
+from funcprecond.representation.gradient_window import GradientWindow
 from funcprecond.representation.gram import Gram
 from funcprecond.representation.kronecker_dim import KroneckerDim
 from funcprecond.representation.kronecker_io import KroneckerIO
@@ -21,6 +22,7 @@ __all__ = [
     "Dense",
     "Diagonal",
     "EigenbasisMoments",
+    "GradientWindow",
     "Gram",
     "KroneckerDim",
     "KroneckerIO",

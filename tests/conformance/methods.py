@@ -77,6 +77,14 @@ METHODS: dict[str, Line] = {
         "tests/methods/test_soap.py::test_soap_follows_its_authors_trajectory_step_by_step"
     ),
     "seng": Line(references.damped_empirical_layers, {"damping": 1e-2}, learns_layers=True),
+    "mfac": Line(
+        "tests/methods/test_mfac.py::test_a_window_of_one_has_a_closed_form",
+        {"window": 3, "damping": 0.1},
+    ),
+    "tonga": Line(
+        "tests/methods/test_tonga.py::test_without_evidence_each_update_truncates",
+        {"rank": 2, "every": 2},
+    ),
     "smw_ng": Line(references.damped_empirical, {"damping": 1e-2}),
     "lbfgs": Line(references.unit_norm, {"history": 3}),
     "hessian_free": Line(
