@@ -53,10 +53,12 @@ from funcprecond.methods.kl_shampoo import kl_shampoo
 from funcprecond.methods.lbfgs import lbfgs
 from funcprecond.methods.mfac import mfac
 from funcprecond.methods.muon import muon
+from funcprecond.methods.natural_gradient import layerwise_ng, natural_gradient
 from funcprecond.methods.one_sided_shampoo import one_sided_shampoo
 from funcprecond.methods.seng import seng
 from funcprecond.methods.sgd import sgd
 from funcprecond.methods.shampoo import shampoo
+from funcprecond.methods.smw_gn import smw_gn
 from funcprecond.methods.smw_ng import smw_ng
 from funcprecond.methods.soap import soap
 from funcprecond.methods.splus import splus
@@ -112,13 +114,16 @@ __all__ = [  # noqa: RUF022 - in groups, by use
     "kfac",
     "kflr",
     "kl_shampoo",
+    "layerwise_ng",
     "lbfgs",
     "mfac",
     "muon",
+    "natural_gradient",
     "one_sided_shampoo",
     "seng",
     "sgd",
     "shampoo",
+    "smw_gn",
     "smw_ng",
     "soap",
     "splus",

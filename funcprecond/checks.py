@@ -139,13 +139,27 @@ RANGES = {
     **dict.fromkeys(("decay", "momentum", "betas"), SHARE),
     **dict.fromkeys(("every", "refresh_every", "damping_every", "gamma_every"), INTERVAL),
     **dict.fromkeys(("samples", "history", "window", "max_iter", "trials", "steps"), COUNT),
-    **dict.fromkeys(("rank", "sketch"), COUNT),
+    **dict.fromkeys(("examples", "rank", "sketch"), COUNT),
     **dict.fromkeys(("start", "backtracking", "merge", "block", "max_dim"), COUNT_OR_NONE),
 }
 """The range of each hyperparameter, by its name, which means the same in all methods."""
 
 # These methods invert a curvature matrix that can be singular.
-INVERT = frozenset({"adaptive_kfac", "ekfac", "kfac", "kflr", "mfac", "seng", "smw_ng", "tonga"})
+INVERT = frozenset(
+    {
+        "adaptive_kfac",
+        "ekfac",
+        "kfac",
+        "kflr",
+        "layerwise_ng",
+        "mfac",
+        "natural_gradient",
+        "seng",
+        "smw_gn",
+        "smw_ng",
+        "tonga",
+    }
+)
 
 Build = TypeVar("Build", bound=Callable[..., Any])
 

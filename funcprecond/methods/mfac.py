@@ -31,7 +31,7 @@ class MFACState:
     curvature="F̂_emp^batch",
     representation="full, Gram",
     solver="G direct, SMW solve",
-    learning_rate=0.1,
+    learning_rate=3e-3,
     options={"window": 32, "damping": 1e-2},
 )
 def mfac(*, window: int = 512, damping: float | Tensor = 1e-5) -> Transform:
@@ -43,10 +43,10 @@ def mfac(*, window: int = 512, damping: float | Tensor = 1e-5) -> Transform:
         F = λ I + Gᵀ G / m                                       (P, P), never formed
         d = F⁻¹ g = m Gᵀ (m λ I + G Gᵀ)⁻¹ e                      e has a 1 in the row of g
 
-    This is the product that both algorithms of the paper compute. The static one is the recursion
-    ``v_i = F_{i-1}⁻¹ g_i = g_i/λ - Σ_{j<i} v_j (v_jᵀ g_i) / (m + g_jᵀ v_j)`` over the gradients, and
-    the dynamic one runs it on the entries of G Gᵀ. A Cholesky factor of the (m, m) matrix takes
-    fewer operations and loses fewer digits, and since g is a row of G, nothing is divided by λ.
+    This is the product that both algorithms of the paper compute. The static one is a recursion
+    over the gradients, ``v_i = g_i/λ - Σ_{j<i} v_j (v_jᵀ g_i) / (m + g_jᵀ v_j)``, and the dynamic
+    one runs it on the entries of G Gᵀ. A Cholesky factor of the (m, m) matrix takes fewer
+    operations and loses fewer digits, and since g is a row of G, nothing is divided by λ.
 
     Args:
         window: m, the number of gradients; the paper uses 512 and 1024.

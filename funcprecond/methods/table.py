@@ -18,7 +18,8 @@ neumann | Neumann optimizer (Krishnan 2017) | H | full, matrix-free | L iter, Ne
 hessian_free
 ksd | KSD (Vinyals & Povey 2011) | H, G | full, matrix-free | L iter, Krylov subspace
 lbfgs
-smw_gn | SMW-GN (Ren & Goldfarb 2019) | G | full, Gram | L direct, SMW inverse
+natural_gradient
+smw_gn
 smw_ng
 tonga
 mfac
@@ -32,6 +33,7 @@ kflr
 kfra | KFRA (Botev 2017) | G, by recursion | layer, KF-io | L/G direct, Cholesky & recursion
 ekfac
 skfac | SKFAC (Tang 2021) | F̂_nmc, F̂_emp | layer, KF-io, rank reduced | L direct, SMW inverse
+layerwise_ng
 seng
 tnt
 shampoo

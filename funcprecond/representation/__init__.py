@@ -6,6 +6,7 @@ their protocol, with ``init(params)`` and ``accumulate(value, decay)``.
 
 from funcprecond.representation.average import Average, Decay, RisingDecay
 from funcprecond.representation.dense import Dense
+from funcprecond.representation.dense_blocks import DenseBlocks
 from funcprecond.representation.diagonal import Diagonal
 from funcprecond.representation.eigenbasis_moments import EigenbasisMoments
 from funcprecond.representation.gradient_window import GradientWindow
@@ -20,6 +21,7 @@ __all__ = [
     "Average",
     "Decay",
     "Dense",
+    "DenseBlocks",
     "Diagonal",
     "EigenbasisMoments",
     "GradientWindow",

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 import funcprecond as fp
+from funcprecond.curvature import ExampleRows
 from funcprecond.methods.card import CARDS
 from tests.conformance import references
 
@@ -85,6 +86,9 @@ METHODS: dict[str, Line] = {
         "tests/methods/test_tonga.py::test_without_evidence_each_update_truncates",
         {"rank": 2, "every": 2},
     ),
+    "natural_gradient": Line(references.damped_fisher, {"damping": 1e-2}, learns_layers=True),
+    "layerwise_ng": Line(references.damped_fisher_layers, {"damping": 1e-2}, learns_layers=True),
+    "smw_gn": Line(references.damped_fisher, {"damping": 1e-2}),
     "smw_ng": Line(references.damped_empirical, {"damping": 1e-2}),
     "lbfgs": Line(references.unit_norm, {"history": 3}),
     "hessian_free": Line(
@@ -113,6 +117,11 @@ def build(name: str, **options) -> fp.Transform:
 def trained(name: str, **options) -> fp.Transform:
     """The method as a user trains with it: with a learning rate."""
     return fp.chain(build(name, **options), fp.scale(0.05))
+
+
+def needs_single_examples(name: str) -> bool:
+    """Whether the method is refused where the examples are coupled."""
+    return any(isinstance(need, ExampleRows) for need in build(name).needs(0))
 
 
 def intervals(name: str) -> fp.Transform:

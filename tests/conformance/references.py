@@ -123,12 +123,29 @@ def damped_empirical(problem, params, batch):
     return torch.linalg.inv(matrix + DAMPING * reference.eye(len(matrix)))
 
 
-def damped_empirical_layers(problem, params, batch):
-    """The same with the blocks of the layers only, each a weight and a bias."""
-    rows = reference.per_example(problem, params, batch)
+def _of_layers(matrix, params):
+    """The blocks of the layers of a matrix, each of a weight and a bias, and zero elsewhere."""
     sizes = [p.numel() for p in params.values()]
-    parts = rows.split([w + b for w, b in zip(sizes[::2], sizes[1::2], strict=True)], 1)
-    matrix = torch.block_diag(*(x.T @ x / len(rows) for x in parts))
+    blocks = [torch.ones(w + b, w + b) for w, b in zip(sizes[::2], sizes[1::2], strict=True)]
+    return matrix * torch.block_diag(*blocks)
+
+
+def damped_empirical_layers(problem, params, batch):
+    """The same with the blocks of the layers only."""
+    rows = reference.per_example(problem, params, batch)
+    matrix = _of_layers(rows.T @ rows / len(rows), params)
+    return torch.linalg.inv(matrix + DAMPING * reference.eye(len(matrix)))
+
+
+def damped_fisher(problem, params, batch):
+    """``(F + damping I)^-1`` with the exact Fisher matrix, by going through all labels."""
+    matrix = reference.fisher(problem, params, batch)
+    return torch.linalg.inv(matrix + DAMPING * reference.eye(len(matrix)))
+
+
+def damped_fisher_layers(problem, params, batch):
+    """The same with the blocks of the layers only."""
+    matrix = _of_layers(reference.fisher(problem, params, batch), params)
     return torch.linalg.inv(matrix + DAMPING * reference.eye(len(matrix)))
 
 
