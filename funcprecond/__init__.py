@@ -64,6 +64,7 @@ from funcprecond.methods.soap import soap
 from funcprecond.methods.splus import splus
 from funcprecond.methods.tnt import tnt
 from funcprecond.methods.tonga import tonga
+from funcprecond.methods.tonga_unit import tonga_unit
 from funcprecond.need import Every, Need
 from funcprecond.operators.curvature_matrices import GGN, Fisher, Hessian
 from funcprecond.operators.diagonal import DiagonalGGN
@@ -127,8 +128,9 @@ __all__ = [  # noqa: RUF022 - in groups, by use
     "smw_ng",
     "soap",
     "splus",
-    "tonga",
     "tnt",
+    "tonga",
+    "tonga_unit",
     # Methods of one's own, from the three stages.
     "Composed",
     "NoRepresentation",

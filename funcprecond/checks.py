@@ -147,17 +147,8 @@ RANGES = {
 # These methods invert a curvature matrix that can be singular.
 INVERT = frozenset(
     {
-        "adaptive_kfac",
-        "ekfac",
-        "kfac",
-        "kflr",
-        "layerwise_ng",
-        "mfac",
-        "natural_gradient",
-        "seng",
-        "smw_gn",
-        "smw_ng",
-        "tonga",
+        *("adaptive_kfac", "ekfac", "kfac", "kflr", "layerwise_ng", "mfac", "natural_gradient"),
+        *("seng", "smw_gn", "smw_ng", "tonga", "tonga_unit"),
     }
 )
 

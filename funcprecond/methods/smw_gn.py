@@ -15,7 +15,7 @@ __all__ = ["smw_gn"]
     representation="full, Gram",
     solver="L direct, SMW inverse",
     learning_rate=0.3,
-    options={"damping": 1.0},
+    options={"damping": 1.0, "examples": 32},
 )
 def smw_gn(
     *,

@@ -22,6 +22,7 @@ natural_gradient
 smw_gn
 smw_ng
 tonga
+tonga_unit
 mfac
 ggt
 fang | FANG (Grosse & Salakhutdinov 2015) | F̂_nmc | full, sparse | L/G direct, incomplete Cholesky

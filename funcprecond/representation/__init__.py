@@ -16,6 +16,7 @@ from funcprecond.representation.kronecker_io import KroneckerIO
 from funcprecond.representation.layer_gram import LayerGram
 from funcprecond.representation.representation import Representation, WithDiagonal, WithMatrices
 from funcprecond.representation.tensor_normal import TensorNormal
+from funcprecond.representation.unit_window import UnitWindow
 
 __all__ = [
     "Average",
@@ -32,6 +33,7 @@ __all__ = [
     "Representation",
     "RisingDecay",
     "TensorNormal",
+    "UnitWindow",
     "WithDiagonal",
     "WithMatrices",
 ]

@@ -4,8 +4,7 @@ import torch
 from torch import Tensor
 
 from funcprecond.linalg import treemath
-from funcprecond.linalg.eigh import separated_eigh
-from funcprecond.linalg.precision import decomposition_dtype
+from funcprecond.linalg.gradient_rows import put_row, truncate
 from funcprecond.tree import Params, state, static
 
 __all__ = ["GradientWindow"]
@@ -67,10 +66,7 @@ class GradientWindow:
         """
         g = treemath.ravel({k: grads[k].to(self.stacked.dtype) for k in self.names})
         here = torch.arange(len(self.weights), device=place.device) == place
-        stacked = torch.where(here.unsqueeze(1), g, self.stacked)
-        products = stacked @ g
-        dots = torch.where(here.unsqueeze(1), products, self.dots)
-        dots = torch.where(here, products.unsqueeze(1), dots)
+        stacked, dots = put_row(self.stacked, self.dots, g, here)
         return GradientWindow(stacked, dots, weights, self.names, self.shapes)
 
     def truncated(self, rank: int) -> "GradientWindow":
@@ -84,20 +80,8 @@ class GradientWindow:
             eigenvalues, with weights of 1. Costs an (R, R) eigendecomposition and k R P
             operations.
         """
-        gram = self.gram()
-        wide = ((gram + gram.mT) / 2).to(decomposition_dtype(gram))
-        values, vectors = separated_eigh(wide, 10 * torch.finfo(wide.dtype).eps)
-        values = values[-rank:].clamp_min(0.0).to(gram.dtype)
-        turned = (vectors[:, -rank:].mT.to(gram.dtype) * self.weights.sqrt()) @ self.stacked
-        used = torch.ones_like(values)
-        stacked = torch.zeros_like(self.stacked[rank:])
-        return GradientWindow(
-            torch.cat([turned, stacked]),
-            torch.diag(torch.cat([values, torch.zeros_like(self.weights[rank:])])),
-            torch.cat([used, torch.zeros_like(self.weights[rank:])]),
-            self.names,
-            self.shapes,
-        )
+        found = truncate(self.stacked, self.dots, self.weights, rank)
+        return GradientWindow(*found, self.names, self.shapes)
 
     def gram(self) -> Tensor:
         """``U U^T``, (R, R)."""

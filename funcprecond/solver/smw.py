@@ -73,11 +73,11 @@ class SMW:
         """
         k = representation.gram()
         matrix = wide((k + k.mT) / 2)
-        floor = torch.finfo(k.dtype).eps * matrix.diagonal().sum()
+        floor = torch.finfo(k.dtype).eps * matrix.diagonal(dim1=-2, dim2=-1).sum(-1)
         damping = (torch.zeros_like(floor) + self.damping).maximum(floor)
         eye = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
         # This does not raise: a matrix with NaN gives a factor with NaN, for skip_nonfinite.
-        cholesky, _ = torch.linalg.cholesky_ex(matrix + damping * eye)
+        cholesky, _ = torch.linalg.cholesky_ex(matrix + damping[..., None, None] * eye)
         return Woodbury(representation, cholesky, damping)
 
     def apply(self, factor: Woodbury, grads: Params) -> Params:

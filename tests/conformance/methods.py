@@ -89,6 +89,11 @@ METHODS: dict[str, Line] = {
     "natural_gradient": Line(references.damped_fisher, {"damping": 1e-2}, learns_layers=True),
     "layerwise_ng": Line(references.damped_fisher_layers, {"damping": 1e-2}, learns_layers=True),
     "smw_gn": Line(references.damped_fisher, {"damping": 1e-2}),
+    "tonga_unit": Line(
+        "tests/methods/test_tonga_unit.py::test_a_parameter_outside_of_layers_is_one_unit",
+        {"rank": 2, "every": 2},
+        learns_layers=True,
+    ),
     "smw_ng": Line(references.damped_empirical, {"damping": 1e-2}),
     "lbfgs": Line(references.unit_norm, {"history": 3}),
     "hessian_free": Line(
