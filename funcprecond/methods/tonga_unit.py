@@ -33,7 +33,7 @@ class TONGAUnitState:
     curvature="F̂_emp^batch",
     representation="unit, Gram",
     solver="G direct, SMW & eigendecomposition",
-    learning_rate=0.1,
+    learning_rate=0.01,
     options={"damping": 1e-2},
 )
 def tonga_unit(
