@@ -19,7 +19,8 @@ __all__ = ["layerwise_ng", "natural_gradient"]
     curvature="F, F̂_nmc, F̂_emp",
     representation="full, dense",
     solver="L/G direct, Cholesky",
-    learning_rate=0.1,
+    learning_rate=0.3,
+    options={"damping": 1.0},
 )
 def natural_gradient(
     *,
@@ -71,7 +72,8 @@ def natural_gradient(
     curvature="F, F̂_nmc, F̂_emp",
     representation="layer, dense",
     solver="L/G direct, Cholesky",
-    learning_rate=0.1,
+    learning_rate=0.3,
+    options={"damping": 1.0},
 )
 def layerwise_ng(
     *,

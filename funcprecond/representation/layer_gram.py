@@ -102,7 +102,8 @@ class LayerGram:
             if isinstance(rows, ExampleGradients):
                 left[block], right[block] = factors(rows)
             else:
-                formed[block] = torch.cat([rows[k].flatten(1) for k in parameters(block)], 1)
+                flat = [rows[k].reshape(len(rows[k]), -1) for k in parameters(block)]
+                formed[block] = torch.cat(flat, 1)
         weights, counts, others = {}, {}, {}
         for block in (*right, *formed, *value.others):
             old = self.counts.get(block, torch.zeros_like(value.scale))

@@ -287,3 +287,12 @@ def test_it_says_what_is_missing_or_wrong():
     ):
         with pytest.raises(ValueError, match=match):
             fp.seng(**options)
+
+
+def test_a_scale_that_is_a_number_is_a_block_of_its_own():
+    x, y = normal((4, 3)), normal((4, 3), 1)
+    params = {"s": torch.tensor(0.7, dtype=torch.float64)}
+    problem = fp.problem(lambda p, x: torch.tanh(x * p["s"]), fp.losses.mse, params=params)
+    case = Toy(problem, ((x, y),))
+    state, direction, evidence = update(case, fp.seng(damping=LAM))
+    assert_close(direction, solved(case, state, dense(case), evidence.grads), rtol=1e-9)

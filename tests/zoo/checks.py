@@ -207,8 +207,9 @@ ALIKE = {
     "natural_gradient": "smw_ng",
     "seng": "ekfac",
     "smw_gn": "smw_ng",
+    "tonga_unit": "ekfac",
 }
-EXACT = ("kflr", "layerwise_ng", "natural_gradient", "smw_gn")
+EXACT = ("kflr", "smw_gn")
 
 
 def _refusal(line: Model, name: str) -> str | None:
