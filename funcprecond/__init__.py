@@ -55,16 +55,22 @@ from funcprecond.methods.kfac import kfac
 from funcprecond.methods.kflr import kflr
 from funcprecond.methods.kl_shampoo import kl_shampoo
 from funcprecond.methods.lbfgs import lbfgs
+from funcprecond.methods.mfac import mfac
 from funcprecond.methods.muon import muon
+from funcprecond.methods.natural_gradient import layerwise_ng, natural_gradient
 from funcprecond.methods.one_sided_shampoo import one_sided_shampoo
+from funcprecond.methods.seng import seng
 from funcprecond.methods.sgd import sgd
 from funcprecond.methods.shampoo import shampoo
 from funcprecond.methods.singd import singd
 from funcprecond.methods.skfac import skfac
+from funcprecond.methods.smw_gn import smw_gn
 from funcprecond.methods.smw_ng import smw_ng
 from funcprecond.methods.soap import soap
 from funcprecond.methods.splus import splus
 from funcprecond.methods.tnt import tnt
+from funcprecond.methods.tonga import tonga
+from funcprecond.methods.tonga_unit import tonga_unit
 from funcprecond.methods.unit_ng import unit_ng
 from funcprecond.need import Every, Need
 from funcprecond.operators.curvature_matrices import GGN, Fisher, Hessian
@@ -120,17 +126,24 @@ __all__ = [  # noqa: RUF022 - in groups, by use
     "kfac",
     "kflr",
     "kl_shampoo",
+    "layerwise_ng",
     "lbfgs",
+    "mfac",
     "muon",
+    "natural_gradient",
     "one_sided_shampoo",
+    "seng",
     "sgd",
     "shampoo",
     "singd",
     "skfac",
+    "smw_gn",
     "smw_ng",
     "soap",
     "splus",
     "tnt",
+    "tonga",
+    "tonga_unit",
     "unit_ng",
     # Methods of one's own, from the three stages.
     "Composed",

@@ -139,6 +139,7 @@ RANGES = {
     **dict.fromkeys(("decay", "momentum", "betas"), SHARE),
     **dict.fromkeys(("every", "refresh_every", "damping_every", "gamma_every"), INTERVAL),
     **dict.fromkeys(("samples", "history", "window", "max_iter", "trials", "steps"), COUNT),
+    **dict.fromkeys(("examples", "rank", "sketch"), COUNT),
     **dict.fromkeys(("start", "backtracking", "merge", "block", "max_dim"), COUNT_OR_NONE),
 }
 """The range of each hyperparameter, by its name, which means the same in all methods."""
@@ -154,9 +155,16 @@ INVERT = frozenset(
         "foof",
         "kfac",
         "kflr",
+        "layerwise_ng",
+        "mfac",
+        "natural_gradient",
+        "seng",
         "singd",
         "skfac",
+        "smw_gn",
         "smw_ng",
+        "tonga",
+        "tonga_unit",
         "unit_ng",
     }
 )

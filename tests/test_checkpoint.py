@@ -431,6 +431,8 @@ LAYERED = {
     "unit_ng of borders": fp.unit_ng(quasi_diagonal=True),
     "eva": fp.eva(),
     "adaptive_kfac": fp.adaptive_kfac(),
+    "seng": fp.seng(),
+    "seng with a window": fp.seng(sketch=2, rank=2, window=2),
     "partition": fp.partition(
         [("embed.*", "a"), ("norm.*", "a"), ("*", "b")], a=fp.adam(), b=fp.kfac()
     ),

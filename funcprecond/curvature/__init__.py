@@ -13,6 +13,7 @@ from funcprecond.curvature.objective import Objective, ObjectiveFunctions
 from funcprecond.curvature.per_sample import PerSample, PerSampleGrads
 from funcprecond.curvature.quadratic_form import GGNForm
 from funcprecond.curvature.sampled_gradient import SampledGradient, SampledGradients
+from funcprecond.curvature.sketch import Sketch
 from funcprecond.layers.blocks import Layers
 from funcprecond.layers.layer_call import LayerUse
 
@@ -35,5 +36,6 @@ __all__ = [
     "Probes",
     "SampledGradient",
     "SampledGradients",
+    "Sketch",
     "Weight",
 ]

@@ -38,6 +38,7 @@ def smw_ng(
     damping: float | Tensor = 1e-1,
     labels: Labels = "empirical",
     samples: int = 1,
+    examples: int | None = None,
     adapt: bool = False,
     factor: float = 1.01,
 ) -> Transform:
@@ -56,6 +57,8 @@ def smw_ng(
             sampled labels, with ``samples`` rows for each example; "exact" for the exact Fisher
             matrix, with one row for each output of each example.
         samples: the number of labels to sample for each term of the loss, with "mc".
+        examples: the number of examples that give the rows, the first ones of the batch; by default
+            all of them. The gradient is that of the whole batch.
         adapt: whether the Levenberg-Marquardt rule changes λ. It compares the change of the loss
             after the step ``-d`` with the predicted one, ``-gᵀd / 2``, and costs one loss per step.
         factor: the number by which the rule multiplies or divides λ.
@@ -82,9 +85,9 @@ def smw_ng(
         evidence = required(evidence, need)
         check_present(grads)
         solver = SMW(state.damping)
-        rows = Gram.from_layers(evidence[need], grads)
+        rows = Gram.from_layers(evidence[need], grads, examples)
         inverse = solver.prepare(rows)
-        if labels == "empirical" and evidence.is_own(grads):
+        if labels == "empirical" and examples is None and evidence.is_own(grads):
             # The gradient is the sum of the rows of U over √c, that is, Uᵀ y with all y equal.
             y = rows.scale.rsqrt().expand(rows.count)
             direction = solver.push_through(inverse, y, grads)

@@ -18,10 +18,12 @@ neumann | Neumann optimizer (Krishnan 2017) | H | full, matrix-free | L iter, Ne
 hessian_free
 ksd | KSD (Vinyals & Povey 2011) | H, G | full, matrix-free | L iter, Krylov subspace
 lbfgs
-smw_gn | SMW-GN (Ren & Goldfarb 2019) | G | full, Gram | L direct, SMW inverse
+natural_gradient
+smw_gn
 smw_ng
-tonga | TONGA (Le Roux 2008) | F̂_emp | full or unit, Gram | G direct, SMW & eigendecomposition
-mfac | M-FAC (Frantar 2021) | F̂_emp^batch | full, Gram | G direct, SMW solve
+tonga
+tonga_unit
+mfac
 ggt
 fang | FANG (Grosse & Salakhutdinov 2015) | F̂_nmc | full, sparse | L/G direct, incomplete Cholesky
 psgd_kron | ★ PSGD (KF) (Li 2018) | |H| | layer, KF-io | G iter, triangular solve & SGD
@@ -32,7 +34,8 @@ kflr
 kfra | KFRA (Botev 2017) | G, by recursion | layer, KF-io | L/G direct, Cholesky & recursion
 ekfac
 skfac
-seng | ★ SENG (Yang 2021) | F̂_emp | layer, Gram | L/G direct, SMW inverse & sketching
+layerwise_ng
+seng
 tnt
 shampoo
 caspr

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from funcprecond.curvature.layer_statistics import LayerStatistics
 from funcprecond.curvature.sampled_gradient import SampledGradient, SampledGradients
+from funcprecond.curvature.sketch import Sketch
 from funcprecond.layers.blocks import Layers, split_block
 from funcprecond.layers.kinds.affine import AffineCall
 from funcprecond.layers.layer_call import LayerUse
@@ -42,6 +43,8 @@ def whole(parts: Sequence[Measured], need: Need, params: Params) -> Any:
     constants = _constants(parts)
     total = constants[0] if parts[0].is_sum else 1 / torch.stack([1 / c for c in constants]).sum()
     values = [part.values[need] for part in parts]
+    if isinstance(need, Sketch):
+        return values[0]
     if isinstance(need, SampledGradient):
         return _gradients(values, constants, total, parts, need)
     assert isinstance(need, LayerStatistics)

@@ -17,6 +17,7 @@ from funcprecond.curvature.hessian import HessianOperator, HessianProbes
 from funcprecond.curvature.layer_statistics import ExampleRows, LayerStatistics
 from funcprecond.curvature.objective import Objective
 from funcprecond.curvature.sampled_gradient import SampledGradient
+from funcprecond.curvature.sketch import Sketch
 from funcprecond.evidence import Evidence, MissingEvidence
 from funcprecond.losses import as_loss
 from funcprecond.need import Need, is_mark
@@ -409,7 +410,7 @@ def is_watchable(need: Need) -> bool:
     """
     if is_mark(need):
         return True
-    return isinstance(need, (LayerStatistics, SampledGradient)) and not isinstance(
+    return isinstance(need, (LayerStatistics, SampledGradient, Sketch)) and not isinstance(
         need, ExampleRows
     )
 

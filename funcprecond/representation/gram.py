@@ -10,6 +10,7 @@ with sums over layers l and over pairs of positions t, s. For a layer with a bia
 rows, in the order of the cotangents.
 """
 
+import dataclasses
 import math
 
 import torch
@@ -39,19 +40,34 @@ class Gram:
     names: tuple[str, ...] = static()
 
     @classmethod
-    def from_layers(cls, layers: Layers, params: Params) -> "Gram":
+    def from_layers(cls, layers: Layers, params: Params, examples: int | None = None) -> "Gram":
         """The Gram form of layer statistics.
 
         Args:
             layers: a measurement of ``LayerStatistics(others="rows", per_sample=True)``.
             params: the parameters whose block is wanted, in this order. Other parameters are left
                 out.
+            examples: the number of examples that are kept, the first ones; by default all. The
+                scale is then such that the matrix estimates that of the whole batch.
 
         Returns:
             The representation.
         """
         kept, formed = layers.example_gradients(params)
-        return cls(kept, formed, layers.scale, tuple(params))
+        if examples is None:
+            return cls(kept, formed, layers.scale, tuple(params))
+        of_uses = (use.grads.shape[0] for uses in layers.uses.values() for use in uses)
+        cotangents = next(of_uses, 0) or next(iter(layers.others.values())).shape[0]
+        whole = cls(kept, formed, layers.scale, tuple(params)).count // cotangents
+        kept = tuple(
+            dataclasses.replace(p, inputs=p.inputs[:, :examples], grads=p.grads[:, :, :examples])
+            for p in kept
+        )
+        formed = {
+            k: x.unflatten(0, (cotangents, whole))[:, :examples].flatten(0, 1)
+            for k, x in formed.items()
+        }
+        return cls(kept, formed, layers.scale * whole / min(examples, whole), tuple(params))
 
     @property
     def count(self) -> int:

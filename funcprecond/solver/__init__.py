@@ -7,6 +7,7 @@ their protocol: ``prepare(representation, previous)`` is expensive and runs at a
 
 from funcprecond.solver.axis_inverse import AxisInverse
 from funcprecond.solver.cholesky import Cholesky
+from funcprecond.solver.dense_cholesky import DenseCholesky
 from funcprecond.solver.divide import Divide
 from funcprecond.solver.eigen import Eigen
 from funcprecond.solver.followed_eigenbases import FollowedEigenbases
@@ -22,6 +23,7 @@ __all__ = [
     "SMW",
     "AxisInverse",
     "Cholesky",
+    "DenseCholesky",
     "Divide",
     "Eigen",
     "FollowedEigenbases",

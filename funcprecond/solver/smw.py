@@ -6,7 +6,7 @@ is ``U^T (λ I + U U^T)^-1 y``, without a division by λ and without cancellatio
 """
 
 import dataclasses
-from typing import ClassVar
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -16,7 +16,23 @@ from funcprecond.linalg.precision import wide
 from funcprecond.representation.gram import Gram
 from funcprecond.tree import Params, state
 
-__all__ = ["SMW", "Woodbury"]
+__all__ = ["SMW", "Rows", "Woodbury"]
+
+
+class Rows(Protocol):
+    """What Woodbury's formula needs of U: :class:`Gram`, or something with the same products."""
+
+    def gram(self) -> Tensor:
+        """``U U^T``, (R, R)."""
+        ...
+
+    def matvec(self, vector: Params) -> Tensor:
+        """``U v``, (R,)."""
+        ...
+
+    def rmatvec(self, weights: Tensor) -> Params:
+        """``U^T y``, shaped like the parameters."""
+        ...
 
 
 @state
@@ -29,7 +45,7 @@ class Woodbury:
         damping: λ, 0-d, :func:`wide`.
     """
 
-    rows: Gram
+    rows: Rows
     cholesky: Tensor
     damping: Tensor
 
@@ -46,7 +62,7 @@ class SMW:
     damping: float | Tensor = 1e-2
     accepts: ClassVar[tuple[type, ...]] = (Gram,)
 
-    def prepare(self, representation: Gram) -> Woodbury:
+    def prepare(self, representation: Rows) -> Woodbury:
         """Decompose the damped Gram matrix.
 
         Args:
@@ -57,11 +73,11 @@ class SMW:
         """
         k = representation.gram()
         matrix = wide((k + k.mT) / 2)
-        floor = torch.finfo(k.dtype).eps * matrix.diagonal().sum()
+        floor = torch.finfo(k.dtype).eps * matrix.diagonal(dim1=-2, dim2=-1).sum(-1)
         damping = (torch.zeros_like(floor) + self.damping).maximum(floor)
         eye = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
         # This does not raise: a matrix with NaN gives a factor with NaN, for skip_nonfinite.
-        cholesky, _ = torch.linalg.cholesky_ex(matrix + damping * eye)
+        cholesky, _ = torch.linalg.cholesky_ex(matrix + damping[..., None, None] * eye)
         return Woodbury(representation, cholesky, damping)
 
     def apply(self, factor: Woodbury, grads: Params) -> Params:
@@ -74,11 +90,11 @@ class SMW:
         Returns:
             Shaped like the parameters, in the dtypes of ``grads``.
         """
-        back = factor.rows.rmatvec(_solve(factor, factor.rows.matvec(grads)))
-        damping = factor.damping
+        inverse = 1 / factor.damping
+        back = factor.rows.rmatvec(-inverse * _solve(factor, factor.rows.matvec(grads)))
         return {
-            k: ((g.to(back[k].dtype) - back[k]) / damping.to(back[k].dtype)).to(g.dtype)
-            for k, g in grads.items()
+            k: torch.addcmul(x, grads[k].to(x.dtype), inverse.to(x.dtype)).to(grads[k].dtype)
+            for k, x in back.items()
         }
 
     def push_through(self, factor: Woodbury, weights: Tensor, like: Params) -> Params:

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 import funcprecond as fp
+from funcprecond.curvature import ExampleRows
 from funcprecond.methods.card import CARDS
 from tests.conformance import references
 
@@ -87,6 +88,23 @@ METHODS: dict[str, Line] = {
     "soap": Line(
         "tests/methods/test_soap.py::test_soap_follows_its_authors_trajectory_step_by_step"
     ),
+    "seng": Line(references.damped_empirical_layers, {"damping": 1e-2}, learns_layers=True),
+    "mfac": Line(
+        "tests/methods/test_mfac.py::test_a_window_of_one_has_a_closed_form",
+        {"window": 3, "damping": 0.1},
+    ),
+    "tonga": Line(
+        "tests/methods/test_tonga.py::test_without_evidence_each_update_truncates",
+        {"rank": 2, "every": 2},
+    ),
+    "natural_gradient": Line(references.damped_fisher, {"damping": 1e-2}, learns_layers=True),
+    "layerwise_ng": Line(references.damped_fisher_layers, {"damping": 1e-2}, learns_layers=True),
+    "smw_gn": Line(references.damped_fisher, {"damping": 1e-2}),
+    "tonga_unit": Line(
+        "tests/methods/test_tonga_unit.py::test_a_parameter_outside_of_layers_is_one_unit",
+        {"rank": 2, "every": 2},
+        learns_layers=True,
+    ),
     "smw_ng": Line(references.damped_empirical, {"damping": 1e-2}),
     "lbfgs": Line(references.unit_norm, {"history": 3}),
     "hessian_free": Line(
@@ -115,6 +133,11 @@ def build(name: str, **options) -> fp.Transform:
 def trained(name: str, **options) -> fp.Transform:
     """The method as a user trains with it: with a learning rate."""
     return fp.chain(build(name, **options), fp.scale(0.05))
+
+
+def needs_single_examples(name: str) -> bool:
+    """Whether the method is refused where the examples are coupled."""
+    return any(isinstance(need, ExampleRows) for need in build(name).needs(0))
 
 
 def intervals(name: str) -> fp.Transform:

@@ -190,6 +190,32 @@ def damped_empirical(problem, params, batch):
     return torch.linalg.inv(matrix + DAMPING * reference.eye(len(matrix)))
 
 
+def _of_layers(matrix, params):
+    """The blocks of the layers of a matrix, each of a weight and a bias, and zero elsewhere."""
+    sizes = [p.numel() for p in params.values()]
+    blocks = [torch.ones(w + b, w + b) for w, b in zip(sizes[::2], sizes[1::2], strict=True)]
+    return matrix * torch.block_diag(*blocks)
+
+
+def damped_empirical_layers(problem, params, batch):
+    """The same with the blocks of the layers only."""
+    rows = reference.per_example(problem, params, batch)
+    matrix = _of_layers(rows.T @ rows / len(rows), params)
+    return torch.linalg.inv(matrix + DAMPING * reference.eye(len(matrix)))
+
+
+def damped_fisher(problem, params, batch):
+    """``(F + damping I)^-1`` with the exact Fisher matrix, by going through all labels."""
+    matrix = reference.fisher(problem, params, batch)
+    return torch.linalg.inv(matrix + DAMPING * reference.eye(len(matrix)))
+
+
+def damped_fisher_layers(problem, params, batch):
+    """The same with the blocks of the layers only."""
+    matrix = _of_layers(reference.fisher(problem, params, batch), params)
+    return torch.linalg.inv(matrix + DAMPING * reference.eye(len(matrix)))
+
+
 def orthogonal_factor(problem, params, batch):
     """Muon's first step with momentum 0.95 and Nesterov: ``(G G^T)^(-1/2) G`` on its own scale."""
     share = (1 - 0.95) * (1 + 0.95)

@@ -11,7 +11,14 @@ from torch.utils._pytree import tree_map
 import funcprecond as fp
 from funcprecond.methods.card import CARDS
 from tests import problems
-from tests.conformance.methods import build, every_method, intervals, line, trained
+from tests.conformance.methods import (
+    build,
+    every_method,
+    intervals,
+    line,
+    needs_single_examples,
+    trained,
+)
 from tests.equality import assert_close
 from tests.problems import seeded
 
@@ -84,7 +91,7 @@ def members_of(net, name):
 @pytest.mark.parametrize("net", NETS)
 @every_method
 def test_members_may_share_a_batch_and_noise(name, net):
-    if name == "smw_ng" and net == "BatchNorm":
+    if needs_single_examples(name) and net == "BatchNorm":
         pytest.skip("per-sample gradients do not exist")
     step, *arguments = members_of(net, name)
     expected = stack([step(*one) for one in zip(*arguments, strict=True)])
@@ -186,7 +193,7 @@ def test_a_step_compiled_by_inductor_equals_the_eager_one(name):
 @pytest.mark.compile
 @every_method
 def test_a_network_with_buffers_and_attention_compiles(name):
-    if name == "smw_ng":
+    if needs_single_examples(name):
         pytest.skip("the examples are coupled")
     if name == "splus":
         pytest.skip("in a layer of width 2 it takes the signs of rounding errors")

@@ -201,9 +201,26 @@ def methods(line: Model) -> dict[str, str]:
     return refusals
 
 
+# Methods that refuse what another one does, and those that always take the exact Fisher matrix.
+ALIKE = {
+    "layerwise_ng": "smw_ng",
+    "natural_gradient": "smw_ng",
+    "seng": "ekfac",
+    "smw_gn": "smw_ng",
+    "tonga_unit": "ekfac",
+}
+EXACT = ("kflr", "smw_gn")
+
+
 def _refusal(line: Model, name: str) -> str | None:
-    unknown = name == "kflr" and _labels(line) == "empirical"
-    return line.refused.get(name, "the likelihood of" if unknown else None)
+    sizes = [p.numel() for p in line.problem().params.values()]
+    if name == "natural_gradient" and sum(sizes) > 4096:
+        return "would have"
+    if name == "layerwise_ng" and max(sizes) > 4000:
+        return "would have"
+    unknown = name in EXACT and _labels(line) == "empirical"
+    fragment = line.refused.get(ALIKE.get(name, name))
+    return fragment or ("the likelihood of" if unknown else None)
 
 
 def _labels(line: Model) -> Any:
