@@ -45,6 +45,7 @@ from funcprecond.methods.adam import adam, adamw
 from funcprecond.methods.adaptive_kfac import adaptive_kfac
 from funcprecond.methods.caspr import caspr
 from funcprecond.methods.ekfac import ekfac
+from funcprecond.methods.engd import engd
 from funcprecond.methods.ggt import ggt
 from funcprecond.methods.hessian_free import hessian_free
 from funcprecond.methods.kfac import kfac
@@ -58,6 +59,8 @@ from funcprecond.methods.shampoo import shampoo
 from funcprecond.methods.smw_ng import smw_ng
 from funcprecond.methods.soap import soap
 from funcprecond.methods.splus import splus
+from funcprecond.methods.spring import spring
+from funcprecond.methods.sr import sr
 from funcprecond.methods.tnt import tnt
 from funcprecond.need import Every, Need
 from funcprecond.operators.curvature_matrices import GGN, Fisher, Hessian
@@ -68,6 +71,7 @@ from funcprecond.operators.nystrom_sketch import nystrom, nystrom_cg
 from funcprecond.operators.operator import Operator
 from funcprecond.problems import Problem, problem
 from funcprecond.representation.average import RisingDecay
+from funcprecond.residual_problems import residuals, vmc
 from funcprecond.step import make_step, make_update
 from funcprecond.transform import Transform, apply, chain
 from funcprecond.transforms.accumulate import accumulate
@@ -87,6 +91,8 @@ __all__ = [  # noqa: RUF022 - in groups, by use
     # State a problem, and measure it.
     "Problem",
     "problem",
+    "residuals",
+    "vmc",
     "Evidence",
     "MissingEvidence",
     "Noise",
@@ -104,6 +110,7 @@ __all__ = [  # noqa: RUF022 - in groups, by use
     "adaptive_kfac",
     "caspr",
     "ekfac",
+    "engd",
     "ggt",
     "hessian_free",
     "kfac",
@@ -117,6 +124,8 @@ __all__ = [  # noqa: RUF022 - in groups, by use
     "smw_ng",
     "soap",
     "splus",
+    "spring",
+    "sr",
     "tnt",
     # Methods of one's own, from the three stages.
     "Composed",

@@ -144,7 +144,7 @@ RANGES = {
 """The range of each hyperparameter, by its name, which means the same in all methods."""
 
 # These methods invert a curvature matrix that can be singular.
-INVERT = frozenset({"adaptive_kfac", "ekfac", "kfac", "kflr", "smw_ng"})
+INVERT = frozenset({"adaptive_kfac", "ekfac", "engd", "kfac", "kflr", "smw_ng", "spring", "sr"})
 
 Build = TypeVar("Build", bound=Callable[..., Any])
 

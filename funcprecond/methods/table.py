@@ -20,6 +20,9 @@ ksd | KSD (Vinyals & Povey 2011) | H, G | full, matrix-free | L iter, Krylov sub
 lbfgs
 smw_gn | SMW-GN (Ren & Goldfarb 2019) | G | full, Gram | L direct, SMW inverse
 smw_ng
+engd
+spring
+sr
 tonga | TONGA (Le Roux 2008) | F̂_emp | full or unit, Gram | G direct, SMW & eigendecomposition
 mfac | M-FAC (Frantar 2021) | F̂_emp^batch | full, Gram | G direct, SMW solve
 ggt

@@ -12,6 +12,7 @@ from funcprecond.solver.eigen import Eigen
 from funcprecond.solver.followed_eigenbases import FollowedEigenbases
 from funcprecond.solver.inverse_root import InverseRoot
 from funcprecond.solver.kronecker_sum import KroneckerSum
+from funcprecond.solver.least_squares import LeastSquares
 from funcprecond.solver.smw import SMW
 from funcprecond.solver.solver import Solver
 
@@ -24,5 +25,6 @@ __all__ = [
     "FollowedEigenbases",
     "InverseRoot",
     "KroneckerSum",
+    "LeastSquares",
     "Solver",
 ]

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import funcprecond as fp
-from funcprecond.checks import RANGES
+from funcprecond.checks import INVERT, RANGES
 from funcprecond.methods.card import CARDS
 from tests.conformance.methods import line
 
@@ -79,7 +79,7 @@ def test_defaults_and_tensors_are_accepted(method):
             torch.vmap(lambda v, k=name: (build(**{k: v}), v)[1])(torch.tensor([-1.0, default]))
 
 
-@pytest.mark.parametrize("method", ["adaptive_kfac", "ekfac", "kfac", "kflr", "smw_ng"])
+@pytest.mark.parametrize("method", sorted(INVERT))
 def test_methods_that_invert_refuse_a_damping_of_zero(method):
     with pytest.raises(ValueError, match=r"damping must be .* 0.*can be singular"):
         getattr(fp, method)(damping=0.0)
