@@ -71,7 +71,8 @@ def residuals(
 
     A batch is a dict ``{name: points}``. The points of a block are a tensor (N_k, ...), or a tuple
     of tensors, such as the coordinates and the data, whose first axes count the points. A
-    residual may take derivatives of the network with ``torch.func``.
+    residual may take derivatives of the network with ``torch.func``. (torch's compiler cannot trace
+    ``torch.func.hessian`` here, but ``jvp`` of ``grad``, and derivatives that are written out.)
 
     Every method of the gradient trains such a problem, as do those of Hessian and Gauss-Newton
     products; :func:`engd` and :func:`spring` are made for it. Methods of layers and of labels

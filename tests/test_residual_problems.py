@@ -3,7 +3,7 @@
 import pytest
 import torch
 from torch import nn
-from torch.func import functional_call, grad, vmap
+from torch.func import functional_call, grad, jvp, vmap
 
 import funcprecond as fp
 from funcprecond.curvature import ResidualRows
@@ -142,6 +142,29 @@ def test_other_methods_train_it(opt):
         params, state, evidence = step(params, state, batch, t, noise)
         losses.append(float(evidence.loss))
     assert losses[-1] < losses[0]
+
+
+@pytest.mark.slow
+@pytest.mark.compile
+@pytest.mark.parametrize("opt", [fp.engd(damping=1.0), fp.spring(damping=1.0)])
+def test_a_compiled_step_is_the_eager_one(opt):
+    torch._dynamo.reset()
+
+    def curved(params, x):
+        slope = grad(scientific.net, argnums=1)
+        basis = torch.eye(2, dtype=x.dtype)
+        return sum(jvp(lambda x: slope(params, x), (x,), (e,))[1] @ e for e in basis)
+
+    params = scientific.network((2, 4, 1))
+    problem, batch = fp.residuals({"all": curved}, params=params), {"all": normal((5, 2))}
+    ends = []
+    for compile_ in (False, True):
+        step = fp.make_step(problem, opt, compile=compile_, rate=0.1)
+        p, state = params, opt.init(params)
+        for t in range(2):
+            p, state, evidence = step(p, state, batch, t)
+        ends.append((p, state, evidence.loss))
+    assert_close(ends[1], ends[0], rtol=1e-9)
 
 
 @pytest.mark.parametrize("opt", [fp.kfac(labels="empirical"), fp.ekfac(labels="empirical")])
