@@ -26,7 +26,7 @@ class SPRINGState:
     curvature="G; F of |ψ|², over 4",
     representation="full, Gram",
     solver="L direct, SMW or Cholesky inverse, momentum",
-    learning_rate=0.1,
+    learning_rate=0.3,
     carries_momentum=True,
     options={"damping": 1.0},
 )
