@@ -46,6 +46,7 @@ from funcprecond.methods.adaptive_kfac import adaptive_kfac
 from funcprecond.methods.caspr import caspr
 from funcprecond.methods.diagonal_ng import diagonal_ng
 from funcprecond.methods.ekfac import ekfac
+from funcprecond.methods.engd import engd
 from funcprecond.methods.eva import eva
 from funcprecond.methods.eva_s import eva_s
 from funcprecond.methods.foof import foof
@@ -68,6 +69,8 @@ from funcprecond.methods.smw_gn import smw_gn
 from funcprecond.methods.smw_ng import smw_ng
 from funcprecond.methods.soap import soap
 from funcprecond.methods.splus import splus
+from funcprecond.methods.spring import spring
+from funcprecond.methods.sr import sr
 from funcprecond.methods.tnt import tnt
 from funcprecond.methods.tonga import tonga
 from funcprecond.methods.tonga_unit import tonga_unit
@@ -81,6 +84,7 @@ from funcprecond.operators.nystrom_sketch import nystrom, nystrom_cg
 from funcprecond.operators.operator import Operator
 from funcprecond.problems import Problem, problem
 from funcprecond.representation.average import RisingDecay
+from funcprecond.residual_problems import residuals, vmc
 from funcprecond.step import make_step, make_update
 from funcprecond.transform import Transform, apply, chain
 from funcprecond.transforms.accumulate import accumulate
@@ -100,6 +104,8 @@ __all__ = [  # noqa: RUF022 - in groups, by use
     # State a problem, and measure it.
     "Problem",
     "problem",
+    "residuals",
+    "vmc",
     "Evidence",
     "MissingEvidence",
     "Noise",
@@ -118,6 +124,7 @@ __all__ = [  # noqa: RUF022 - in groups, by use
     "caspr",
     "diagonal_ng",
     "ekfac",
+    "engd",
     "eva",
     "eva_s",
     "foof",
@@ -141,6 +148,8 @@ __all__ = [  # noqa: RUF022 - in groups, by use
     "smw_ng",
     "soap",
     "splus",
+    "spring",
+    "sr",
     "tnt",
     "tonga",
     "tonga_unit",

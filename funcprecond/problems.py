@@ -5,7 +5,7 @@ import functools
 import inspect
 from collections import Counter
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -46,7 +46,12 @@ class Problem:
         draws_masks: whether the model draws dropout masks, by :meth:`options`. It is filled in by
             :func:`funcprecond.draw`, and remembers the last options only.
         reminded: how often :func:`funcprecond.observe` was not given the model's buffers.
+        by_points: whether the batch consists of points or samples, each with a function of its own
+            (:mod:`funcprecond.residual_problems`), so that no layers and no examples are looked
+            for.
     """
+
+    by_points: ClassVar[bool] = False
 
     forward: Callable[[Params, Buffers, Any], tuple[Any, Buffers]]
     loss: Loss

@@ -86,7 +86,8 @@ def make_step(
     ):
         # An eager run refuses what a compiled one does not notice, such as random numbers without
         # noise, and finds the examples, for which a compiled one cannot compare values.
-        layers, twice = any(n.layers for n in needs), any(n.twice for n in needs)
+        layers = any(n.layers for n in needs) and not problem.by_points
+        twice = any(n.twice for n in needs)
         known = {"buffers": buffers, "masks": noise.masks, "layers": layers, "twice": twice}
         seen = Evaluation(problem, params, batch, **known)
         if layers:

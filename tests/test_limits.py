@@ -363,6 +363,16 @@ REFUSED: dict[str, list[Case]] = {
     "a loss that differentiates the model": [
         (differentiating_loss, TypeError, "Take these derivatives in the model")
     ],
+    "layer statistics, per-sample gradients": [
+        (lambda: on_points(fp.layer_statistics, labels="empirical"), TypeError, "fp.engd"),
+        (lambda: on_points(fp.per_sample_grads), TypeError, "fp.engd"),
+        (lambda: on_points(fp.layer_statistics), TypeError, "likelihood"),
+    ],
+    "the loss at other parameters": [
+        (lambda: at_samples(fp.engd()), TypeError, "fp.spring"),
+        (lambda: at_samples(fp.adahessian()), TypeError, "fp.spring"),
+        (lambda: at_samples(fp.hessian_free()), TypeError, "fp.spring"),
+    ],
     "sampled or exact labels": [(labels_of_ones_own_loss, TypeError, "labels='empirical'")],
     "an update without the needs": [
         (lambda: no_needs(fp.kfac(damping=0.1)), fp.MissingEvidence, r"opt.needs\(t\)"),
@@ -444,6 +454,19 @@ def a_micro_batch_that_was_not_watched() -> bool:
         opt.step()
         factors.append(opt.state_dict()["state"][0]["tensors"])
     return all(torch.equal(x, factors[1][k]) for k, x in factors[0].items() if "right" in k)
+
+
+def on_points(function: Callable, **options) -> Any:
+    params = {"w": normal((3,))}
+    problem = fp.residuals({"a": lambda p, x: p["w"] @ x}, params=params)
+    return function(problem, params, {"a": BATCH[0]}, **options)
+
+
+def at_samples(opt: fp.Transform) -> None:
+    params = {"w": normal((3,))}
+    problem = fp.vmc(lambda p, x: p["w"] @ x, lambda p, x: p["w"] @ x.square(), params=params)
+    evidence = observed(problem, opt.needs(0), BATCH[0], generator=seeded(0))
+    opt.update(opt.init(params), evidence.grads, evidence)
 
 
 def written_through_data() -> bool:

@@ -28,6 +28,7 @@ from funcprecond.autodiff.graph_check import no_checkpoints
 from funcprecond.autodiff.graph_run import GraphRun
 from funcprecond.autodiff.missing_derivatives import explained
 from funcprecond.autodiff.once import opened_once, renamed
+from funcprecond.autodiff.point_rows import point_rows
 from funcprecond.autodiff.recorder import Recorder
 from funcprecond.autodiff.reminders import remind_of_curvature, remind_of_shift
 from funcprecond.autodiff.single_examples import pull_each
@@ -114,7 +115,7 @@ class Evaluation:
         self.masks = tuple(masks)
         self._buffers = problem.buffers if buffers is None else buffers
         self._generator = generator
-        self._layers = layers
+        self._layers = layers and not problem.by_points
         self._keep = keep
         self._takes_gradient = takes_gradient
         self.is_last = False
@@ -318,6 +319,20 @@ class Evaluation:
         """
         return pull_each(self, tree.floating(cotangents), names, chunk_size)
 
+    def point_rows(self, names: Sequence[str]) -> tuple[Params, Tensor, float] | None:
+        """The Jacobian of a scientific problem, whose points are of several kinds.
+
+        Args:
+            names: the parameters.
+
+        Returns:
+            J, (R, *shape) for each name, with a row for each residual or sample; the vector r,
+            (R,); and the number m for which the gradient of the loss is ``m J^T r``. Costs one
+            gradient for each row, under ``vmap``. None for any other problem than those of
+            :mod:`funcprecond.residual_problems`.
+        """
+        return point_rows(self, names)
+
     def objective(self, params: Params) -> tuple[Tensor, Params]:
         """Compute the loss and its gradient at another point.
 
@@ -328,7 +343,11 @@ class Evaluation:
 
         Returns:
             (loss, gradient). Costs one gradient.
+
+        Raises:
+            TypeError: the loss is an estimate at samples that belong to this point only.
         """
+        self._require_a_function()
         if is_eager((params, self._buffers, self.inputs)):
             run = GraphRun(self, params)
             return run.loss.detach(), run.grads[0]
@@ -345,7 +364,11 @@ class Evaluation:
 
         Returns:
             The loss, a 0-d tensor. Costs one forward run.
+
+        Raises:
+            TypeError: the loss is an estimate at samples that belong to this point only.
         """
+        self._require_a_function()
         if is_eager((params, self._buffers, self.inputs)):
             # With gradients enabled, for a model that differentiates inside its own forward.
             with torch.enable_grad():
@@ -369,7 +392,9 @@ class Evaluation:
         Raises:
             RuntimeError: the evaluation was made without ``twice``, or an earlier call with
                 ``keep=False`` has freed the graph.
+            TypeError: the loss is an estimate at samples that belong to this point only.
         """
+        self._require_a_function()
         return self._run.hvp(self, vector, keep)
 
     @explained
@@ -423,6 +448,7 @@ class Evaluation:
     def output_hessian_mv(self, pushed: Any) -> Any:
         """Multiply the Hessian of the loss in the outputs by a tree shaped like the outputs."""
         self._require_outputs()
+        self._require_a_function()
         problem, outputs, targets = self.problem, self.outputs, self.targets
         curved = problem.loss.hessian_product(outputs, targets, pushed)
         if not problem.reminded["curvature"] and is_eager((outputs, targets, pushed)):
@@ -441,6 +467,17 @@ class Evaluation:
                 "layers and its examples contribute. Take these derivatives in the model, return "
                 "them and all tensors as outputs (fp.problem(..., outputs=) may choose them), and "
                 "let the loss be a function of them"
+            )
+            raise TypeError(msg)
+
+    def _require_a_function(self) -> None:
+        """Raise TypeError if the loss has a value and a gradient at this point, and no others."""
+        if self.problem.loss.at_samples:
+            msg = (
+                "the samples of this problem belong to the parameters that they were drawn with, "
+                "so that they do not give the loss at other parameters, nor its Hessian: line "
+                "searches, adaptive damping, L-BFGS and Newton's method do not apply. Use fp.sr, "
+                "fp.spring or a method of the gradient"
             )
             raise TypeError(msg)
 

@@ -112,10 +112,18 @@ def find(evaluation: Any) -> Examples:
         The places. The first call for given shapes costs a few runs of the model on two examples.
 
     Raises:
-        TypeError: no output has an axis, as where the model computes the loss itself.
+        TypeError: no output has an axis, as where the model computes the loss itself; or the
+            problem is one of :func:`funcprecond.residuals` or :func:`funcprecond.vmc`.
         ValueError: ``in_axes`` of the problem do not fit the inputs.
     """
     problem = evaluation.problem
+    if problem.by_points:
+        msg = (
+            "the points of this problem are no examples of one kind, so that it has neither layer "
+            "statistics nor per-sample gradients: use fp.engd, fp.spring or fp.sr, or a method of "
+            "the gradient"
+        )
+        raise TypeError(msg)
     require_examples(evaluation.outputs)
     shapes = ((x.shape, x.dtype) if isinstance(x, Tensor) else type(x) for x in evaluation.leaves)
     key = (problem.options(), len(evaluation.calls), len(evaluation.masks), *shapes)

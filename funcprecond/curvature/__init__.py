@@ -12,6 +12,7 @@ from funcprecond.curvature.layer_statistics import ExampleRows, LayerStatistics
 from funcprecond.curvature.objective import Objective, ObjectiveFunctions
 from funcprecond.curvature.per_sample import PerSample, PerSampleGrads
 from funcprecond.curvature.quadratic_form import GGNForm
+from funcprecond.curvature.residual_rows import ResidualRows, Residuals
 from funcprecond.curvature.sampled_gradient import SampledGradient, SampledGradients
 from funcprecond.curvature.sketch import Sketch
 from funcprecond.layers.blocks import Layers
@@ -34,6 +35,8 @@ __all__ = [
     "PerSample",
     "PerSampleGrads",
     "Probes",
+    "ResidualRows",
+    "Residuals",
     "SampledGradient",
     "SampledGradients",
     "Sketch",

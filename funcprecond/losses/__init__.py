@@ -24,6 +24,7 @@ from funcprecond.losses.base import Custom, Loss
 from funcprecond.losses.language import next_tokens
 from funcprecond.losses.logistic import BCEWithLogits
 from funcprecond.losses.regression import MSE, GaussianNLL, Huber
+from funcprecond.losses.residual import Energy, HalfSquares
 from funcprecond.losses.softmax import NLL, CrossEntropy
 
 __all__ = [
@@ -32,7 +33,9 @@ __all__ = [
     "BCEWithLogits",
     "CrossEntropy",
     "Custom",
+    "Energy",
     "GaussianNLL",
+    "HalfSquares",
     "Huber",
     "Loss",
     "as_loss",

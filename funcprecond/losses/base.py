@@ -4,7 +4,7 @@ import abc
 import dataclasses
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -47,7 +47,16 @@ class Loss(abc.ABC):
 
     To add a loss, implement :meth:`__call__` and :meth:`constant`, and for a loss with a likelihood
     also :meth:`label_noise`, :meth:`sampled` and :meth:`exact`.
+
+    Attributes:
+        squares: whether the loss is ``c / 2`` times a sum of squared errors, so that
+            :meth:`empirical` returns the errors.
+        at_samples: whether the loss is an estimate at samples that depend on the parameters, so
+            that only its value and its gradient at these parameters are known.
     """
+
+    squares: ClassVar[bool] = False
+    at_samples: ClassVar[bool] = False
 
     @property
     def is_sum(self) -> bool:

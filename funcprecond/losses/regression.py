@@ -3,6 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Iterator
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -32,6 +33,7 @@ class MSE(Loss):
     """
 
     reduction: Reduction = "mean"
+    squares: ClassVar[bool] = True
 
     def __post_init__(self):
         check_reduction(self.reduction)

@@ -21,6 +21,9 @@ lbfgs
 natural_gradient
 smw_gn
 smw_ng
+engd
+spring
+sr
 tonga
 tonga_unit
 mfac

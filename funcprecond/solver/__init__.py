@@ -14,6 +14,7 @@ from funcprecond.solver.followed_eigenbases import FollowedEigenbases
 from funcprecond.solver.input_inverse import InputInverse
 from funcprecond.solver.inverse_root import InverseRoot
 from funcprecond.solver.kronecker_sum import KroneckerSum
+from funcprecond.solver.least_squares import LeastSquares
 from funcprecond.solver.rank_one import RankOne
 from funcprecond.solver.smw import SMW
 from funcprecond.solver.solver import Solver
@@ -30,6 +31,7 @@ __all__ = [
     "InputInverse",
     "InverseRoot",
     "KroneckerSum",
+    "LeastSquares",
     "RankOne",
     "Solver",
     "UnitInverse",

@@ -16,7 +16,7 @@ from funcprecond.linalg.precision import wide
 from funcprecond.representation.gram import Gram
 from funcprecond.tree import Params, state
 
-__all__ = ["SMW", "Rows", "Woodbury"]
+__all__ = ["SMW", "Rows", "Woodbury", "damped_cholesky"]
 
 
 class Rows(Protocol):
@@ -71,13 +71,7 @@ class SMW:
         Returns:
             The factor. Costs the Gram matrix and ``R^3 / 3`` operations, :func:`wide`.
         """
-        k = representation.gram()
-        matrix = wide((k + k.mT) / 2)
-        floor = torch.finfo(k.dtype).eps * matrix.diagonal(dim1=-2, dim2=-1).sum(-1)
-        damping = (torch.zeros_like(floor) + self.damping).maximum(floor)
-        eye = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
-        # This does not raise: a matrix with NaN gives a factor with NaN, for skip_nonfinite.
-        cholesky, _ = torch.linalg.cholesky_ex(matrix + damping[..., None, None] * eye)
+        cholesky, damping = damped_cholesky(representation.gram(), self.damping)
         return Woodbury(representation, cholesky, damping)
 
     def apply(self, factor: Woodbury, grads: Params) -> Params:
@@ -110,6 +104,24 @@ class SMW:
         """
         x = factor.rows.rmatvec(_solve(factor, weights))
         return treemath.cast(x, like)
+
+
+def damped_cholesky(gram: Tensor, damping: float | Tensor) -> tuple[Tensor, Tensor]:
+    """Decompose a Gram matrix plus ``λ I``, where λ is at least the rounding error of the matrix.
+
+    Args:
+        gram: the matrix, (n, n).
+        damping: λ.
+
+    Returns:
+        The lower Cholesky factor and λ as it was used, both :func:`wide`.
+    """
+    matrix = wide((gram + gram.mT) / 2)
+    floor = torch.finfo(gram.dtype).eps * matrix.diagonal().sum()
+    damping = (torch.zeros_like(floor) + damping).maximum(floor)
+    eye = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
+    # This does not raise: a matrix with NaN gives a factor with NaN, for skip_nonfinite.
+    return torch.linalg.cholesky_ex(matrix + damping * eye)[0], damping
 
 
 def _solve(factor: Woodbury, right: Tensor) -> Tensor:

@@ -106,6 +106,9 @@ METHODS: dict[str, Line] = {
         learns_layers=True,
     ),
     "smw_ng": Line(references.damped_empirical, {"damping": 1e-2}),
+    "engd": Line(references.damped_ggn, {"damping": 1.0}),
+    "spring": Line(references.damped_ggn, {"damping": 1.0}),
+    "sr": Line(references.damped_ggn, {"damping": 1.0}),
     "lbfgs": Line(references.unit_norm, {"history": 3}),
     "hessian_free": Line(
         references.damped_ggn,

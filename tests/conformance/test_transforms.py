@@ -24,7 +24,6 @@ from tests.problems import seeded
 
 MEMBERS = 3
 
-
 def stack(trees):
     return tree_map(lambda *x: torch.stack(x), *trees)
 
