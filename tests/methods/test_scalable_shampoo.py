@@ -33,7 +33,9 @@ def test_statistics_every_few_steps_are_those_of_these_steps(combine):
 @pytest.mark.parametrize("build", [fp.soap, fp.splus])
 def test_statistics_every_few_steps_are_averages_of_these_steps(build):
     grads, beta = [normal((4, 3), t) for t in range(8)], 0.7
-    state = stepped(build(every=3, refresh_every=1, start=0, decay=beta), [{"w": g} for g in grads])[-1]
+    state = stepped(
+        build(every=3, refresh_every=1, start=0, decay=beta), [{"w": g} for g in grads]
+    )[-1]
     weights = [(1 - beta) * beta ** (2 - i) for i in range(3)]
     expected = sum(w * g @ g.T for w, g in zip(weights, grads[::3], strict=True))
     assert_close(state.statistics["w"][0], expected, rtol=1e-12)
