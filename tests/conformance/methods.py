@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 import funcprecond as fp
-from funcprecond.curvature import ExampleRows
+from funcprecond.curvature import ExampleRows, ResidualRows
 from funcprecond.methods.card import CARDS
 from tests.conformance import references
 
@@ -140,7 +140,7 @@ def trained(name: str, **options) -> fp.Transform:
 
 def needs_single_examples(name: str) -> bool:
     """Whether the method is refused where the examples are coupled."""
-    return any(isinstance(need, ExampleRows) for need in build(name).needs(0))
+    return any(isinstance(need, (ExampleRows, ResidualRows)) for need in build(name).needs(0))
 
 
 def intervals(name: str) -> fp.Transform:

@@ -173,7 +173,7 @@ def test_buffers_are_written_once_a_step(name):
     expected = copy.deepcopy(model)
     options = {"hessian_free": {"max_iter": 3}}.get(name, {})
     opt = fp.optim.CLASSES[name](model, lr=0.1, **options)
-    if name in ("engd", "spring", "sr") or needs_single_examples(name):
+    if needs_single_examples(name):
         with pytest.raises(ValueError, match="per-sample gradients are not defined"):
             opt.step(lambda: F.cross_entropy(model(BATCH[0]), BATCH[1]))
         return
