@@ -69,10 +69,7 @@ class FactoredRows:
             table = vector[weight].reshape(-1, self.right.shape[-1]).to(right.dtype)
             products = (_taken(table, place)[left] * right).sum((0, 2, 3))
             return products * self.weights.sqrt()
-        groups, rows = self.left.shape[0], self.left.shape[-1]
-        matrix = join(vector, vector, self.block, rows, groups).to(right.dtype)
-        matrix = _taken(matrix, self.chosen.get("right"))
-        matrix = _taken(matrix.mT, self.chosen.get("left")).reshape(groups, -1, left.shape[-1])
+        matrix = self._matrix(vector).to(right.dtype)
         mapped = torch.einsum("jnti,jio->jnto", right, matrix)
         return (mapped * left).sum((0, 2, 3)) * self.weights.sqrt()
 
@@ -85,8 +82,35 @@ class FactoredRows:
             flat = right.new_zeros(math.prod(shape[:-1]), shape[-1])
             flat = flat.index_add(0, self.left.flatten(), right.flatten(0, 2))
             return {weight: flat.reshape(shape)}
-        matrix = self.left.flatten(1, 2).mT @ right.flatten(1, 2)
-        return split(matrix, self.like, self.block)
+        left, right = self.left.flatten(1, 2).mT, right.flatten(1, 2)
+        weight, bias = split_block(self.block)
+        if bias is None or not self._bias_is_column:
+            return split(left @ right, self.like, self.block)
+        # Two products, because a matrix of both would be copied to separate them.
+        return {
+            weight: (left @ right[..., :-1]).reshape(self.like[weight].shape),
+            bias: (left @ right[..., -1:]).reshape(self.like[bias].shape),
+        }
+
+    @property
+    def _bias_is_column(self) -> bool:
+        """Whether the bias, if there is one, belongs to the columns of the matrix."""
+        groups, rows = self.left.shape[0], self.left.shape[-1]
+        return groups * rows == self.like[split_block(self.block)[0]].shape[0]
+
+    def _matrix(self, vector: Params) -> Tensor:
+        """The matrix of a vector, or its columns and rows in the sketch, as (J, columns, rows)."""
+        groups, rows, chosen = self.left.shape[0], self.left.shape[-1], self.chosen
+        weight, bias = split_block(self.block)
+        if bias is not None and groups == 1 and "left" in chosen and self._bias_is_column:
+            # The rows are selected first, which is a copy of whole rows and makes the rest small.
+            vector = {k: vector[k].index_select(0, chosen["left"]) for k in (weight, bias)}
+            few = join(vector, vector, self.block, len(chosen["left"])).unsqueeze(0)
+            few = few * (rows / len(chosen["left"])) ** 0.5
+            return _taken(few, chosen.get("right")).mT
+        matrix = join(vector, vector, self.block, rows, groups)
+        matrix = _taken(matrix, chosen.get("right"))
+        return _taken(matrix.mT, chosen.get("left")).reshape(groups, matrix.shape[-1], -1)
 
     def _sketched(self) -> tuple[Tensor, Tensor]:
         left = self.left if self.one_hot else _taken(self.left, self.chosen.get("left"))

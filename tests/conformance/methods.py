@@ -140,8 +140,7 @@ def trained(name: str, **options) -> fp.Transform:
 
 def needs_single_examples(name: str) -> bool:
     """Whether the method is refused where the examples are coupled."""
-    kinds = (ExampleRows, ResidualRows)
-    return any(isinstance(need, kinds) for need in build(name).needs(0))
+    return any(isinstance(need, (ExampleRows, ResidualRows)) for need in build(name).needs(0))
 
 
 def intervals(name: str) -> fp.Transform:

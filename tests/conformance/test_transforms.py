@@ -24,6 +24,7 @@ from tests.problems import seeded
 
 MEMBERS = 3
 
+
 def stack(trees):
     return tree_map(lambda *x: torch.stack(x), *trees)
 

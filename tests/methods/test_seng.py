@@ -10,6 +10,8 @@ import funcprecond as fp
 from funcprecond.layers.example_gradients import ExampleGradients
 from funcprecond.layers.sketched_rows import columns, leading_positions
 from tests import reference
+from tests.conformance.test_absent_layers import full as heads
+from tests.conformance.test_absent_layers import run
 from tests.equality import assert_close, assert_same
 from tests.problems import (
     Toy,
@@ -296,3 +298,15 @@ def test_a_scale_that_is_a_number_is_a_block_of_its_own():
     case = Toy(problem, ((x, y),))
     state, direction, evidence = update(case, fp.seng(damping=LAM))
     assert_close(direction, solved(case, state, dense(case), evidence.grads), rtol=1e-9)
+
+
+@pytest.mark.parametrize("window", [1, 2])
+def test_a_head_keeps_its_rows_while_batches_leave_it_out(window):
+    problem, opt = heads(), fp.seng(damping=0.1, window=window)
+    before, after = (run(problem, opt, tasks)[0] for tasks in ([0, 1, 0, 1], [0, 1, 0, 1, 0]))
+    kept = {k: x for k, x in fp.to_dict(before).items() if "s.1." in k}
+    assert len(kept) > 5
+    assert_same({k: fp.to_dict(after)[k] for k in kept}, kept)
+    restored = fp.from_dict(opt.init(problem.params), fp.to_dict(before))
+    again = run(problem, opt, [0, 1, 0, 1, 0], state=restored, start=4)
+    assert_same(again[0], after)

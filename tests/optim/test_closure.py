@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import funcprecond as fp
+from tests.conformance.methods import needs_single_examples
 from tests.equality import assert_close
 from tests.optim.loops import TOY, assert_equal, fresh_model, functional, is_watched, make
 from tests.problems import initialised, labelled, seeded
@@ -172,7 +173,7 @@ def test_buffers_are_written_once_a_step(name):
     expected = copy.deepcopy(model)
     options = {"hessian_free": {"max_iter": 3}}.get(name, {})
     opt = fp.optim.CLASSES[name](model, lr=0.1, **options)
-    if name in ("engd", "smw_ng", "spring", "sr"):
+    if needs_single_examples(name):
         with pytest.raises(ValueError, match="per-sample gradients are not defined"):
             opt.step(lambda: F.cross_entropy(model(BATCH[0]), BATCH[1]))
         return

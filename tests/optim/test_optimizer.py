@@ -18,6 +18,9 @@ from tests.problems import normal
 
 GRADIENT_ONLY = [k for k, c in fp.optim.CLASSES.items() if not issubclass(c, ModelOptimizer)]
 gradient_only = pytest.mark.parametrize("name", GRADIENT_ONLY)
+# Their state belongs to all parameters together.
+JOINT = ("mfac", "tonga")
+each_by_itself = pytest.mark.parametrize("name", [k for k in GRADIENT_ONLY if k not in JOINT])
 # Torch's optimizers that compute the same.
 PEERS = {
     "Adam": (fp.optim.Adam, torch.optim.Adam, {"lr": 0.01}, {"lr": 0.01}),
@@ -59,7 +62,7 @@ def test_parameters_without_a_gradient_sit_out_as_in_torch(peer, steps):
         assert_close([x.detach() for x in a], [x.detach() for x in b], 1e-12)
 
 
-@gradient_only
+@each_by_itself
 @settings(max_examples=4)
 @given(steps=presences)
 def test_every_method_treats_parameters_without_a_gradient_alike(name, steps):
@@ -76,7 +79,7 @@ def test_every_method_treats_parameters_without_a_gradient_alike(name, steps):
     assert_close([x.detach() for x in together], [x.detach() for x in alone], 1e-7)
 
 
-@gradient_only
+@each_by_itself
 def test_nothing_changes_for_a_parameter_that_sits_out(name):
     params = tensors()
     opt = fp.optim.CLASSES[name](params, lr=0.1)
@@ -429,3 +432,14 @@ def test_lbfgs_refuses_to_leave_a_parameter_out():
     model[0].requires_grad_(False)
     with pytest.raises(ValueError, match="the state of LBFGS belongs to all parameters together"):
         step(opt, model, TOY.at(1))
+
+
+@pytest.mark.parametrize("name", JOINT)
+def test_a_window_of_all_parameters_refuses_to_leave_one_out(name):
+    params = tensors()
+    opt = fp.optim.CLASSES[name](params, lr=0.1)
+    gradients(params, 0, {0, 1, 2})
+    opt.step()
+    gradients(params, 1, {0, 2})
+    with pytest.raises(ValueError, match="belongs to all parameters together"):
+        opt.step()
