@@ -19,7 +19,8 @@ __all__ = ["diagonal_ng"]
     curvature="F, F̂_nmc, F̂_emp",
     representation="element",
     solver="L/G direct, division",
-    learning_rate=0.003,
+    learning_rate=0.00316,
+    options={"damping": 0.03},
 )
 def diagonal_ng(
     *,

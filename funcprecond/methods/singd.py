@@ -31,7 +31,7 @@ __all__ = ["singd"]
     curvature="F̂_emp",
     representation="layer, KF-io of the inverse",
     solver="G iter, products only",
-    learning_rate=0.003,
+    learning_rate=0.1,
 )
 def singd(
     *,

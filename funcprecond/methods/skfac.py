@@ -80,6 +80,7 @@ def skfac(
         labels=labels,
         samples=samples,
         sharing=sharing,
+        max_dim=0,  # a factor of few rows is small, however long they are
         decay=None,
         every=every,
         refresh_every=every,
