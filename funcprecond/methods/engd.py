@@ -100,8 +100,9 @@ def engd(
             losses = torch.vmap(lambda x: loss_after(treemath.mul(direction, -x)))(lengths)
             losses = losses.nan_to_num(torch.inf)
             best = losses.min()
-            # The first of several equal lengths, as a sum that a transform can differentiate.
-            length = torch.where(best < evidence.loss, lengths[losses.argmin()], 0.0)
+            # The longest of several that are equally good.
+            longest = torch.where(losses == best, lengths, 0.0).amax()
+            length = torch.where(best < evidence.loss, longest, 0.0)
             return state, _scaled(direction, length)
         fell = loss_after(treemath.mul(direction, -1.0)) < evidence.loss
         lam = torch.where(fell, state.damping * DOWN, state.damping * UP).clamp(LEAST, MOST)

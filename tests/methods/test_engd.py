@@ -114,6 +114,26 @@ def test_the_grid_takes_the_best_of_its_lengths():
     assert not direction["theta"].any()
 
 
+@pytest.mark.parametrize("search", ["grid", "damping", "none"])
+def test_a_step_maps_over_dampings_and_has_their_derivatives(search):
+    problem, batch = poisson(n=2, sizes=(2, 4, 1))
+    params = problem.params
+
+    def moved(damping):
+        opt = fp.engd(damping=damping, search=search)
+        evidence = fp.observe(problem, params, batch, opt.needs(0))
+        _, direction = opt.update(opt.init(params), evidence.grads, evidence)
+        return sum(d.sum() for d in direction.values())
+
+    dampings = torch.tensor([0.1, 10.0], dtype=torch.float64)
+    looped = torch.stack([moved(x) for x in dampings])
+    torch.testing.assert_close(torch.vmap(moved)(dampings), looped)
+    x, step = dampings[1], 1e-4
+    slope = (moved(x + step) - moved(x - step)) / (2 * step)
+    assert slope != 0
+    torch.testing.assert_close(torch.func.grad(moved)(x), slope, rtol=1e-6, atol=0)
+
+
 def test_the_damping_follows_whether_the_loss_falls():
     problem, batch = poisson()
     opt, params = fp.engd(damping=1e-6), problem.params
