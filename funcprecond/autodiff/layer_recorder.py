@@ -241,10 +241,7 @@ class LayerRecorder:
         if view is None and rows is None:
             return self._unknown(func, run, args, kwargs, [source])
         first = self.number()
-        inner = args
-        if self._detached:
-            inner = [x.detach() if x is source else x for x in args]
-        out = run(*inner, **kwargs)
+        out = run(*args, **kwargs)
         if out is source:
             return out
         found = None if view is None else viewed(func, view, source, args, kwargs, out)
@@ -322,9 +319,8 @@ class LayerRecorder:
         if id(arguments) in self._waiting and id(arguments) not in taken:
             return self._tapped(arguments)
         view = self.view(arguments)
-        if self._detached and view is not None and view.name in parts:
-            return arguments.detach()
-        return arguments
+        is_recorded = id(arguments) in taken or (view is not None and view.name in parts)
+        return arguments.detach() if self._detached and is_recorded else arguments
 
     def _tapped(self, x: Tensor) -> Tensor:
         """Record the rows of a table that a tensor consists of; other tensors are returned."""
@@ -344,7 +340,8 @@ class LayerRecorder:
                 Recorded(rows.first, rows.end, frozenset([found.name]), frozenset([x.grad_fn]))
             )
         if not self.in_graph or x.grad_fn is not None:
-            rows.tapped = self._add(Recognized(call, found.ids), x)
+            alone = x.detach() if self._detached else x
+            rows.tapped = self._add(Recognized(call, found.ids), alone)
         return x if rows.tapped is None else rows.tapped
 
     def _note_nodes(self, names: Iterable[str], first: int, *outputs: Tensor) -> None:
