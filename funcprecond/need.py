@@ -44,13 +44,13 @@ class Need:
     gives: ClassVar[type] = object
 
     def takes_gradient(self, call: LayerCall, inputs: Tensor) -> bool:
-        """Whether the measurement uses the gradient of the loss in the output of a layer.
+        """Whether the measurement may use the gradient of the loss in the output of a layer.
 
         Args:
             call: a recorded call of the layer.
             inputs: its input.
         """
-        return False
+        return self.layers
 
     def draw(
         self, problem: Problem, params: Params, batch: Any, generator: torch.Generator | None

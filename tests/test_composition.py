@@ -48,7 +48,7 @@ def test_another_new_method_is_one_line():
 @pytest.mark.parametrize(
     ("representation", "solver", "sentence"),
     [
-        (KroneckerDim, Divide(), "Divide accepts Diagonal, not KroneckerDim"),
+        (KroneckerDim, Divide(), "Divide accepts Diagonal, LayerDiagonal, not KroneckerDim"),
         (Dense, KroneckerSum(), "KroneckerSum accepts KroneckerDim, not Dense"),
         (Diagonal, InverseRoot(), "InverseRoot accepts KroneckerDim, Dense, not Diagonal"),
     ],
@@ -143,8 +143,8 @@ def test_every_part_of_every_package_is_accepted_or_refused_with_a_sentence():
                 fitting |= {type(solver), store}
                 _, direction, evidence = problems.update(toy, opt)
                 assert direction.keys() == evidence.grads.keys()
-    # SMW solves with the rows of one batch, which no representation accumulates.
-    assert {type(s) for s in solvers} - fitting == {fp.solver.SMW}
+    # These solve with the rows of one batch, which no representation accumulates.
+    assert {type(s) for s in solvers} - fitting == {fp.solver.SMW, fp.solver.LeastSquares}
     assert {Dense, Diagonal, KroneckerDim, KroneckerIO} <= fitting
 
 

@@ -274,7 +274,7 @@ class LayerRecorder:
         for use in uses:
             if use.rows is not None:
                 self._waiting[id(use.rows)].is_read = True
-        taken = {id(use.rows) for use in uses}
+        taken = {id(use.rows) for use in uses if use.rows is not None}
         args = self._prepared(args, parts, taken)
         kwargs = self._prepared(kwargs, parts, taken)
         first = self.number()

@@ -23,7 +23,7 @@ class SPRINGState:
 
 @card(
     "SPRING (Goldshlager 2024)",
-    curvature="G; F of |ψ|², over 4",
+    curvature="G; F/4 of a density",
     representation="full, Gram",
     solver="L direct, SMW or Cholesky inverse, momentum",
     learning_rate=0.3,

@@ -15,7 +15,7 @@ __all__ = ["sr"]
 
 @card(
     "SR (Sorella 1998)",
-    curvature="F of |ψ|², over 4",
+    curvature="F/4 of a density",
     representation="full, Gram, centred",
     solver="L direct, SMW or Cholesky inverse",
     learning_rate=0.1,

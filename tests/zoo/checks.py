@@ -203,13 +203,12 @@ def methods(line: Model) -> dict[str, str]:
 
 # Methods that refuse what another one does, and those that always take the exact Fisher matrix.
 ALIKE = {
-    "layerwise_ng": "smw_ng",
-    "natural_gradient": "smw_ng",
-    "seng": "ekfac",
-    "smw_gn": "smw_ng",
-    "tonga_unit": "ekfac",
+    **dict.fromkeys(("engd", "layerwise_ng", "natural_gradient", "smw_gn"), "smw_ng"),
+    **dict.fromkeys(("spring", "sr"), "smw_ng"),
+    **dict.fromkeys(("diagonal_ng", "seng", "tonga_unit", "unit_ng"), "ekfac"),
+    **dict.fromkeys(("eva", "foof", "singd", "skfac"), "kfac"),
 }
-EXACT = ("kflr", "smw_gn")
+EXACT = ("engd", "kflr", "smw_gn", "spring", "sr")
 
 
 def _refusal(line: Model, name: str) -> str | None:
