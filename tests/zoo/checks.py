@@ -215,11 +215,12 @@ def _refusal(line: Model, name: str) -> str | None:
     sizes = [p.numel() for p in line.problem().params.values()]
     if name == "natural_gradient" and sum(sizes) > 4096:
         return "would have"
+    if fragment := line.refused.get(ALIKE.get(name, name)):
+        return fragment
     if name == "layerwise_ng" and max(sizes) > 4000:
         return "would have"
     unknown = name in EXACT and _labels(line) == "empirical"
-    fragment = line.refused.get(ALIKE.get(name, name))
-    return fragment or ("the likelihood of" if unknown else None)
+    return "the likelihood of" if unknown else None
 
 
 def _labels(line: Model) -> Any:

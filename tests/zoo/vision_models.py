@@ -124,7 +124,6 @@ TIMM: dict[str, tuple[str, dict[str, Any]]] = {
             "depth": 2,
             "num_heads": 2,
             "drop_path_rate": 0.2,
-            "diagonal": ("pos_embed",),
         },
     ),
     "swin": (
